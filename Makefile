@@ -1,0 +1,38 @@
+# make demo    code sample photographs with the weights that ship, into results/demo
+# make test    the fast tests        make test-slow   the slow ones
+# make lint    undefined names, unused imports, formatting
+# Each sets up .venv first, once.
+
+VENV := .venv
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+# The first interpreter that runs and is a Python 3.11 or 3.12; `make PYTHON=... demo` names another.
+PYTHON ?= $(shell for p in python3.12 python3.11 python3 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $$p && break; done)
+
+.PHONY: demo test test-slow lint clean
+.DEFAULT_GOAL := demo
+
+demo: $(INSTALLED)
+	@$(PY) inference.py --demo -o results/demo --ddim --one_step --overview --overwrite --metrics lpips-vgg dists
+	@echo "pictures and tables: results/demo (start with overview.png)"
+
+test: $(INSTALLED)
+	@$(PY) -m pytest -q
+
+test-slow: $(INSTALLED)
+	@$(PY) -m pytest -q -m slow
+
+lint: $(INSTALLED)
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+
+$(INSTALLED): requirements.txt
+	@$(or $(PYTHON),python3) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if v in ((3, 11), (3, 12)) else "error: Python 3.11 or 3.12 is needed, this is %d.%d; name one with make PYTHON=/path/to/python" % v)'
+	@echo "installing into $(VENV) (once; some minutes and 7 GB, most of it PyTorch)"
+	@$(or $(PYTHON),python3) -m venv $(VENV)
+	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+clean:
+	rm -rf $(VENV) results
