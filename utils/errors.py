@@ -1,0 +1,21 @@
+"""Errors that speak to a user: the command line prints the message alone and exits with status 1."""
+
+
+class DiffoError(Exception):
+    """Something the user can mend: a file, an option, a checkpoint. The message names it and says what to do."""
+
+
+class PictureError(DiffoError):
+    """A picture that cannot be read, or is too small or too large to be coded."""
+
+
+class BitstreamError(DiffoError):
+    """A `.dfo` file that is damaged, cut, extended, foreign, or of a newer version."""
+
+
+class CheckpointError(DiffoError):
+    """A checkpoint that is missing, does not fit the configuration, or is not the one that a file needs."""
+
+
+class ConfigError(DiffoError):
+    """A configuration with an unknown key, a missing key, or a value that cannot work."""

@@ -1,0 +1,83 @@
+"""Files that are either complete or absent: written beside their place, synced, then renamed into it."""
+
+import errno
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from utils.errors import DiffoError
+
+# What the disk, not the caller's code, can answer while a file is being written.
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
+
+
+def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write `data` to `path`, replacing what is there; a reader sees the old file or the new one, never a part.
+
+    Raises DiffoError if the folder cannot be written (missing, no permission, disk full).
+    """
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield an empty temporary file's path beside `path`; rename it over `path` if the block succeeds.
+
+    The temporary name is hidden, ends in `.tmp` and is unique, so that several processes may write the same path (the
+    last one wins). The file exists already, which shows a folder that cannot be written before work is done in the
+    block. On any error, an interrupt included, it is removed and `path` keeps its old content. A symbolic link at
+    `path` stays one: the file that it names is replaced.
+
+    Raises DiffoError, naming the folder, if it is missing or cannot be written, and if `path` is a folder or a device.
+    The block's own errors pass unchanged, except those of the disk and of the temporary file.
+    """
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        kind = "a folder" if target.is_dir() else "not an ordinary file"
+        raise DiffoError(f"cannot write {path}: it is {kind}")
+    # Only the start of the name: a name of the greatest length would leave no room for the rest.
+    temporary = target.parent / f".{target.name[:40]}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+    try:
+        with _as_write_error(path, target.parent):
+            temporary.touch(exist_ok=False)
+        try:
+            yield temporary
+        except OSError as error:
+            if error.errno in _DISK_ERRORS or error.filename in (temporary, str(temporary)):
+                raise _write_error(path, target.parent, error) from error
+            raise
+        with _as_write_error(path, target.parent):
+            _sync(temporary)
+            os.replace(temporary, target)
+            if os.name == "posix":
+                # The rename itself must survive a power cut; only POSIX can sync a folder.
+                _sync(target.parent)
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def _sync(path: Path) -> None:
+    """Force a file's content, or a folder's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _as_write_error(path: str | os.PathLike[str], folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise _write_error(path, folder, error) from error
+
+
+def _write_error(path: str | os.PathLike[str], folder: Path, error: OSError) -> DiffoError:
+    if not folder.is_dir():
+        return DiffoError(f"cannot write {path}: there is no folder {folder}")
+    return DiffoError(f"cannot write {path} in the folder {folder}: {error.strerror or error}")

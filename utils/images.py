@@ -1,0 +1,177 @@
+"""Pictures from and to files, and the only conversion between 8-bit levels and [-1, 1] in the project."""
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageFile
+
+from utils.errors import PictureError
+from utils.files import atomic_path
+
+MIN_SIDE = 16
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def read_image(path: str | os.PathLike[str], max_pixels: int = 100_000_000) -> torch.Tensor:
+    """Read a picture of any usual kind as a uint8 tensor (3, H, W), RGB, levels 0..255.
+
+    Alpha, palette transparency included, is composited on white; 16-bit grey is scaled to 8 bits with rounding; an EXIF
+    orientation is applied; of an animation the first frame is taken; colour profiles are ignored. Pillow reads colour
+    of 16 bits by its high byte, which is within one level of the rounded value.
+
+    Raises PictureError, in one line with the file's name: missing, not a picture, damaged or cut short, more than
+    `max_pixels` pixels, a side under 16, or a kind without a defined 8-bit range (floating point, 32-bit integers).
+    """
+    try:
+        with open(path, "rb") as file, _strict_pillow():
+            return _read_open_file(file, path, max_pixels)
+    except FileNotFoundError:
+        raise PictureError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise PictureError(f"{path}: is a folder, not a picture") from None
+    except OSError as error:
+        raise PictureError(f"{path}: cannot be read ({_one_line(error)})") from error
+
+
+def write_image(path: str | os.PathLike[str], picture: torch.Tensor) -> None:
+    """Write a uint8 tensor (3, H, W), RGB, as a PNG file, complete or not at all.
+
+    Raises ValueError for another type or shape, PictureError if the name does not end in .png, DiffoError if the folder
+    cannot be written.
+    """
+    if picture.dtype != torch.uint8 or picture.ndim != 3 or picture.shape[0] != 3:
+        raise ValueError(f"expected a uint8 tensor (3, H, W), got {picture.dtype} {tuple(picture.shape)}")
+    if Path(path).suffix.lower() != ".png":
+        raise PictureError(f"{path}: pictures are written as PNG; give a name that ends in .png")
+    with atomic_path(path) as temporary:
+        Image.fromarray(picture.permute(1, 2, 0).cpu().contiguous().numpy()).save(temporary, format="PNG")
+
+
+def to_signed(levels: torch.Tensor) -> torch.Tensor:
+    """Levels 0..255 (uint8, any shape) as float32 in [-1, 1]."""
+    if levels.dtype != torch.uint8:
+        raise ValueError(f"expected a uint8 tensor, got {levels.dtype}")
+    return (levels.float() / 255 - 0.5) / 0.5
+
+
+def to_uint8(signed: torch.Tensor) -> torch.Tensor:
+    """Values in [-1, 1] (floating point, any shape) as levels 0..255, clamped, halves rounded to even.
+
+    Raises ValueError if there is a NaN, which no level can stand for.
+    """
+    if not signed.is_floating_point():
+        raise ValueError(f"expected a floating-point tensor, got {signed.dtype}")
+    if torch.isnan(signed).any():
+        raise ValueError("a picture holds NaN: the network that made it, or its weights, are broken")
+    return ((signed.float() * 0.5 + 0.5) * 255).clamp(0, 255).round().to(torch.uint8)
+
+
+def find_pictures(folder: str | os.PathLike[str], recursive: bool = False) -> list[Path]:
+    """Sorted paths of the pictures in a folder, by suffix (`SUFFIXES`, in any case), an empty list if there are none.
+
+    Hidden files and, when `recursive`, hidden folders are skipped; linked folders inside are not followed.
+    Raises PictureError if `folder` is missing, not a folder, or cannot be listed.
+    """
+    if not Path(folder).is_dir():
+        raise PictureError(f"{folder}: no such folder")
+    found: list[Path] = []
+    for root, folders, names in os.walk(folder, onerror=_refuse_folder):
+        folders[:] = [name for name in folders if recursive and not name.startswith(".")]
+        visible = (Path(root, name) for name in names if not name.startswith("."))
+        found += [path for path in visible if path.suffix.lower() in SUFFIXES and path.is_file()]
+    return sorted(found)
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise PictureError(f"{error.filename}: cannot be listed ({error.strerror})") from error
+
+
+@contextmanager
+def _strict_pillow() -> Iterator[None]:
+    """Pillow without warnings, without its own limit of pixels, and refusing truncated files.
+
+    The last is Pillow's default, but a global that other libraries switch off when they are imported.
+    """
+    saved = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
+    Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = None, False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = saved
+
+
+def _read_open_file(file, path: str | os.PathLike[str], max_pixels: int) -> torch.Tensor:
+    # Pillow's decoders answer a damaged file with almost any exception: OSError, SyntaxError, struct.error, ...
+    try:
+        image = Image.open(file)
+    except Exception as error:
+        kind = (
+            "empty file" if os.fstat(file.fileno()).st_size == 0 else "not a picture, of an unknown kind, or cut short"
+        )
+        raise PictureError(f"{path}: {kind}") from error
+    width, height = image.size
+    if width * height > max_pixels:
+        raise PictureError(f"{path}: {width}x{height} is more than the {max_pixels} pixels allowed")
+    if min(width, height) < MIN_SIDE:
+        raise PictureError(f"{path}: {width}x{height} is too small, both sides must be {MIN_SIDE} or more")
+    try:
+        image.load()
+    except Exception as error:
+        raise PictureError(f"{path}: damaged or cut short ({_one_line(error)})") from error
+    levels = _to_rgb(_upright(image), path)
+    return torch.from_numpy(np.ascontiguousarray(levels.transpose(2, 0, 1)))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Apply the EXIF orientation of a loaded image; a damaged EXIF block counts as none, the picture is still good."""
+    try:
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:
+        turn = None
+    return image if turn is None else image.transpose(turn)
+
+
+def _to_rgb(image: Image.Image, path: str | os.PathLike[str]) -> np.ndarray:
+    """8-bit RGB (H, W, 3) of a loaded image of any mode."""
+    if image.mode == "F":
+        raise PictureError(f"{path}: floating-point pictures have no defined range; convert it to 8 or 16 bits")
+    if image.mode.startswith("I"):
+        return _grey_of_16_bits(image, path)
+    if not image.has_transparency_data:
+        return np.asarray(image.convert("RGB"))
+    rgba = np.asarray(image.convert("RGBA")).astype(np.uint16)
+    # On white, the light that is missing scales with alpha; the sum stays below 2^16.
+    missing = ((255 - rgba[..., :3]) * rgba[..., 3:] + 127) // 255
+    return (255 - missing).astype(np.uint8)
+
+
+def _grey_of_16_bits(image: Image.Image, path: str | os.PathLike[str]) -> np.ndarray:
+    """8-bit RGB (H, W, 3) of 16-bit grey, in a 16- or a 32-bit mode: round(v / 65535 * 255) = round(v / 257)."""
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise PictureError(f"{path}: 32-bit pictures have no defined range; convert it to 8 or 16 bits")
+    levels = (values + 128) // 257
+    if "transparency" in image.info:
+        levels[values == image.info["transparency"]] = 255
+    return np.repeat(levels.astype(np.uint8)[..., None], 3, axis=2)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
