@@ -1,0 +1,185 @@
+"""What the two autoencoders share: normalisation, residual and attention blocks, changes of resolution.
+
+Parameter names follow the published state dicts, so that public VQGAN weights load.
+Axes: N batch, C channels, H and W rows and columns of a feature map.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+AUTOENCODER_NORM_EPS = 1e-6  # the UNet's normalisation uses 1e-5
+
+
+def group_norm(channels: int, groups: int) -> nn.GroupNorm:
+    """Group normalisation of the autoencoders (32 groups in the published networks)."""
+    return nn.GroupNorm(groups, channels, eps=AUTOENCODER_NORM_EPS)
+
+
+class ResnetBlock(nn.Module):
+    """x + conv(silu(GN(conv(silu(GN(x)))))), with a 1x1 convolution on the shortcut where the width changes."""
+
+    def __init__(self, in_channels: int, out_channels: int, groups: int):
+        super().__init__()
+        self.norm1 = group_norm(in_channels, groups)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = group_norm(out_channels, groups)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        if in_channels != out_channels:
+            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:  # N C_in H W
+        h = self.conv1(F.silu(self.norm1(x)))  # N C_out H W
+        h = self.conv2(F.silu(self.norm2(h)))  # N C_out H W
+        return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h
+
+
+class AttnBlock(nn.Module):
+    """x + proj(V softmax(QK / sqrt(C))): one head over all positions of the feature map."""
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.norm = group_norm(channels, groups)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:  # N C H W
+        h = self.norm(x)
+        q, k, v = (f(h).flatten(2).transpose(1, 2).unsqueeze(1) for f in (self.q, self.k, self.v))  # N 1 HW C
+        h = F.scaled_dot_product_attention(q, k, v)  # N 1 HW C
+        h = h.squeeze(1).transpose(1, 2).reshape(x.shape)  # N C H W
+        return x + self.proj_out(h)
+
+
+class Downsample(nn.Module):
+    """Stride-2 convolution; one row and one column of zeros are added at the bottom and right only."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:  # N C H W -> N C H/2 W/2
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour doubling and a convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:  # N C H W -> N C 2H 2W
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """One resolution of an encoder or decoder: residual blocks, each followed by attention where asked."""
+
+    def __init__(self, in_channels: int, out_channels: int, blocks: int, attention: bool, groups: int):
+        super().__init__()
+        widths = [in_channels] + [out_channels] * blocks
+        self.block = nn.ModuleList(ResnetBlock(a, b, groups) for a, b in zip(widths, widths[1:], strict=False))
+        self.attn = nn.ModuleList(AttnBlock(out_channels, groups) for _ in range(blocks if attention else 0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, block in enumerate(self.block):
+            x = block(x)
+            if self.attn:
+                x = self.attn[i](x)
+        return x
+
+
+class Middle(nn.Module):
+    """Block, attention, block at the lowest resolution."""
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.block_1 = ResnetBlock(channels, channels, groups)
+        self.attn_1 = AttnBlock(channels, groups)
+        self.block_2 = ResnetBlock(channels, channels, groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Encoder(nn.Module):
+    """Feature maps from full resolution down by 2^(levels - 1); attention at the last level.
+
+    Args:
+        in_channels: channels of the input; out_channels: channels of the result.
+        ch, ch_mult: width of level i is ch * ch_mult[i].
+        num_res_blocks: residual blocks per level. groups: groups of every normalisation.
+    """
+
+    def __init__(self, in_channels, out_channels, ch, ch_mult, num_res_blocks, groups):
+        super().__init__()
+        widths = [ch] + [ch * m for m in ch_mult]
+        last = len(ch_mult) - 1
+        self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
+        self.down = nn.ModuleList()
+        for i in range(len(ch_mult)):
+            level = Level(widths[i], widths[i + 1], num_res_blocks, attention=i == last, groups=groups)
+            if i != last:
+                level.downsample = Downsample(widths[i + 1])
+            self.down.append(level)
+        self.mid = Middle(widths[-1], groups)
+        self.norm_out = group_norm(widths[-1], groups)
+        self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:  # N C_in H W -> N C_out H/2^(L-1) W/2^(L-1)
+        h = self.conv_in(x)
+        for level in self.down:
+            h = level(h)
+            if hasattr(level, "downsample"):
+                h = level.downsample(h)
+        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+
+
+class Decoder(nn.Module):
+    """The mirror of `Encoder`, with one residual block more per level."""
+
+    def __init__(self, in_channels, out_channels, ch, ch_mult, num_res_blocks, groups):
+        super().__init__()
+        widths = [ch * m for m in ch_mult]
+        last = len(ch_mult) - 1
+        self.conv_in = nn.Conv2d(in_channels, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1], groups)
+        self.up = nn.ModuleList()
+        for i in range(len(ch_mult)):
+            above = widths[min(i + 1, last)]
+            level = Level(above, widths[i], num_res_blocks + 1, attention=i == last, groups=groups)
+            if i != 0:
+                level.upsample = Upsample(widths[i])
+            self.up.append(level)
+        self.norm_out = group_norm(widths[0], groups)
+        self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """The weight that the adaptive adversarial weight of VQGAN is measured at."""
+        return self.conv_out.weight
+
+    def forward(self, z: Tensor) -> Tensor:  # N C_in h w -> N C_out h*2^(L-1) w*2^(L-1)
+        h = self.mid(self.conv_in(z))
+        for level in reversed(self.up):
+            h = level(h)
+            if hasattr(level, "upsample"):
+                h = level.upsample(h)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+def nearest_codes(z: Tensor, codebook: Tensor) -> Tensor:
+    """Index of the code nearest to every vector; the first one on a tie.
+
+    Args:
+        z: vectors, (M, d). codebook: (K, d).
+    Returns:
+        indices, int64 (M,): argmin_j |z|^2 + |v_j|^2 - 2 z.v_j, in the code book's precision whatever the autocast.
+    """
+    with torch.autocast(z.device.type, enabled=False):
+        z = z.to(codebook.dtype)
+        distance = z.square().sum(1, keepdim=True) + codebook.square().sum(1) - 2 * z @ codebook.t()  # M K
+    return distance.argmin(1)

@@ -1,0 +1,205 @@
+"""Schedule, noise, rate-aware modulation and sampling steps: pure functions of tensors and numbers.
+
+Symbols: x clean latent, y what the decoder knows of it, eta in (0, 1] the noise level (its square root is what the
+schedule lists), kappa the noise's scale, t the step from 0 to T-1. Equations: ResShift (Yue et al. 2023) for the
+diffusion, DiffO (arXiv 2506.16572) for the single step and the modulation.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]  # (scaled input, t, lq) -> predicted x
+
+
+@dataclass(frozen=True)
+class DiffusionParams:
+    """The schedule and its noise. The defaults are the published ones."""
+
+    steps: int = 2  # T
+    kappa: float = 2.0
+    power: float = 0.3
+    etas_end: float = 0.8  # sqrt(eta) of the last step
+    min_noise_level: float = 0.04
+
+
+@dataclass(frozen=True)
+class RateParams:
+    """Rate-aware noise modulation: eta = clip(c / B, eta_min, eta_max) (DiffO, Eq. 11).
+
+    c = 0.02 gives the schedule's own eta = 0.64 at 0.03125 bits per pixel.
+    """
+
+    c: float = 0.02
+    eta_min: float = 0.02
+    eta_max: float = 1.0
+
+    def eta(self, bits_per_pixel: float) -> float:
+        """Noise level for the rate B_eta of the sections used, in bits per pixel of the latent's 16x16 cells."""
+        return min(max(self.c / bits_per_pixel, self.eta_min), self.eta_max)
+
+
+def first_sqrt_eta(params: DiffusionParams) -> float:
+    """s_0 = min(min_noise / kappa, min_noise, sqrt(0.001))."""
+    return min(params.min_noise_level / params.kappa, params.min_noise_level, math.sqrt(0.001))
+
+
+def time_of_eta(eta: Tensor, params: DiffusionParams) -> Tensor:
+    """The schedule's inverse: t(eta) = (T-1) (ln(sqrt(eta)/s_0) / ln(etas_end/s_0))^(1/power).
+
+    Args:
+        eta: noise levels, any shape; below the schedule's first they count as the first.
+    Returns:
+        real times, float64; T-1 at eta = etas_end^2, and 0 everywhere for T = 1.
+    """
+    s0 = first_sqrt_eta(params)
+    fraction = torch.log(eta.double().sqrt() / s0).clamp(min=0) / math.log(params.etas_end / s0)
+    return (params.steps - 1) * fraction ** (1 / params.power)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Noise levels of the steps, in float64; `timesteps` are the step numbers that the network is told.
+
+    Take `spaced` of a schedule to run fewer steps than it was trained with.
+    """
+
+    sqrt_etas: np.ndarray
+    kappa: float
+    timesteps: np.ndarray = field(default=None)
+
+    def __post_init__(self):
+        if self.timesteps is None:
+            object.__setattr__(self, "timesteps", np.arange(len(self.sqrt_etas)))
+
+    @classmethod
+    def exponential(cls, params: DiffusionParams) -> "Schedule":
+        """sqrt(eta_t) = s_0 (etas_end/s_0)^((t/(T-1))^power); for T = 1, where t/(T-1) is undefined, [etas_end]."""
+        if params.steps == 1:
+            return cls(np.array([params.etas_end]), params.kappa)
+        s0 = first_sqrt_eta(params)
+        fraction = np.linspace(0, 1, params.steps, dtype=np.float64) ** params.power
+        return cls(s0 * (params.etas_end / s0) ** fraction, params.kappa)
+
+    def spaced(self, count: int) -> "Schedule":
+        """Keep the steps int(T/count * i); asking for more than there are keeps all."""
+        if count >= len(self):
+            return self
+        keep = np.array([int(len(self) / count * i) for i in range(count)])
+        return Schedule(self.sqrt_etas[keep], self.kappa, self.timesteps[keep])
+
+    def __len__(self) -> int:
+        return len(self.sqrt_etas)
+
+    @cached_property
+    def etas(self) -> np.ndarray:
+        return self.sqrt_etas**2
+
+    @cached_property
+    def etas_prev(self) -> np.ndarray:
+        return np.append(0.0, self.etas[:-1])
+
+    @cached_property
+    def alpha(self) -> np.ndarray:
+        return self.etas - self.etas_prev
+
+    @cached_property
+    def posterior_variance(self) -> np.ndarray:
+        """ResShift, Eq. 6."""
+        return self.kappa**2 * self.etas_prev / self.etas * self.alpha
+
+    @cached_property
+    def posterior_mean_coefs(self) -> tuple[np.ndarray, np.ndarray]:
+        """Weights of x_t and of x_0 in the posterior mean (ResShift, Eq. 6)."""
+        return self.etas_prev / self.etas, self.alpha / self.etas
+
+    @cached_property
+    def ddim_coefs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """k, m, j of the deterministic step k x_0 + m x_t + j y."""
+        m = np.sqrt(self.etas_prev / self.etas)
+        j = self.etas_prev - np.sqrt(self.etas_prev * self.etas)
+        return 1 - self.etas_prev + np.sqrt(self.etas_prev * self.etas) - m, m, j
+
+
+def _at(array: np.ndarray, t: Tensor, like: Tensor) -> Tensor:
+    """array[t] as float32, one number per sample, shaped to broadcast over N x d x h x w."""
+    values = torch.from_numpy(array).to(device=t.device)[t].float()
+    return values.view(-1, *[1] * (like.ndim - 1))
+
+
+def q_sample(schedule: Schedule, x: Tensor, y: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """x_t = x + eta_t (y - x) + kappa sqrt(eta_t) noise (ResShift, Eq. 2), t int64 (N,)."""
+    return _at(schedule.etas, t, x) * (y - x) + x + _at(schedule.sqrt_etas * schedule.kappa, t, x) * noise
+
+
+def prior_sample(y: Tensor, eta: Tensor, kappa: float, noise: Tensor) -> Tensor:
+    """x~ = y + kappa sqrt(eta) noise: all that the decoder starts from. eta: (N,)."""
+    return y + kappa * eta.sqrt().to(y.dtype).view(-1, 1, 1, 1) * noise
+
+
+def scale_input(x: Tensor, eta: Tensor, kappa: float) -> Tensor:
+    """x / sqrt(1 + kappa^2 eta): about unit variance, given a latent of unit variance. eta: (N,)."""
+    return x / (1 + kappa**2 * eta).sqrt().to(x.dtype).view(-1, 1, 1, 1)
+
+
+def one_step(denoiser: Denoiser, y: Tensor, lq: Tensor, eta: Tensor, noise: Tensor, params: DiffusionParams) -> Tensor:
+    """x^ = U(x~ / sqrt(1 + kappa^2 eta), t(eta), lq): the codec's single DDIM step (codec.md section 3).
+
+    Args:
+        y: what the decoder knows of the latent, N x d x h x w. lq: z_q. eta: (N,). noise: standard normal, as y.
+    Returns:
+        the predicted latent, as y.
+    """
+    eta = eta.double()
+    x_noisy = prior_sample(y, eta, params.kappa, noise)
+    return denoiser(scale_input(x_noisy, eta, params.kappa), time_of_eta(eta, params).float(), lq)
+
+
+def predict(schedule: Schedule, denoiser: Denoiser, x_t: Tensor, t: Tensor, lq: Tensor) -> Tensor:
+    """The network's prediction of x at step t, int64 (N,)."""
+    eta = torch.from_numpy(schedule.etas).to(t.device)[t]
+    times = torch.from_numpy(schedule.timesteps).to(t.device)[t]
+    return denoiser(scale_input(x_t, eta, schedule.kappa), times, lq)
+
+
+def ddim_step(schedule: Schedule, x_t: Tensor, x_0: Tensor, y: Tensor, t: Tensor) -> Tensor:
+    """k x_0 + m x_t + j y."""
+    k, m, j = (_at(c, t, x_t) for c in schedule.ddim_coefs)
+    return k * x_0 + m * x_t + j * y
+
+
+def ancestral_step(schedule: Schedule, x_t: Tensor, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """A draw from q(x_{t-1} | x_t, x_0) (ResShift, Eq. 6); without noise at t = 0."""
+    a, b = (_at(c, t, x_t) for c in schedule.posterior_mean_coefs)
+    deviation = _at(np.sqrt(schedule.posterior_variance), t, x_t)
+    return a * x_t + b * x_0 + deviation * noise
+
+
+def sample(
+    schedule: Schedule,
+    denoiser: Denoiser,
+    y: Tensor,
+    lq: Tensor,
+    draw: Callable[[], Tensor],
+    ddim: bool,
+) -> Tensor:
+    """The whole reverse process with the schedule's own noise levels (the paper's Table 2).
+
+    Args:
+        y: as in `one_step`. draw: gives a fresh standard normal tensor shaped as y.
+        ddim: deterministic steps; otherwise ancestral ones.
+    Returns:
+        the sampled latent, as y.
+    """
+    last = len(schedule) - 1
+    x_t = prior_sample(y, torch.full((len(y),), schedule.etas[last], dtype=torch.float64), schedule.kappa, draw())
+    for step in range(last, -1, -1):
+        t = torch.full((len(y),), step, dtype=torch.int64, device=y.device)
+        x_0 = predict(schedule, denoiser, x_t, t, lq)
+        x_t = ddim_step(schedule, x_t, x_0, y, t) if ddim else ancestral_step(schedule, x_t, x_0, t, draw())
+    return x_t

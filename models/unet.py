@@ -1,0 +1,188 @@
+"""The denoiser U: one call predicts the clean latent from the noisy one and the base code.
+
+A UNet with Swin layers (the published `UNetModelSwin`); parameter names follow its state dict.
+Axes: N batch, C channels, h and w latent rows and columns.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.swin import SwinLayer
+
+
+@dataclass(frozen=True)
+class UNetParams:
+    """Size of the denoiser. The defaults are the published ones."""
+
+    latent_channels: int = 256  # channels of x and of the prediction
+    condition_channels: int = 256  # channels of lq = z_q
+    condition_width: int = 64  # channels that lq contributes to the first convolution
+    model_channels: int = 160
+    channel_mult: tuple[int, ...] = (1, 2, 2, 4)
+    num_res_blocks: int = 2
+    windows: tuple[int, ...] = (4, 4, 4, 2)  # window side per level
+    middle_window: int = 2
+    swin_depth: int = 2
+    swin_embed_dim: int = 192
+    head_channels: int = 32
+    mlp_ratio: int = 4
+    groups: int = 32
+
+    @property
+    def size_multiple(self) -> int:
+        """Latent sides must be multiples of this inside the network (16 as published)."""
+        levels = [window << level for level, window in enumerate(self.windows)]
+        return math.lcm(*levels, self.middle_window << (len(self.windows) - 1))
+
+
+def timestep_embedding(t: Tensor, dim: int) -> Tensor:
+    """Sinusoidal embedding, cosine half first: (N,) steps, real numbers allowed -> float32 (N, dim)."""
+    half = dim // 2
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    args = t[:, None].float() * frequencies[None]
+    return torch.cat([torch.cos(args), torch.sin(args)], dim=-1)
+
+
+class ResBlock(nn.Module):
+    """Residual block whose second normalisation is scaled and shifted by the time embedding."""
+
+    def __init__(self, in_channels: int, out_channels: int, emb_channels: int, groups: int):
+        super().__init__()
+        self.in_layers = nn.Sequential(
+            nn.GroupNorm(groups, in_channels), nn.SiLU(), nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        )
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, 2 * out_channels))
+        self.out_layers = nn.Sequential(
+            nn.GroupNorm(groups, out_channels),
+            nn.SiLU(),
+            nn.Identity(),  # the published block has a dropout of zero here; it keeps the key `out_layers.3`
+            nn.Conv2d(out_channels, out_channels, 3, padding=1),
+        )
+        nn.init.zeros_(self.out_layers[3].weight)  # every block starts as the identity
+        nn.init.zeros_(self.out_layers[3].bias)
+        self.skip_connection = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # N C_in h w, N E
+        scale, shift = self.emb_layers(emb)[:, :, None, None].chunk(2, dim=1)
+        norm, *rest = self.out_layers
+        h = norm(self.in_layers(x)) * (1 + scale) + shift  # N C_out h w
+        for layer in rest:
+            h = layer(h)
+        return self.skip_connection(x) + h
+
+
+class Downsample(nn.Module):
+    """Stride-2 convolution, padded on all sides."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour doubling and a convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Stage(nn.Sequential):
+    """A sequence in which residual blocks also receive the time embedding."""
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        for layer in self:
+            x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
+        return x
+
+
+class UNet(nn.Module):
+    """x_hat = U(scaled noisy latent, t, lq). Any latent size: padding to `size_multiple` happens here, by edge values."""
+
+    def __init__(self, params: UNetParams):
+        super().__init__()
+        self.params = params
+        p, ch = params, params.model_channels
+        emb = 4 * ch
+        widths = [ch * m for m in p.channel_mult]
+        last = len(widths) - 1
+
+        def res(a: int, b: int) -> ResBlock:
+            return ResBlock(a, b, emb, p.groups)
+
+        def swin(channels: int, window: int) -> SwinLayer:
+            return SwinLayer(channels, p.swin_embed_dim, p.swin_depth, p.head_channels, window, p.mlp_ratio, p.groups)
+
+        self.time_embed = nn.Sequential(nn.Linear(ch, emb), nn.SiLU(), nn.Linear(emb, emb))
+        self.conv_in_extended = nn.Conv2d(p.condition_channels, p.condition_width, 3, padding=1)
+        first = nn.Conv2d(p.latent_channels + p.condition_width, ch, 3, padding=1)
+        self.input_blocks = nn.ModuleList([Stage(first)])
+        skips, width = [ch], ch
+        for level, level_width in enumerate(widths):
+            for i in range(p.num_res_blocks):
+                block = [res(width, level_width)]
+                width = level_width
+                if i == 0:
+                    block.append(swin(width, p.windows[level]))
+                self.input_blocks.append(Stage(*block))
+                skips.append(width)
+            if level != last:
+                self.input_blocks.append(Stage(Downsample(width)))
+                skips.append(width)
+
+        self.middle_block = Stage(res(width, width), swin(width, p.middle_window), res(width, width))
+
+        self.output_blocks = nn.ModuleList()
+        for level in range(last, -1, -1):
+            for i in range(p.num_res_blocks + 1):
+                block = [res(width + skips.pop(), widths[level])]
+                width = widths[level]
+                if i == 0:
+                    block.append(swin(width, p.windows[level]))
+                if level and i == p.num_res_blocks:
+                    block.append(Upsample(width))
+                self.output_blocks.append(Stage(*block))
+
+        self.out = nn.Sequential(
+            nn.GroupNorm(p.groups, width), nn.SiLU(), nn.Conv2d(width, p.latent_channels, 3, padding=1)
+        )
+
+    def forward(self, x: Tensor, t: Tensor, lq: Tensor) -> Tensor:
+        """Predict the clean latent.
+
+        Args:
+            x: scaled noisy latent, N x d x h x w.
+            t: time, (N,), in steps of the schedule, not necessarily whole.
+            lq: condition z_q, N x d_q at the size of x or at half of it (then doubled, nearest neighbour).
+        Returns:
+            predicted latent, as x.
+        """
+        size = x.shape[2:]
+        if lq.shape[2:] != size:
+            lq = F.interpolate(lq, scale_factor=2.0, mode="nearest")
+        x, lq = (self._pad(v) for v in (x, lq))
+        emb = self.time_embed(timestep_embedding(t, self.params.model_channels))  # N E
+        h = torch.cat([x, self.conv_in_extended(lq)], dim=1)  # N d+c h w
+        skips = []
+        for stage in self.input_blocks:
+            h = stage(h, emb)
+            skips.append(h)
+        h = self.middle_block(h, emb)
+        for stage in self.output_blocks:
+            h = stage(torch.cat([h, skips.pop()], dim=1), emb)
+        return self.out(h)[:, :, : size[0], : size[1]]
+
+    def _pad(self, x: Tensor) -> Tensor:
+        m = self.params.size_multiple
+        bottom, right = -x.shape[2] % m, -x.shape[3] % m
+        return F.pad(x, (0, right, 0, bottom), mode="replicate") if bottom or right else x

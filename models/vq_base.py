@@ -1,0 +1,161 @@
+"""Latent -> indices -> structural base y: the vector-quantised base code of the codec (VQ-E, code book, VQ-D).
+
+The code book moves by exponential averages, not by gradients. The forward pass only reports what it saw (counts and
+sums per code); whoever trains adds these over micro-batches and ranks and applies them once per optimiser step.
+Axes: N batch, d latent channels, h and w latent rows and columns, K codes, M = N*h*w positions.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.blocks import Decoder, Encoder, nearest_codes
+
+
+@dataclass(frozen=True)
+class VQBaseParams:
+    """Size of the VQ base. The defaults are the published ones."""
+
+    ch: int = 128
+    ch_mult: tuple[int, ...] = (4,)  # a single level: one index per latent position
+    num_res_blocks: int = 2
+    z_channels: int = 256
+    embed_dim: int = 256
+    in_channels: int = 256  # channels of the image latent x
+    codebook_size: int = 256  # K: 64, 256, 2048 and 8192 in the paper
+    groups: int = 32
+    decay: float = 0.99
+    epsilon: float = 1e-5
+    revive_below: float = 0.01  # a code whose average count per step falls below this is started anew
+
+    def __post_init__(self):
+        k = self.codebook_size
+        if not 2 <= k <= 8192 or k & (k - 1):
+            raise ValueError(f"codebook_size must be a power of two from 2 to 8192, not {k}")
+
+
+@dataclass(frozen=True)
+class BaseCode:
+    """What the base knows of a latent.
+
+    Attributes:
+        z: VQ-E(x) before quantisation, N x d_q x h x w.
+        z_q: code-book rows chosen by k, with the straight-through gradient to z; as z.
+        indices: k, int64 N x h x w in [0, K).
+        counts: positions assigned to each code in this pass, float32 (K,).
+        sums: sums of the vectors z assigned to each code, float32 (K, d_q).
+    """
+
+    z: Tensor
+    z_q: Tensor
+    indices: Tensor
+    counts: Tensor
+    sums: Tensor
+
+
+class Codebook(nn.Module):
+    """K vectors moved by exponential averages of the vectors assigned to them (van den Oord et al. 2017, App. A).
+
+    Published keys: `embedding.weight` v, `embedding.cluster_size` n, `embedding.embed_avg` m.
+    """
+
+    def __init__(self, codebook_size: int, dim: int, decay: float, epsilon: float, revive_below: float):
+        super().__init__()
+        self.decay, self.epsilon, self.revive_below = decay, epsilon, revive_below
+        self.embedding = nn.Module()
+        self.embedding.weight = nn.Parameter(torch.randn(codebook_size, dim), requires_grad=False)
+        # Sizes of one, not zero: with zeros, the first update divides averages that start at the codes by almost
+        # nothing, and every unused code explodes.
+        self.embedding.cluster_size = nn.Parameter(torch.ones(codebook_size), requires_grad=False)
+        self.embedding.embed_avg = nn.Parameter(self.embedding.weight.clone(), requires_grad=False)
+
+    @property
+    def size(self) -> int:
+        return self.embedding.weight.shape[0]
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        """Rows of the code book: int64 (...) -> float (..., d_q)."""
+        return F.embedding(indices, self.embedding.weight)
+
+    @torch.no_grad()
+    def update(self, counts: Tensor, sums: Tensor) -> None:
+        """One step of the exponential averages, with counts (K,) and sums (K, d_q) over the whole batch."""
+        n, m = self.embedding.cluster_size, self.embedding.embed_avg
+        n.mul_(self.decay).add_(counts, alpha=1 - self.decay)
+        m.mul_(self.decay).add_(sums, alpha=1 - self.decay)
+        total = n.sum()
+        smoothed = (n + self.epsilon) / (total + self.size * self.epsilon) * total
+        self.embedding.weight.copy_(m / smoothed.unsqueeze(1))
+
+    @torch.no_grad()
+    def revive(self, vectors: Tensor, everything: bool = False) -> int:
+        """Start unused codes anew at vectors of the present batch.
+
+        Args:
+            vectors: candidates VQ-E(x), (M, d_q), the same on every rank and already shuffled.
+            everything: place all codes (the very first step), not only those below `revive_below`.
+        Returns:
+            how many codes were moved.
+        """
+        n = self.embedding.cluster_size
+        unused = torch.ones_like(n, dtype=torch.bool) if everything else n < self.revive_below
+        slots = unused.nonzero().flatten()
+        fresh = vectors[torch.arange(len(slots), device=vectors.device) % len(vectors)]
+        # A size of one makes size and average agree, and gives the code time to be chosen before it counts as unused.
+        self.embedding.weight[slots] = fresh
+        self.embedding.embed_avg[slots] = fresh
+        n[slots] = 1.0
+        return len(slots)
+
+
+class VQBase(nn.Module):
+    """x -> k -> y. One index per latent position; the decoder needs the indices alone."""
+
+    def __init__(self, params: VQBaseParams):
+        super().__init__()
+        self.params = params
+        shared = dict(ch=params.ch, ch_mult=params.ch_mult, num_res_blocks=params.num_res_blocks, groups=params.groups)
+        self.encoder = Encoder(params.in_channels, params.z_channels, **shared)
+        self.decoder = Decoder(params.z_channels, params.in_channels, **shared)
+        self.quantize = Codebook(
+            params.codebook_size, params.embed_dim, params.decay, params.epsilon, params.revive_below
+        )
+        self.quant_conv = nn.Conv2d(params.z_channels, params.embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(params.embed_dim, params.z_channels, 1)
+
+    def forward(self, x: Tensor) -> BaseCode:  # N d h w
+        """VQ-E, nearest codes (codec.md section 2) and what the code-book update needs."""
+        z = self.quant_conv(self.encoder(x))  # N d_q h w
+        vectors = z.permute(0, 2, 3, 1).flatten(0, 2)  # M d_q
+        k = nearest_codes(vectors, self.quantize.embedding.weight)  # M
+        counts, sums = self._statistics(vectors.detach(), k)
+        n, _, h, w = z.shape
+        indices = k.view(n, h, w)
+        z_q = z + (self.rows(indices) - z).detach()  # straight-through; as the reference computes it
+        return BaseCode(z, z_q, indices, counts, sums)
+
+    def _statistics(self, vectors: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        codebook = self.quantize.embedding.weight
+        counts = torch.bincount(k, minlength=self.quantize.size).to(codebook.dtype)
+        sums = torch.zeros_like(codebook).index_add_(0, k, vectors.to(codebook.dtype))
+        return counts, sums
+
+    def indices(self, x: Tensor) -> Tensor:
+        """k of a latent: N x d x h x w -> int64 N x h x w."""
+        return self(x).indices
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """z_q from indices alone: int64 N x h x w -> N x d_q x h x w."""
+        return self.quantize.lookup(indices).permute(0, 3, 1, 2)
+
+    def reconstruct(self, z_q: Tensor) -> Tensor:
+        """y = VQ-D(z_q): N x d_q x h x w -> N x d x h x w."""
+        return self.decoder(self.post_quant_conv(z_q))
+
+
+def perplexity(counts: Tensor) -> Tensor:
+    """Exponential of the entropy of the code usage: from 1 (one code) to K (all alike). counts: (K,)."""
+    p = counts / counts.sum().clamp(min=1)
+    return torch.exp(-(p * torch.log(p + 1e-10)).sum())

@@ -1,0 +1,245 @@
+"""The networks against the reference's own numbers. Run with -s to see how far off each tensor is."""
+
+import numpy as np
+import pytest
+import torch
+
+from models import diffusion
+from models.autoencoder import Autoencoder, AutoencoderParams
+from models.diffusion import DiffusionParams, Schedule
+from models.swin import relative_position_index, shifted_window_mask
+from models.unet import UNet, UNetParams, timestep_embedding
+from models.vq_base import VQBase, VQBaseParams, perplexity
+from tests.parity import (
+    EMA_RELATIVE,
+    Fixture,
+    compare,
+    compare_picture,
+    fixture_file,
+    seed_parameters,
+)
+
+SMALL_UNET = dict(latent_channels=64, condition_channels=64, condition_width=16, model_channels=32, swin_embed_dim=64)
+SMALL_AUTOENCODER = AutoencoderParams(ch=32, z_channels=64, embed_dim=64, n_embed=128)
+SMALL_BASE = VQBaseParams(ch=32, z_channels=64, embed_dim=64, in_channels=64, codebook_size=64)
+
+
+def network(cls, params, weights):
+    """A network in evaluation mode with exactly these weights."""
+    net = cls(params).eval()
+    net.load_state_dict(weights, strict=True)
+    return net
+
+
+@pytest.fixture(scope="module")
+def unet_small():
+    return Fixture("unet_small")
+
+
+@pytest.fixture(scope="module")
+def gt_autoencoder_small():
+    return Fixture("gt_autoencoder_small")
+
+
+@pytest.fixture(scope="module")
+def latent_vq_small():
+    return Fixture("latent_vq_small")
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["a_16x16", "a_16x48", "a_32x16", "a_16x16_lq8x8", "b_32x32"],
+    ids=lambda case: f"unet_small.safetensors-{case}",
+)
+@torch.inference_mode()
+def test_unet(unet_small, case):
+    weights = unet_small.weights()
+    windows = (4, 4, 4, 2)
+    if case.startswith("b_"):
+        weights |= unet_small.weights("variant_b/")
+        windows = (4, 4, 4, 4)
+    net = network(UNet, UNetParams(**SMALL_UNET, windows=windows), weights)
+    x, lq, t = (unet_small[f"in/{case}/{name}"] for name in ("x", "lq", "timesteps"))
+    compare(f"unet_small {case}", net(x, t, lq), unet_small[f"out/{case}"])
+
+
+@pytest.mark.parametrize("name", ["window4_shift0_8x12", "window4_shift2_8x12", "window2_shift1_4x6"])
+def test_attention_mask(unet_small, name):
+    window, shift, height, width = {"4_shift0": (4, 0, 8, 12), "4_shift2": (4, 2, 8, 12), "2_shift1": (2, 1, 4, 6)}[
+        name[6:14]
+    ]
+    assert torch.equal(shifted_window_mask(height, width, window, shift), unet_small[f"mask/{name}"])
+
+
+@torch.inference_mode()
+def test_swin_layer(unet_small):
+    net = network(UNet, UNetParams(**SMALL_UNET), unet_small.weights())
+    layer = net.input_blocks[4][1]
+    steps = {}
+    for name in ("patch_embed", "blocks.0", "blocks.1"):
+        layer.get_submodule(name).register_forward_hook(lambda _, __, out, name=name: steps.update({name: out}))
+    compare("unet_small swin_layer", layer(unet_small["in/swin_layer/x"]), unet_small["out/swin_layer"])
+    for name, out in steps.items():
+        compare(f"unet_small swin_layer {name}", out, unet_small[f"out/swin_layer/{name}"])
+
+
+def test_unet_details(unet_small):
+    embedding = timestep_embedding(torch.tensor([0, 1, 7]), 32)
+    compare("unet_small timestep embedding", embedding, unet_small["out/timestep_embedding_0_1_7_dim32"])
+    for window in (4, 2):
+        assert relative_position_index(window).tolist() == unet_small.info[f"relative_position_index_window{window}"]
+
+
+@torch.inference_mode()
+def test_autoencoder(gt_autoencoder_small):
+    f = gt_autoencoder_small
+    net = network(Autoencoder, SMALL_AUTOENCODER, f.weights())
+    image = f["in/image"]
+    compare("gt_autoencoder_small encoder", net.encoder(image), f["out/encoder"])
+    latent = net.encode(image)
+    compare("gt_autoencoder_small pre_quant", latent, f["out/pre_quant"])
+    quantized = net.quantise(latent)
+    assert torch.equal(quantized.indices, f["out/indices"])
+    compare("gt_autoencoder_small quantized", quantized.z, f["out/quantized"])
+    compare("gt_autoencoder_small quantizer_loss", quantized.loss, f["out/quantizer_loss"])
+    compare_picture("gt_autoencoder_small decoded", net.decode(latent), f["out/decoded_from_pre_quant"])
+    compare_picture("gt_autoencoder_small from codes", net.decode(quantized.z), f["out/decoded_from_quantized"])
+
+
+test_autoencoder = pytest.mark.parametrize((), [pytest.param(id="gt_autoencoder_small.safetensors")])(test_autoencoder)
+
+
+@pytest.mark.parametrize((), [pytest.param(id="latent_vq_small.safetensors")])
+@torch.inference_mode()
+def test_vq_base(latent_vq_small):
+    f = latent_vq_small
+    net = network(VQBase, SMALL_BASE, f.weights())
+    code = net(f["in/latent"])
+    compare("latent_vq_small pre_quant", code.z, f["out/pre_quant"])
+    assert torch.equal(code.indices.flatten(), f["out/indices"])
+    compare("latent_vq_small quantized", code.z_q, f["out/quantized"])
+    compare("latent_vq_small decoded", net.reconstruct(code.z_q), f["out/decoded"])
+    compare("latent_vq_small from indices", net.reconstruct(net.rows(code.indices)), f["out/decoded"])
+    compare("latent_vq_small commit_loss", 0.25 * (code.z_q - code.z).square().mean(), f["out/commit_loss"])
+    compare("latent_vq_small perplexity", perplexity(code.counts), f["out/perplexity"], limit=1e-4, rms_limit=1e-4)
+
+
+@pytest.mark.parametrize("start", ["warm", "fresh"], ids=lambda s: f"latent_vq_small.safetensors-ema-{s}")
+def test_codebook_update(latent_vq_small, start):
+    f = latent_vq_small
+    net = network(VQBase, SMALL_BASE, f.weights())
+    book = net.quantize.embedding
+    names = {"weight": "codebook", "cluster_size": "cluster_size", "embed_avg": "embed_avg"}
+    for ours, theirs in names.items():
+        getattr(book, ours).data.copy_(f[f"ema/{start}_before/{theirs}"])
+    vectors = f["ema/input"].permute(0, 2, 3, 1).flatten(0, 2)
+    for step in (1, 2):
+        from models.blocks import nearest_codes
+
+        k = nearest_codes(vectors, book.weight)
+        assert torch.equal(k, f[f"ema/{start}_step{step}_indices"])
+        net.quantize.update(*net._statistics(vectors, k))
+        for ours, theirs in names.items():
+            reference = f[f"ema/{start}_after{step}/{theirs}"]
+            limit = EMA_RELATIVE * reference.abs().max().item()
+            compare(f"ema {start} {step} {theirs}", getattr(book, ours), reference, limit, limit)
+
+
+@pytest.mark.parametrize((), [pytest.param(id="pipeline_small.safetensors")])
+@torch.inference_mode()
+def test_pipeline(unet_small, gt_autoencoder_small, latent_vq_small):
+    f = Fixture("pipeline_small")
+    autoencoder = network(Autoencoder, SMALL_AUTOENCODER, gt_autoencoder_small.weights())
+    base = network(VQBase, SMALL_BASE, latent_vq_small.weights())
+    unet = network(UNet, UNetParams(**SMALL_UNET), unet_small.weights())
+    params = DiffusionParams()
+    schedule = Schedule.exponential(params)
+
+    x = autoencoder.encode((f["in/image_uint8"].float() / 255 - 0.5) / 0.5)
+    compare("pipeline_small z_start", x, f["out/z_start"])
+    code = base(x)
+    assert torch.equal(code.indices.flatten(), f["out/indices"])
+    compare("pipeline_small z_y", code.z_q, f["out/z_y"])
+    y = base.reconstruct(code.z_q)
+    compare("pipeline_small z_y_start", y, f["out/z_y_start"])
+    eta, noise = torch.tensor([params.etas_end**2], dtype=torch.float64), f["in/noise"]
+    noisy = diffusion.prior_sample(y, eta, params.kappa, noise)
+    compare("pipeline_small z_sample", noisy, f["out/z_sample"])
+    compare("pipeline_small unet_input", diffusion.scale_input(noisy, eta, params.kappa), f["out/unet_input"])
+    predicted = diffusion.one_step(unet, y, code.z_q, eta, noise, params)
+    compare("pipeline_small pred_xstart", predicted, f["out/pred_xstart"])
+    compare_picture("pipeline_small image", autoencoder.decode(predicted), f["out/image_before_clamp"])
+
+    for t in (1, 0):
+        step = torch.tensor([t])
+        x_0 = diffusion.predict(schedule, unet, noisy, step, code.z_q)
+        noisy = diffusion.ddim_step(schedule, noisy, x_0, y, step)
+        compare(f"pipeline_small two steps t={t}", noisy, f[f"out/ddim_two_step_sample_t{t}"])
+    sampled = diffusion.sample(schedule, unet, y, code.z_q, lambda: noise, ddim=True)
+    compare("pipeline_small whole chain", sampled, f["out/ddim_two_step_sample_t0"])
+
+
+@pytest.mark.parametrize((), [pytest.param(id="full_seeded.safetensors")])
+@torch.inference_mode()
+def test_full_width():
+    f = Fixture("full_seeded")
+
+    def seeded(cls, params, name):
+        net, info = cls(params).eval(), f.info["networks"][name] if "networks" in f.info else f.info[name]
+        digest = seed_parameters(net, info["stream_tag"], info["left_out"])
+        assert digest == info["sha256_of_float32_bytes_in_sorted_key_order"], f"{name}: the formula was not followed"
+        return net
+
+    autoencoder = seeded(Autoencoder, AutoencoderParams(), "GT_encoder")
+    x = autoencoder.encode((f["in/image_uint8"].float() / 255 - 0.5) / 0.5)
+    compare("full_seeded z_start", x, f["out/z_start"])
+    assert torch.equal(autoencoder.quantise(x).indices, f["out/GT_encoder_indices"])
+
+    base = seeded(VQBase, VQBaseParams(), "autoencoder")
+    code = base(x)
+    compare("full_seeded latent_pre_quant", code.z, f["out/latent_pre_quant"])
+    assert torch.equal(code.indices.flatten(), f["out/indices"])
+    compare("full_seeded z_y", code.z_q, f["out/z_y"])
+    y = base.reconstruct(code.z_q)
+    compare("full_seeded z_y_start", y, f["out/z_y_start"])
+
+    unet = seeded(UNet, UNetParams(), "UNet")
+    params = DiffusionParams()
+    eta = torch.tensor([params.etas_end**2], dtype=torch.float64)
+    predicted = diffusion.one_step(unet, y, code.z_q, eta, f["in/noise"], params)
+    compare("full_seeded pred_xstart", predicted, f["out/pred_xstart"])
+    compare_picture("full_seeded image", autoencoder.decode(predicted), f["out/image_before_clamp"])
+
+    from tests.parity import splitmix_stream
+
+    def stream(name):
+        case = f.info["unet_16x32"][name]
+        u = splitmix_stream(case["stream"], int(np.prod(case["shape"])))
+        return torch.from_numpy(
+            (np.round(case["amplitude"] * u / case["grid"]) * case["grid"]).astype(np.float32)
+        ).view(case["shape"])
+
+    wide = unet(stream("x"), torch.tensor(f.info["unet_16x32"]["timesteps"]), stream("lq"))
+    compare("full_seeded unet_16x32", wide, f["out/unet_16x32"])
+
+
+def published_keys(name):
+    import json
+
+    return json.loads(fixture_file("keys_full.json").read_text())[name]["state_dict"]
+
+
+@pytest.mark.parametrize(
+    "cls, params, name",
+    [
+        (UNet, UNetParams(), "UNet"),
+        (VQBase, VQBaseParams(), "autoencoder"),
+        (Autoencoder, AutoencoderParams(), "GT_encoder"),
+    ],
+    ids=lambda value: f"keys_full.json-{value}" if isinstance(value, str) else "",
+)
+def test_published_keys(cls, params, name):
+    published = {k: v["shape"] for k, v in published_keys(name).items() if v["kind"] == "parameter"}
+    with torch.device("meta"):
+        ours = {k: list(v.shape) for k, v in cls(params).state_dict().items()}
+    assert ours == published
