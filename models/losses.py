@@ -1,0 +1,102 @@
+"""What training minimises: distortion, perceptual, commitment and adversarial terms.
+
+Pictures are N x 3 x H x W in [-1, 1]; every term is a scalar, averaged over the batch.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from utils.errors import ConfigError
+from utils.metrics import VGG16
+
+# BT.601 luma of RGB in [0, 1]
+LUMA = (0.299, 0.587, 0.114)
+
+Perceptual = Callable[[Tensor, Tensor], Tensor]
+
+
+def distortion(image: Tensor, target: Tensor) -> Tensor:
+    """||X - X^||^2, the mean over pixels and channels (DiffO, Eq. 10)."""
+    return F.mse_loss(image, target)
+
+
+def commitment(z: Tensor, z_q: Tensor) -> Tensor:
+    """||sg(z_q) - VQ-E(x)||^2, a mean (DiffO, Eq. 10). The code-book term has no gradient here: averages move it."""
+    return F.mse_loss(z, z_q.detach())
+
+
+def ms_ssim_loss(image: Tensor, target: Tensor) -> Tensor:
+    """1 - MS-SSIM of the luma: a perceptual term that needs no weights. Sides from 161 pixels."""
+    from pytorch_msssim import ms_ssim
+
+    weights = torch.tensor(LUMA, device=image.device).view(1, 3, 1, 1)
+    luma, reference = (((v.float() + 1) / 2 * weights).sum(1, keepdim=True) for v in (image, target))
+    return 1 - ms_ssim(luma, reference, data_range=1.0)
+
+
+def perceptual_term(kind: str) -> Perceptual:
+    """The perceptual term of a configuration: `lpips` (LPIPS-vgg, the paper's), `ms_ssim`, or `none`.
+
+    Raises:
+        ConfigError: unknown kind, or lpips without VGG weights on disk. Nothing is downloaded here.
+    """
+    if kind == "none":
+        return lambda image, target: image.new_zeros(())
+    if kind == "ms_ssim":
+        return ms_ssim_loss
+    if kind != "lpips":
+        raise ConfigError(f"perceptual: {kind!r} is none of lpips, ms_ssim, none")
+    if not VGG16.is_there():
+        raise ConfigError(
+            f"perceptual: lpips needs the VGG-16 weights {VGG16.path}, which are not there. Fetch them once with "
+            "`python reproduce.py weights`, or train without weights: gt.perceptual=ms_ssim codec.perceptual=ms_ssim"
+        )
+    import lpips
+
+    network = lpips.LPIPS(net="vgg", verbose=False).eval().requires_grad_(False)
+
+    def term(image: Tensor, target: Tensor) -> Tensor:
+        return network.to(image.device)(image, target).mean()
+
+    return term
+
+
+class PatchDiscriminator(nn.Module):
+    """Scores overlapping 70x70 patches (PatchGAN, Isola et al. 2017): N x 3 x H x W -> N x 1 x h' x w' logits.
+
+    Instance rather than batch normalisation: a score must not depend on who else is in the batch or on which rank.
+    """
+
+    def __init__(self, width: int = 64, layers: int = 3):
+        super().__init__()
+        widths = [width * min(2**i, 8) for i in range(layers + 1)]
+        stack: list[nn.Module] = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False)):
+            stride = 2 if i < layers - 1 else 1
+            stack += [
+                nn.Conv2d(a, b, 4, stride=stride, padding=1),
+                nn.InstanceNorm2d(b, affine=True),
+                nn.LeakyReLU(0.2),
+            ]
+        self.main = nn.Sequential(*stack, nn.Conv2d(widths[-1], 1, 4, padding=1))
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.main(image)
+
+
+def hinge_discriminator(real: Tensor, fake: Tensor) -> Tensor:
+    """(E max(0, 1 - D(X)) + E max(0, 1 + D(X^))) / 2 (VQGAN, Esser et al. 2021)."""
+    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+
+
+def hinge_generator(fake: Tensor) -> Tensor:
+    """-E D(X^)."""
+    return -fake.mean()
+
+
+def adaptive_weight(reconstruction_grad: Tensor, adversarial_grad: Tensor) -> Tensor:
+    """lambda = |grad L_rec| / (|grad L_adv| + 1e-4) at the decoder's last layer, at most 1e4 (VQGAN, Eq. 7)."""
+    return (reconstruction_grad.norm() / (adversarial_grad.norm() + 1e-4)).clamp(0, 1e4).detach()

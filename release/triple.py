@@ -1,0 +1,181 @@
+"""The three checkpoints that belong together <-> a codec.
+
+Published names: `ema_model_<it>.pth` (UNet), `vq_model_<it>.pth.tar` (VQ base), `GT_vq_model_<it>.pth.tar` (image
+autoencoder). Each holds exactly the published parameters under `state_dict`; all that is ours (networks' sizes,
+integer tables, rate modulation, digests of the files that belong together) lies under the key `diffo` of the VQ file.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.codec import Codec, CodecParams
+from utils import checkpoints
+from utils.config import build, load_mapping, to_mapping
+from utils.errors import CheckpointError
+
+OURS = "diffo"
+NAMES = {"unet": "ema_model_{}.pth", "vq_base": "vq_model_{}.pth.tar", "autoencoder": "GT_vq_model_{}.pth.tar"}
+RELEASES = Path(__file__).resolve().parents[1] / "weights"
+SMALL = RELEASES / "tiny"
+ABOUT = "release.json"
+
+NEVER_PUBLISHED = (
+    "no weights were ever published under this name. Train them (main_diffusion_train_vq.py), or leave out --ckpt, "
+    "--vqckpt, --GT_vqckpt and --config to use the small weights that ship"
+)
+
+
+@dataclass(frozen=True)
+class Triple:
+    """Paths of the three checkpoints."""
+
+    unet: Path
+    vq_base: Path
+    autoencoder: Path
+
+    @classmethod
+    def of(cls, folder: Path, iteration: int | str) -> "Triple":
+        return cls(**{network: folder / name.format(iteration) for network, name in NAMES.items()})
+
+    @classmethod
+    def in_folder(cls, folder: str | Path) -> "Triple":
+        """The one triple of a release folder.
+
+        Raises:
+            CheckpointError: none there, or more than one.
+        """
+        folder = Path(folder)
+        found = sorted(folder.glob(NAMES["unet"].format("*")))
+        if not found:
+            raise CheckpointError(f"{folder}: no release there (no {NAMES['unet'].format('<it>')})")
+        if len(found) > 1:
+            raise CheckpointError(f"{folder}: several releases there ({', '.join(p.name for p in found)}); name one")
+        return cls.of(folder, found[0].stem.removeprefix("ema_model_"))
+
+    def check(self) -> None:
+        """Raise CheckpointError for the first file that is not there."""
+        for path in (self.unet, self.vq_base, self.autoencoder):
+            if not path.is_file():
+                published = path.name in {n.format(60000) for n in NAMES.values()}
+                raise CheckpointError(f"{path}: " + (NEVER_PUBLISHED if published else "no such checkpoint"))
+
+
+def save_triple(triple: Triple, states: dict[str, dict[str, Tensor]], params: CodecParams, table=None) -> None:
+    """Write the three files.
+
+    Args:
+        states: state dicts under `unet`, `vq_base`, `autoencoder`.
+        params: sizes, schedule and rate modulation.
+        table: integer frequencies of the base indices, int32 (K,), at release.
+    """
+    for network in ("autoencoder", "unet"):
+        checkpoints.save(getattr(triple, network), {"state_dict": states[network]})
+    ours = {
+        "networks": json.dumps(to_mapping(params), sort_keys=True),
+        "digests": {network: checkpoints.digest(states[network]) for network in ("autoencoder", "unet")},
+        "base_table": None if table is None else torch.from_numpy(np.asarray(table, dtype=np.int32)),
+    }
+    checkpoints.save(triple.vq_base, {"state_dict": states["vq_base"], OURS: ours})
+
+
+def fingerprint(codec: Codec, digests: dict[str, str]) -> bytes:
+    """4 bytes that name a triple: SHA-256 over the VQ release's tensors and the digests of the two others.
+
+    What else changes a decoded picture (integer tables, schedule, rate modulation) counts as tensors of the VQ release.
+    """
+    tensors = dict(codec.vq_base.state_dict())
+    if codec.base_table is not None:
+        tensors[f"{OURS}.base_table"] = torch.from_numpy(codec.base_table)
+    rate = codec.rate
+    tensors[f"{OURS}.rate"] = torch.tensor([rate.c, rate.eta_min, rate.eta_max])
+    diffusion = codec.params.diffusion
+    tensors[f"{OURS}.diffusion"] = torch.tensor([float(v) for v in to_mapping(diffusion).values()])
+    for network in ("autoencoder", "unet"):
+        tensors[f"{OURS}.digests.{network}"] = torch.tensor(list(bytes.fromhex(digests[network])))
+    return bytes.fromhex(checkpoints.digest(tensors))[:4]
+
+
+def load_triple(triple: Triple, config: str | Path | None = None, device: str | torch.device = "cpu") -> Codec:
+    """The codec of three checkpoints, in evaluation mode.
+
+    Args:
+        config: YAML whose `networks` give the sizes; None takes those stored in the VQ file.
+    Raises:
+        CheckpointError: a file is missing, does not fit, or belongs to another release. ConfigError: bad YAML.
+    """
+    triple.check()
+    contents = {network: checkpoints.read(getattr(triple, network)) for network in NAMES}
+    ours = contents["vq_base"].get(OURS)
+    params = _params(ours, config, triple.vq_base)
+    codec = Codec(params)
+    digests = {}
+    for network, content in contents.items():
+        state, _ = checkpoints.parameters_of(content)
+        checkpoints.load_strictly(getattr(codec, network), state, getattr(triple, network))
+        digests[network] = checkpoints.digest(state)
+    for network, expected in (ours or {}).get("digests", {}).items():
+        if digests[network] != expected:
+            raise CheckpointError(
+                f"{getattr(triple, network)}: does not belong to {triple.vq_base}, which was released with another "
+                f"{network}; take the three files of one release"
+            )
+    if ours and ours["base_table"] is not None:
+        codec.base_table = ours["base_table"].numpy()
+    codec.fingerprint = fingerprint(codec, digests)
+    return codec.eval().requires_grad_(False).to(device)
+
+
+def _params(ours: dict | None, config: str | Path | None, path: Path) -> CodecParams:
+    if config is not None:
+        return build(CodecParams, load_mapping(config).get("networks", {}), f"{config}: networks")
+    if not ours:
+        raise CheckpointError(
+            f"{path}: does not say how large its networks are; name their configuration with --config"
+        )
+    return build(CodecParams, json.loads(ours["networks"]), str(path))
+
+
+def load_codec(folder: str | Path, device: str | torch.device = "cpu") -> Codec:
+    """The codec of a release folder, with `compress(image) -> bytes` and `decompress(bytes) -> image`.
+
+    Raises:
+        CheckpointError: no release there, or a damaged one.
+    """
+    return load_triple(Triple.in_folder(folder), device=device)
+
+
+def releases() -> dict[str, Path]:
+    """Folders of the releases that ship, by the fingerprint (hexadecimal) that each states in its release.json."""
+    found = {}
+    for path in sorted(RELEASES.glob(f"*/{ABOUT}")):
+        found[json.loads(path.read_text())["fingerprint"]] = path.parent
+    return found
+
+
+def release_named(fingerprint: bytes) -> str | None:
+    """Name of the shipped release of a fingerprint, or None."""
+    folder = releases().get(fingerprint.hex())
+    return folder and folder.name
+
+
+def release_of(fingerprint: bytes | None) -> Path:
+    """Folder of the release that a file needs; of the small one where no fingerprint is known.
+
+    Raises:
+        CheckpointError: no release of that fingerprint ships.
+    """
+    if fingerprint is None:
+        return SMALL
+    known = releases()
+    if fingerprint.hex() not in known:
+        names = ", ".join(f"{folder.name} ({key})" for key, folder in known.items()) or "none"
+        raise CheckpointError(
+            f"the file needs the weights {fingerprint.hex()}, and no release here has them ({names}); "
+            "name the ones that wrote it with --ckpt, --vqckpt and --GT_vqckpt"
+        )
+    return known[fingerprint.hex()]

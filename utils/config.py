@@ -1,0 +1,101 @@
+"""YAML and `key=value` overrides -> frozen dataclasses; unknown and ill-typed keys are refused by name."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+from utils.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def load_mapping(path: str | Path, overrides: list[str] = ()) -> dict:
+    """A YAML file as a plain dictionary, with `a.b=value` overrides applied.
+
+    Raises:
+        ConfigError: missing or unreadable file, ill-formed override.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    if not Path(path).is_file():
+        raise ConfigError(f"{path}: no such configuration file")
+    try:
+        config = OmegaConf.load(path)
+        for item in overrides:
+            if "=" not in item:
+                raise ConfigError(f"{item}: an override is written key=value, for instance codec.lr=1e-4")
+            config = OmegaConf.merge(config, OmegaConf.from_dotlist([item]))
+        mapping = OmegaConf.to_container(config, resolve=True)
+    except (OmegaConfBaseException, YAMLError, OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from error
+    if not isinstance(mapping, dict):
+        raise ConfigError(f"{path}: a configuration is a mapping of keys to values")
+    return mapping
+
+
+def build(cls: type[T], mapping: dict, where: str) -> T:
+    """Fill the dataclass `cls` from a mapping; absent keys keep their defaults.
+
+    Args:
+        where: the file or option that errors name.
+    Raises:
+        ConfigError: a key that `cls` does not have, a value of another type, or one that `cls` refuses.
+    """
+    if not isinstance(mapping, dict):
+        raise ConfigError(f"{where}: expected a block of keys, found {mapping!r}")
+    hints = typing.get_type_hints(cls)
+    known = {f.name for f in dataclasses.fields(cls)}
+    for key in mapping:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, 1)
+            hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(sorted(known))}"
+            raise ConfigError(f"{where}: unknown key {key}; {hint}")
+    values = {key: _convert(hints[key], value, f"{where}: {key}") for key, value in mapping.items()}
+    try:
+        return cls(**values)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def to_mapping(config: Any) -> dict:
+    """A dataclass as plain dictionaries and lists, fit for YAML, JSON and checkpoints."""
+
+    def plain(value):
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def _convert(kind: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return build(kind, value, where)
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in args:
+            return None
+        return _convert(next(a for a in args if a is not type(None)), value, where)
+    if origin is typing.Literal:
+        if value not in args:
+            raise ConfigError(f"{where}: {value!r} is none of {', '.join(map(str, args))}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{where}: expected a list, found {value!r}")
+        return tuple(_convert(args[0], v, where) for v in value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is float and isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ConfigError(f"{where}: expected {kind.__name__}, found {value!r}")
+    return value

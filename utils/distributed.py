@@ -1,0 +1,85 @@
+"""Rank, world size and the few collectives that training needs; everything works unlaunched, as a world of one."""
+
+import os
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from utils.errors import DiffoError
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this process writes files and speaks to the user."""
+    return rank() == 0
+
+
+@contextmanager
+def process_group(device: torch.device):
+    """Join the group that torchrun announces (nccl on CUDA, gloo on CPU), and leave it; nothing when unlaunched."""
+    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    if launched:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        if launched:
+            dist.destroy_process_group()
+
+
+def local_device(name: str) -> torch.device:
+    """`auto`, `cpu`, `cuda` or `cuda:N` -> the device of this process; under torchrun, cuda is the local rank's.
+
+    Raises:
+        DiffoError: another name, or a CUDA device that is not there.
+    """
+    available = torch.cuda.is_available()
+    if name == "auto":
+        name = "cuda" if available else "cpu"
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not (kind == "cuda" and index.isdecimal())):
+        raise DiffoError(f"--device {name}: not one of auto, cpu, cuda, cuda:N")
+    if kind == "cuda" and not available:
+        raise DiffoError(f"--device {name}: PyTorch finds no CUDA device here; use --device cpu")
+    if index and int(index) >= torch.cuda.device_count():
+        raise DiffoError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices here, counted from 0")
+    device = torch.device(name)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    return device
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """The sum over all ranks, in place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def all_reduce_mean(tensor: Tensor) -> Tensor:
+    """The mean over all ranks, in place."""
+    return all_reduce_sum(tensor).div_(world_size())
+
+
+def all_gather(tensor: Tensor) -> Tensor:
+    """Tensors of equal shape from all ranks, concatenated along the first axis in rank order."""
+    if world_size() == 1:
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
