@@ -1,0 +1,165 @@
+"""The command main_diffusion_train_vq.py and the release made from its run, as a user runs them."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from release import load_codec
+from tests.commands import NANO, ROOT, photograph, run
+from utils import checkpoints
+
+TRAIN = ROOT / "main_diffusion_train_vq.py"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    for seed in range(5):
+        photograph(folder / f"{seed}.png", 90, 70, seed)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    """A run of both stages on one process, without torchrun."""
+    save_dir = tmp_path_factory.mktemp("runs")
+    run(TRAIN, "--cfg_path", NANO, "--save_dir", save_dir, "--data", data, "--steps", 2)
+    return save_dir / "nano"
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder: Path) -> list[tuple]:
+    return [(m["stage"], m["step"], m["loss"]) for m in metrics(folder)]
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    steps = [(m["stage"], m["step"]) for m in metrics(finished)]
+    assert steps == [(stage, step) for stage in ("gt", "codec") for step in range(10)]
+    assert {"loss", "distortion", "perplexity", "grad_norm", "lr"} <= set(metrics(finished)[-1])
+    assert "discriminator" in metrics(finished)[9] and "discriminator" not in metrics(finished)[3]
+    names = {p.name for p in (finished / "ema_ckpts").iterdir()}
+    assert {"ema_model_10.pth", "vq_model_10.pth.tar", "GT_vq_model_10.pth.tar"} <= names
+    names = {p.name for p in (finished / "ckpts").iterdir()}
+    assert {"model_10.pth", "vq_model_10.pth.tar", "GT_vq_model_10.pth.tar"} <= names
+    assert list((finished / "tensorboard").glob("events*")) and (finished / "train.log").read_text()
+    assert yaml.safe_load((finished / "config.yaml").read_text())["networks"]["diffusion"]["steps"] == 2
+    assert not list(finished.rglob("*.tmp"))
+
+
+def test_the_codec_stage_leaves_the_autoencoder_alone(finished):
+    states = [
+        checkpoints.read(finished / folder / name)["state_dict"]
+        for folder, name in [("ckpts", "GT_vq_model_8.pth.tar"), ("ema_ckpts", "GT_vq_model_10.pth.tar")]
+    ]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_release_and_code_with_it(finished, data, tmp_path):
+    run("-m", "release", finished, tmp_path / "mine", "--data", data, "--crops", 16)
+    about = json.loads((tmp_path / "mine" / "release.json").read_text())
+    codec = load_codec(tmp_path / "mine")
+    assert codec.fingerprint.hex() == about["fingerprint"]
+    assert codec.base_table.sum() == 2**16 and (codec.base_table > 0).all()
+    image = torch.randint(0, 256, (3, 40, 56), dtype=torch.uint8)
+    assert codec.decompress(codec.compress(image)).shape == image.shape
+    assert str(data) not in (tmp_path / "mine" / "config.yaml").read_text()
+
+
+def test_resume_after_a_kill_gives_the_same_losses(finished, data, tmp_path):
+    """Killed at some moment in the second stage, then resumed: the same trace as the run that was never stopped."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, TRAIN, "--cfg_path", NANO, "--save_dir", tmp_path, "--data", data, "--steps", "2"]
+    process = subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+    folder = tmp_path / "nano"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if (folder / "metrics.jsonl").exists() and '"codec", "step": 5' in (folder / "metrics.jsonl").read_text():
+            break
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert (folder / "training_state.pth").exists()
+    run(TRAIN, "--resume", folder)
+    assert losses(folder) == losses(finished)
+    ours, theirs = (checkpoints.read(f / "ema_ckpts" / "vq_model_10.pth.tar")["state_dict"] for f in (folder, finished))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_twenty_steps_on_two_gloo_processes(data, tmp_path):
+    """Two ranks train as one: the same first loss as one process with twice the batch, and equal parameters."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--nnodes=1", f"--master_port={port}"]
+    shared = ["--cfg_path", NANO, "--data", data, "--steps", 2, "--iterations", 20, "gt.adversarial_start=30"]
+    run(*launch, TRAIN, *shared, "--save_dir", tmp_path / "two", "gt.batch_size=1", "codec.batch_size=1")
+    run(TRAIN, *shared, "--save_dir", tmp_path / "one")
+    two, one = (metrics(tmp_path / name / "nano") for name in ("two", "one"))
+    assert [m["step"] for m in two] == [m["step"] for m in one]
+    last = [
+        checkpoints.read(tmp_path / n / "nano" / "ckpts" / "GT_vq_model_20.pth.tar")["state_dict"]
+        for n in ("two", "one")
+    ]
+    for key, value in last[1].items():
+        assert torch.allclose(last[0][key], value, atol=2e-3), key
+
+
+@pytest.mark.parametrize(
+    "args, told",
+    [
+        (["--cfg_path", "nowhere.yaml"], "nowhere.yaml: no such configuration file"),
+        (["--cfg_path", NANO, "codec.learning_rate=1"], "unknown key learning_rate"),
+        (["--cfg_path", NANO, "codec.forward=backward"], "'backward' is none of published, decoder"),
+        (["--cfg_path", NANO, "codec.iterations=many"], "expected int"),
+        (["--cfg_path", NANO, "rubbish"], "key=value"),
+        (["--cfg_path", NANO, "--device", "cuda:99"], "--device cuda:99"),
+        (["--resume", "nowhere"], "not a run folder"),
+        (["--cfg_path", NANO, "--data", "nowhere"], "nowhere: no such folder"),
+        (["--cfg_path", NANO, "networks.vq_base.codebook_size=300"], "power of two"),
+        (["--cfg_path", NANO, "networks.unet.latent_channels=4"], "must equal"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_wrong_input_is_one_line(args, told, tmp_path, capsys):
+    from main_diffusion_train_vq import main
+
+    status = main([str(a) for a in [*args, "--save_dir", tmp_path]])
+    error = capsys.readouterr().err
+    assert status == 1 and told in error, error
+    assert error.splitlines()[-1].startswith("error: ")
+
+
+def test_lpips_without_weights_stops_at_once(tmp_path, capsys, monkeypatch):
+    from main_diffusion_train_vq import main
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    status = main(["--cfg_path", str(NANO), "--save_dir", str(tmp_path), "gt.perceptual=lpips"])
+    error = capsys.readouterr().err
+    assert status == 1 and "reproduce.py weights" in error and "ms_ssim" in error
+
+
+def test_a_run_folder_is_not_overwritten(finished, capsys):
+    from main_diffusion_train_vq import main
+
+    assert main(["--cfg_path", str(NANO), "--save_dir", str(finished.parent)]) == 1
+    assert "--resume" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_name(data, tmp_path, capsys):
+    from main_diffusion_train_vq import main
+
+    args = ["--cfg_path", str(NANO), "--save_dir", str(tmp_path), "--data", str(data), "gt.optim.lr=1e30"]
+    assert main(args) == 1
+    assert "is not finite" in capsys.readouterr().err

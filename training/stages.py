@@ -1,0 +1,256 @@
+"""The two training stages. Each step reads as the equations: draw, forward, losses, backward, averages.
+
+A stage knows its networks, optimisers and losses. It knows nothing of files, folders or the command line; the trainer
+(main_diffusion_train_vq.py) feeds it batches and saves what it asks to have saved.
+"""
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from datapipe.pictures import DRAWS, REVIVAL, generator
+from models.codec import Codec, Draws
+from models.losses import (
+    PatchDiscriminator,
+    adaptive_weight,
+    commitment,
+    distortion,
+    hinge_discriminator,
+    hinge_generator,
+    perceptual_term,
+)
+from models.vq_base import perplexity
+from training.config import CodecStageParams, GtParams, OptimParams, TrainConfig
+from utils import distributed
+from utils.ema import Ema
+
+
+class NotFinite(RuntimeError):
+    """A loss that is NaN or infinite; nothing was updated with it."""
+
+
+def parallel(network: nn.Module) -> nn.Module:
+    """DDP over a network whose trainable parameters all take part in every step; itself when unlaunched."""
+    if distributed.world_size() == 1:
+        return network
+    return DistributedDataParallel(network, broadcast_buffers=False)
+
+
+class Optimiser:
+    """AdamW with its learning-rate schedule, a function of the step alone."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], params: OptimParams, iterations: int):
+        self.parameters = [p for p in parameters if p.requires_grad]
+        self.params, self.iterations = params, iterations
+        self.adamw = torch.optim.AdamW(self.parameters, params.lr, params.betas, weight_decay=params.weight_decay)
+
+    def lr(self, step: int) -> float:
+        p = self.params
+        if step < p.warmup:
+            return p.lr * (step + 1) / p.warmup
+        progress = (step - p.warmup) / max(1, self.iterations - p.warmup)
+        return p.lr_end + (p.lr - p.lr_end) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+    def step(self, loss: Tensor, step: int) -> float:
+        """Backward, clip, update; returns the gradient's norm before clipping."""
+        self.adamw.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.params.clip or math.inf)
+        for group in self.adamw.param_groups:
+            group["lr"] = self.lr(step)
+        self.adamw.step()
+        return norm.item()
+
+
+def finite(terms: dict[str, Tensor], stage: str, step: int) -> None:
+    """Raise NotFinite naming the first term that is not a number, on every rank alike."""
+    values = torch.stack([term.detach().float() for term in terms.values()])
+    bad = distributed.all_reduce_sum((~values.isfinite()).float())
+    for name, count in zip(terms, bad.tolist(), strict=True):
+        if count:
+            raise NotFinite(f"stage {stage}, step {step}: the term {name} is not finite; nothing was updated with it")
+
+
+class GtStage:
+    """Stage `gt`: L = |X - X^| + w_p perceptual + w_a lambda hinge (VQGAN, Esser et al. 2021), continuous latent."""
+
+    name = "gt"
+
+    def __init__(self, config: TrainConfig, codec: Codec, device: torch.device):
+        p: GtParams = config.gt
+        self.params, self.seed, self.device, self.codec = p, config.seed, device, codec
+        self.network = codec.autoencoder
+        self.network.train().requires_grad_(True)
+        if hasattr(self.network, "quantize"):
+            self.network.quantize.requires_grad_(False)
+        self.perceptual = perceptual_term(p.perceptual)
+        self.ema = Ema(self.network, p.ema)
+        self.optimiser = Optimiser(self.network.parameters(), p.optim, p.iterations)
+        self.model = parallel(self.network)
+        self.discriminator = PatchDiscriminator().to(device) if p.adversarial_weight else None
+        if self.discriminator:
+            self.critic = parallel(self.discriminator)
+            self.critic_optimiser = Optimiser(self.discriminator.parameters(), p.optim, p.iterations)
+
+    def step(self, image: Tensor, positions: Tensor, step: int) -> tuple[dict[str, float], list[Tensor]]:
+        """One update; returns the scalars to log and the rows of pictures to show."""
+        p = self.params
+        adversarial = self.discriminator is not None and step >= p.adversarial_start
+        restored = self.model(image)  # X^ = D(E(X))
+        terms = {
+            "distortion": (image - restored).abs().mean(),
+            "perceptual": self.perceptual(restored, image),
+        }
+        loss = p.distortion_weight * terms["distortion"] + p.perceptual_weight * terms["perceptual"]
+        if adversarial:
+            self.discriminator.requires_grad_(False)
+            terms["adversarial"] = hinge_generator(self.discriminator(restored))
+            loss = loss + p.adversarial_weight * self._lambda(loss, terms["adversarial"]) * terms["adversarial"]
+        finite(terms, self.name, step)
+        logs = {"loss": loss.item(), "grad_norm": self.optimiser.step(loss, step), "lr": self.optimiser.lr(step)}
+        if adversarial:
+            self.discriminator.requires_grad_(True)
+            scores = self.critic(torch.cat([image, restored.detach()]))
+            terms["discriminator"] = hinge_discriminator(*scores.chunk(2))
+            self.critic_optimiser.step(terms["discriminator"], step)
+        self.ema.update(self.network)
+        return logs | {name: term.item() for name, term in terms.items()}, [image, restored.detach()]
+
+    def _lambda(self, reconstruction: Tensor, adversarial: Tensor) -> Tensor:
+        last = self.network.decoder.last_layer
+        gradients = [torch.autograd.grad(term, last, retain_graph=True)[0] for term in (reconstruction, adversarial)]
+        return adaptive_weight(*(distributed.all_reduce_mean(g) for g in gradients))
+
+    @torch.no_grad()
+    def finish(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Keep the averaged weights and fold the latent's statistics into them (codec.md section 4)."""
+        self.ema.copy_to(self.network)
+        self.network.eval()
+        moments, seen = 0, 0
+        for image, _ in batches:
+            x = self.network.encode(image.to(self.device)).double()
+            moments = moments + torch.stack([x.sum((0, 2, 3)), x.square().sum((0, 2, 3))])
+            seen += x.numel() // x.shape[1]
+        moments = distributed.all_reduce_sum(moments) / (seen * distributed.world_size())
+        mean = moments[0]
+        std = (moments[1] - mean.square()).clamp(min=1e-8).sqrt()
+        self.network.fold_statistics(mean.float(), std.float())
+        self.ema = Ema(self.network, self.params.ema)
+
+    def states(self) -> dict[str, dict[str, Tensor]]:
+        """What the checkpoints of this stage hold: averaged state dicts by network."""
+        return {"autoencoder": self.ema.average}
+
+    def state_dict(self) -> dict:
+        state = {"ema": self.ema.state_dict(), "optimiser": self.optimiser.adamw.state_dict()}
+        if self.discriminator:
+            state["discriminator"] = self.discriminator.state_dict()
+            state["critic_optimiser"] = self.critic_optimiser.adamw.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict) -> None:
+        self.ema.load_state_dict(state["ema"])
+        self.optimiser.adamw.load_state_dict(state["optimiser"])
+        if self.discriminator:
+            self.discriminator.load_state_dict(state["discriminator"])
+            self.critic_optimiser.adamw.load_state_dict(state["critic_optimiser"])
+
+
+class CodecStage:
+    """Stage `codec`: L = w_d |X - X^|^2 + w_p LPIPS(X, X^) + beta |sg(z_q) - VQ-E(x)|^2 (DiffO, Eq. 10).
+
+    Averages of the assigned vectors replace Eq. 10's code-book term.
+    """
+
+    name = "codec"
+
+    def __init__(self, config: TrainConfig, codec: Codec, device: torch.device):
+        p: CodecStageParams = config.codec
+        self.params, self.seed, self.device, self.codec = p, config.seed, device, codec
+        codec.train()
+        codec.autoencoder.eval().requires_grad_(False)
+        self.trained = nn.ModuleDict({"vq_base": codec.vq_base, "unet": codec.unet})
+        self.perceptual = perceptual_term(p.perceptual)
+        self.ema = Ema(self.trained, p.ema)
+        self.optimiser = Optimiser(codec.parameters(), p.optim, p.iterations)
+        self.model = parallel(codec)
+
+    def step(self, image: Tensor, positions: Tensor, step: int) -> tuple[dict[str, float], list[Tensor]]:
+        """One update; returns the scalars to log and the rows of pictures to show."""
+        p = self.params
+        out = self.model(image, self.draws(positions, image.shape[2:]))
+        terms = {
+            "distortion": distortion(out.image, image),
+            "perceptual": self.perceptual(out.image, image),
+            "commitment": commitment(out.base.z, out.base.z_q),
+        }
+        loss = (
+            p.distortion_weight * terms["distortion"]
+            + p.perceptual_weight * terms["perceptual"]
+            + p.commitment * terms["commitment"]
+        )
+        finite(terms, self.name, step)
+        logs = {"loss": loss.item(), "grad_norm": self.optimiser.step(loss, step), "lr": self.optimiser.lr(step)}
+        logs |= self._move_codebook(out.base, step)
+        self.ema.update(self.trained)
+        return logs | {name: term.item() for name, term in terms.items()}, [image, out.image.detach()]
+
+    def draws(self, positions: Tensor, size: tuple[int, int]) -> Draws:
+        """t, eta and noise of every sample, from its position in the stream alone."""
+        params, latent = self.codec.params, [side // 16 for side in size]
+        shape = (params.autoencoder.embed_dim, *latent)
+        last = params.diffusion.steps - 1
+        centre = self.codec.rate.eta(self.codec.nominal_bpp)
+        t, eta, noise = [], [], []
+        for position in positions.tolist():
+            random = generator(self.seed, DRAWS, position)
+            share = self.params.last_step_share
+            if share is None:
+                t.append(int(random.integers(0, last + 1)))
+            else:
+                t.append(last if last == 0 or random.random() < share else int(random.integers(0, last)))
+            own = min(centre * 2 ** random.uniform(-1, 1), 1.0)  # log-uniform within a factor 2
+            eta.append(own if self.params.forward == "decoder" else math.nan)
+            noise.append(torch.from_numpy(random.standard_normal(shape, dtype=np.float32)))
+        return Draws(
+            torch.tensor(t, device=self.device),
+            torch.tensor(eta, device=self.device, dtype=torch.float64),
+            torch.stack(noise).to(self.device),
+        )
+
+    def _move_codebook(self, base, step: int) -> dict[str, float]:
+        """Averages over all ranks, then unused codes start anew at vectors of this batch, alike on every rank."""
+        book = self.codec.vq_base.quantize
+        counts, sums = distributed.all_reduce_sum(base.counts), distributed.all_reduce_sum(base.sums)
+        vectors = distributed.all_gather(base.z.detach().permute(0, 2, 3, 1).flatten(0, 2))
+        order = generator(self.seed, REVIVAL, step).permutation(len(vectors))
+        vectors = vectors[torch.from_numpy(order).to(vectors.device)]
+        if step > 0:
+            book.update(counts, sums)
+        revived = book.revive(vectors, everything=step == 0)
+        return {"perplexity": perplexity(counts).item(), "revived": float(revived)}
+
+    def finish(self, batches) -> None:
+        """Nothing is left to do: the averaged weights are the result."""
+
+    def states(self) -> dict[str, dict[str, Tensor]]:
+        """What the checkpoints of this stage hold: averaged state dicts by network."""
+        average = {"autoencoder": self.codec.autoencoder.state_dict(), "vq_base": {}, "unet": {}}
+        for key, value in self.ema.average.items():
+            network, name = key.split(".", 1)
+            average[network][name] = value
+        return average
+
+    def state_dict(self) -> dict:
+        return {"ema": self.ema.state_dict(), "optimiser": self.optimiser.adamw.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.ema.load_state_dict(state["ema"])
+        self.optimiser.adamw.load_state_dict(state["optimiser"])
+
+
+STAGES = {stage.name: stage for stage in (GtStage, CodecStage)}

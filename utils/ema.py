@@ -1,0 +1,36 @@
+"""Exponential moving average of a network's tensors."""
+
+import torch
+from torch import Tensor, nn
+
+
+class Ema:
+    """average <- d * average + (1 - d) * value, with d = min(decay, (1 + n) / (10 + n)) at update n.
+
+    The short start keeps the average from remembering the initial weights for 1 / (1 - decay) steps. Everything in
+    the state dict is averaged, code books included, so that the averaged networks belong together.
+    """
+
+    def __init__(self, network: nn.Module, decay: float):
+        self.decay, self.updates = decay, 0
+        self.average = {key: value.detach().clone() for key, value in network.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, network: nn.Module) -> None:
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        self.updates += 1
+        state = network.state_dict()
+        ours = [v for v in self.average.values() if v.is_floating_point()]
+        theirs = [state[k].detach() for k, v in self.average.items() if v.is_floating_point()]
+        torch._foreach_lerp_(ours, theirs, 1 - decay)
+
+    def copy_to(self, network: nn.Module) -> None:
+        network.load_state_dict(self.average, strict=True)
+
+    def state_dict(self) -> dict:
+        return {"updates": self.updates, "average": self.average}
+
+    def load_state_dict(self, state: dict[str, int | dict[str, Tensor]]) -> None:
+        self.updates = state["updates"]
+        for key, value in self.average.items():
+            value.copy_(state["average"][key])
