@@ -1,0 +1,94 @@
+"""The table of a coding run: one row per picture, printed, and written as CSV and JSON."""
+
+import csv
+import io
+import json
+import math
+import statistics
+from pathlib import Path
+
+from utils.files import atomic_write
+
+# column -> (heading in the printed table, format)
+COLUMNS = {
+    "picture": ("picture", "s"),
+    "width": ("width", "d"),
+    "height": ("height", "d"),
+    "bytes": ("bytes", "d"),
+    "bpp": ("bpp", ".4f"),
+    "header_bits": ("header bits", "d"),
+    "base_bits": ("base bits", "d"),
+    "steps": ("steps", "d"),
+    "eta": ("eta", ".3f"),
+    "psnr": ("PSNR dB", ".2f"),
+    "ms_ssim": ("MS-SSIM", ".4f"),
+    "error_r": ("err R", "+.2f"),
+    "error_g": ("err G", "+.2f"),
+    "error_b": ("err B", "+.2f"),
+    "encode_s": ("enc s", ".2f"),
+    "decode_s": ("dec s", ".2f"),
+}
+SUMMED = ("picture", "width", "height", "steps")  # columns without a mean
+
+Row = dict[str, str | int | float | None]
+
+
+def columns_of(rows: list[Row]) -> list[str]:
+    """Columns that any row fills, in their order; extra metrics last."""
+    extra = [name for row in rows for name in row if name not in COLUMNS]
+    return [name for name in [*COLUMNS, *dict.fromkeys(extra)] if any(row.get(name) is not None for row in rows)]
+
+
+def mean_row(rows: list[Row]) -> Row:
+    """Mean of every numeric column over the rows that have it."""
+    mean: Row = {"picture": f"mean of {len(rows)}"}
+    for name in columns_of(rows):
+        values = [row[name] for row in rows if isinstance(row.get(name), (int, float)) and math.isfinite(row[name])]
+        if name not in SUMMED and values:
+            mean[name] = statistics.fmean(values)
+    return mean
+
+
+def text_table(rows: list[Row]) -> str:
+    """The rows and their mean as aligned text."""
+    names = columns_of(rows)
+    lines = [[COLUMNS.get(name, (name,))[0] for name in names]]
+    lines += [[_cell(name, row.get(name)) for name in names] for row in [*rows, mean_row(rows)]]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    aligned = [
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    ]
+    return "\n".join([aligned[0], "-" * len(aligned[0]), *aligned[1:]])
+
+
+def write_tables(rows: list[Row], folder: Path, about: dict) -> None:
+    """metrics.csv (one line per picture) and metrics.json (the same, their mean, and how they were made)."""
+    names = columns_of(rows)
+    text = io.StringIO()
+    table = csv.DictWriter(text, names, restval="", extrasaction="ignore", lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    atomic_write(folder / "metrics.csv", text.getvalue().encode())
+    content = {"about": about, "mean": mean_row(rows), "pictures": rows}
+    atomic_write(folder / "metrics.json", (json.dumps(_plain(content), indent=1) + "\n").encode())
+
+
+def _cell(name: str, value: str | int | float | None) -> str:
+    if value is None:
+        return "-"
+    form = COLUMNS.get(name, ("", ".4f"))[1]
+    if form == "d" and isinstance(value, float):
+        form = ".1f"
+    return format(value, form)
+
+
+def _plain(value):
+    """JSON has no infinity: equal pictures have a PSNR of null."""
+    if isinstance(value, dict):
+        return {key: _plain(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

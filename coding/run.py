@@ -1,0 +1,182 @@
+"""One invocation of `inference.py`: pictures and files in, files and rows of the table out."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from coding import report
+from coding.plan import Job
+from models.bitstream import unpack
+from models.codec import Codec, Sampling
+from release.triple import SMALL, Triple, load_codec, load_triple, release_of
+from utils.distributed import local_device
+from utils.errors import BitstreamError, DiffoError, PictureError
+from utils.files import atomic_write
+from utils.images import read_image, write_image
+from utils.metrics import bpp, colour_shift, ms_ssim, psnr, score_with_pyiqa, unavailable
+from utils.plots import contact_sheet
+
+
+class Run:
+    """One invocation: the weights, how to denoise, and what has been measured so far."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.device = local_device(args.device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        self.codecs: dict[bytes | None, Codec] = {}
+        self.fixed = bool(args.ckpt) or args.mode != "decompress"  # the same weights for every input
+        if self.fixed:
+            self.codec(None)
+        self.rows: list[report.Row] = []
+        self.pairs: list[tuple[Path | None, Path, report.Row]] = []
+
+    def codec(self, fingerprint: bytes | None) -> Codec:
+        """The weights named on the command line, the small ones that ship, or the release that a file needs."""
+        key = None if self.fixed else fingerprint
+        if key not in self.codecs:
+            args = self.args
+            if args.ckpt:
+                codec = load_triple(Triple(args.ckpt, args.vqckpt, args.GT_vqckpt), args.config, self.device)
+            else:
+                codec = load_codec(SMALL if self.fixed else release_of(fingerprint), self.device)
+            trained = codec.params.diffusion.steps
+            if args.steps not in (None, trained):
+                raise DiffoError(f"--steps {args.steps}: these weights were trained with a schedule of {trained} steps")
+            self.codecs[key] = codec
+        return self.codecs[key]
+
+    def sampling(self, codec: Codec) -> Sampling:
+        args, trained = self.args, codec.params.diffusion.steps
+        steps = None if args.one_step else min(args.infer_steps or trained, trained)
+        return Sampling(steps=steps, ddim=args.ddim, eta=args.eta, seed=args.seed)
+
+    def job(self, job: Job) -> None:
+        """Code and decode one input as the mode says, and add its row.
+
+        Raises:
+            DiffoError: this input cannot be done; nothing is left of it.
+        """
+        job.target.parent.mkdir(parents=True, exist_ok=True)
+        row: report.Row = {"picture": job.name}
+        if self.args.mode == "decompress":
+            stream = job.source
+        else:
+            stream = job.stream
+            row["encode_s"] = self._encode(job)
+        if self.args.mode != "compress":
+            row["decode_s"] = self._decode(stream, job, row)
+        row |= describe(stream)
+        original = job.reference or (job.source if self.args.mode == "roundtrip" else None)
+        if original and self.args.mode != "compress":
+            row |= score(original, job.picture)
+        self.rows.append(row)
+        self.pairs.append((original, job.picture, row))
+
+    def _encode(self, job: Job) -> float:
+        image = read_image(job.source)
+        codec = self.codec(None)
+        self._fits(codec, job.source, *image.shape[1:])
+        data, seconds = self._timed(lambda: codec.compress(image))
+        atomic_write(job.stream, data)
+        return seconds
+
+    def _decode(self, stream: Path, job: Job, row: report.Row) -> float:
+        data = read_bytes(stream)
+        picture = unpack(data)
+        codec = self.codec(picture.fingerprint)
+        self._fits(codec, stream, picture.height, picture.width)
+        sampling = self.sampling(codec)
+        decoded, seconds = self._timed(lambda: codec.decode(data, sampling))
+        write_image(job.picture, decoded.image)
+        row |= {"eta": decoded.eta, "steps": sampling.steps or 1}
+        return seconds
+
+    def _fits(self, codec: Codec, path: Path, height: int, width: int) -> None:
+        if max(height, width) > self.args.chop_size:
+            gigabytes = codec.memory(height, width) / 2**30
+            raise PictureError(
+                f"{path}: {width}x{height} is larger than --chop_size {self.args.chop_size}, and pictures are not tiled "
+                f"yet; whole, it needs about {gigabytes:.1f} GiB: --chop_size {max(height, width)} codes it so"
+            )
+
+    def _timed(self, work):
+        sync = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
+        sync()
+        began = time.perf_counter()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bfloat16"):
+            result = work()
+        sync()
+        return result, time.perf_counter() - began
+
+    def extra_metrics(self) -> None:
+        """Scores of --metrics, where their weights are here; otherwise one line that says why not."""
+        reasons = {name: unavailable(name) for name in self.args.metrics}
+        for reason in filter(None, reasons.values()):
+            print(f"skipped: {reason}", file=sys.stderr)
+        names = [name for name, reason in reasons.items() if reason is None]
+        measured = [pair for pair in self.pairs if pair[0]]
+        if names and measured:
+            pictures = ((read_image(original), read_image(decoded)) for original, decoded, _ in measured)
+            scores = score_with_pyiqa(names, pictures, self.device)
+            for (_, _, row), values in zip(measured, scores, strict=True):
+                row |= values
+
+    def overview(self) -> None:
+        sheet = [
+            (
+                read_image(original),
+                read_image(decoded),
+                f"{original.stem}, 24 bpp",
+                f"{row['bpp']:.4f} bpp, {row['bytes']:,} bytes, {row['psnr']:.2f} dB",
+            )
+            for original, decoded, row in self.pairs
+            if original
+        ]
+        if sheet:
+            contact_sheet(sheet, self.args.out_path / "overview.png")
+
+    def about(self) -> dict:
+        """How the table was made, for whoever finds it later."""
+        return {
+            "weights": [codec.fingerprint.hex() for codec in self.codecs.values()],
+            "sampler": "one step" if self.args.one_step else "ddim" if self.args.ddim else "ancestral",
+            "device": str(self.device),
+            "precision": self.args.precision,
+            "threads": torch.get_num_threads(),
+            "command": " ".join(["python", "inference.py", *sys.argv[1:]]),
+        }
+
+
+def read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise BitstreamError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def describe(stream: Path) -> report.Row:
+    """Sizes of a file; bits add up to 8 x its bytes."""
+    data = read_bytes(stream)
+    picture = unpack(data)
+    return {
+        "width": picture.width,
+        "height": picture.height,
+        "bytes": len(data),
+        "bpp": bpp(len(data), picture.height, picture.width),
+        "header_bits": 8 * picture.header_bytes,
+        "base_bits": 8 * len(picture.base),
+    }
+
+
+def score(original: Path, decoded: Path) -> report.Row:
+    """PSNR, MS-SSIM and mean error per channel of the 8-bit files."""
+    a, b = read_image(original), read_image(decoded)
+    if a.shape != b.shape:
+        sizes = [f"{p.shape[2]}x{p.shape[1]}" for p in (a, b)]
+        raise PictureError(f"{original}: {sizes[0]} cannot be compared with the decoded {sizes[1]}")
+    shift = dict(zip(("error_r", "error_g", "error_b"), colour_shift(a, b), strict=True))
+    return {"psnr": psnr(a, b), "ms_ssim": ms_ssim(a, b)} | shift

@@ -1,0 +1,182 @@
+"""Code pictures to `.dfo` files and decode them: DiffO's command line.
+
+python inference.py -i photo.jpg -o out --ddim --one_step            code, decode from the file, measure
+python inference.py --mode compress -i pictures -o files             pictures -> .dfo
+python inference.py --mode decompress -i files -o out --one_step     .dfo -> .png
+python inference.py --mode inspect -i files/photo.dfo                header and sizes of a file
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from coding import report
+from coding.plan import STREAM, Job, existing_outputs, inputs, plan
+from utils.errors import DiffoError
+
+MODES = ("roundtrip", "compress", "decompress", "inspect")
+WRITTEN = {"roundtrip": [STREAM, ".png"], "compress": [STREAM], "decompress": [".png"], "inspect": []}
+CHOP_SIZE = 2048
+
+
+def eta_value(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in (0, 1]")
+    return value
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("-i", "--in_path", type=Path, nargs="+", metavar="PATH", help="pictures, .dfo files, or folders of them")
+    add("-o", "--out_path", type=Path, metavar="DIR", help="folder for <stem>.dfo, <stem>.png and metrics.csv")
+    add("-r", "--ref_path", type=Path, metavar="PATH", help="originals to measure against, paired by file name")
+    add("--mode", choices=MODES, default="roundtrip", help="default: roundtrip, which decodes the file it has written")
+    add("--demo", action="store_true", help="code the photographs that scikit-image ships, instead of -i")
+    weights = parser.add_argument_group("weights (without these flags: the small ones that ship)")
+    weights.add_argument("--ckpt", type=Path, metavar="FILE", help="UNet, ema_model_<it>.pth")
+    weights.add_argument("--vqckpt", type=Path, metavar="FILE", help="VQ base, vq_model_<it>.pth.tar")
+    weights.add_argument("--GT_vqckpt", type=Path, metavar="FILE", help="image autoencoder, GT_vq_model_<it>.pth.tar")
+    weights.add_argument("--config", type=Path, metavar="YAML", help="sizes of the networks, where the files lack them")
+    steps = parser.add_argument_group("denoising")
+    steps.add_argument("--one_step", action="store_true", help="the codec's single step, noise level from the rate")
+    steps.add_argument("--ddim", action="store_true", help="deterministic steps; otherwise ancestral ones")
+    steps.add_argument(
+        "--steps", type=int, metavar="T", help="steps of the schedule that the weights were trained with"
+    )
+    steps.add_argument("--infer_steps", type=int, metavar="N", help="run N of them (default: all)")
+    steps.add_argument(
+        "--eta", type=eta_value, metavar="ETA", help="noise level of the single step, instead of the rate's"
+    )
+    steps.add_argument("--seed", type=int, metavar="N", help="noise seed, instead of the file's own")
+    add("--scale", type=int, choices=[1], default=1, help="kept for the published command; a codec does not enlarge")
+    add(
+        "--chop_size",
+        type=int,
+        default=CHOP_SIZE,
+        metavar="PX",
+        help=f"largest side of a picture (default {CHOP_SIZE})",
+    )
+    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
+    add("--precision", choices=["float32", "bfloat16"], default="float32", help="of the networks")
+    add(
+        "--metrics",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="more scores: fsim nlpd gmsd vsi vif lpips-vgg dists ...",
+    )
+    add("--overview", action="store_true", help="draw overview.png: originals beside decoded pictures")
+    add("--recursive", action="store_true", help="look into sub-folders of -i")
+    add("--overwrite", action="store_true", help="replace outputs that are there already")
+    add("--json", action="store_true", help="inspect: one JSON object per line")
+    return parser
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if bool(args.in_path) == args.demo:
+        parser.error("name the input with -i PATH, or use --demo")
+    if args.demo and args.mode not in ("roundtrip", "compress"):
+        parser.error("--demo goes with --mode roundtrip or compress")
+    if args.out_path is None and args.mode != "inspect":
+        parser.error(f"name the output folder with -o DIR (--mode {args.mode})")
+    flags = [args.ckpt, args.vqckpt, args.GT_vqckpt]
+    if any(flags) and not all(flags):
+        parser.error("--ckpt, --vqckpt and --GT_vqckpt belong together: name all three or none")
+    if args.config and not any(flags):
+        parser.error("--config goes with --ckpt, --vqckpt and --GT_vqckpt")
+    if args.one_step and args.infer_steps not in (None, 1):
+        parser.error(f"--one_step and --infer_steps {args.infer_steps} contradict each other")
+    if args.infer_steps is not None and args.infer_steps < 1:
+        parser.error("--infer_steps starts at 1")
+    if args.eta is not None and not args.one_step:
+        parser.error("--eta is the noise level of --one_step; the schedule's steps have their own")
+    return args
+
+
+def inspect(jobs: list[Job], as_json: bool) -> int:
+    """Print header and sizes of every file; needs no weights."""
+    from coding.run import describe, read_bytes
+    from models.bitstream import VERSION, unpack
+    from release.triple import release_named
+
+    failed = 0
+    for job in jobs:
+        try:
+            picture = unpack(read_bytes(job.source))
+        except DiffoError as error:
+            failed += 1
+            print(f"error: {_with_path(job.source, error)}", file=sys.stderr)
+            continue
+        facts = {"file": str(job.source), "version": VERSION} | describe(job.source)
+        facts["base_coding"] = "fixed length" if picture.fixed_length else "range coder"
+        facts["weights"] = picture.fingerprint.hex()
+        facts["release"] = release_named(picture.fingerprint)
+        if as_json:
+            print(json.dumps(facts))
+        else:
+            print("\n".join(f"{name:12} {value}" for name, value in facts.items()), end="\n\n")
+    return 1 if failed else 0
+
+
+def _with_path(path: Path, error: Exception) -> str:
+    return str(error) if str(path) in str(error) else f"{path}: {error}"
+
+
+def run(args: argparse.Namespace) -> int:
+    streams = args.mode in ("decompress", "inspect")
+    if args.demo:
+        from datapipe.pictures import demo_photographs
+
+        files = [(path, Path(path.name)) for path in demo_photographs()]
+    else:
+        files = inputs(args.in_path, streams, args.recursive)
+    written = WRITTEN[args.mode]
+    jobs = plan(files, args.out_path if written else None, args.ref_path, written)
+    if args.mode == "inspect":
+        return inspect(jobs, args.json)
+    there = existing_outputs(jobs, written)
+    if there and not args.overwrite:
+        raise DiffoError(f"{there[0]} is there already ({len(there)} such outputs); --overwrite replaces them")
+    try:
+        args.out_path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DiffoError(f"{args.out_path}: cannot be made ({error.strerror})") from error
+    from tqdm import tqdm
+
+    from coding.run import Run  # torch takes seconds: wrong usage is answered before
+
+    work = Run(args)
+    failed = 0
+    for job in tqdm(jobs, desc=args.mode, unit="picture", disable=len(jobs) < 2):
+        try:
+            work.job(job)
+        except DiffoError as error:
+            failed += 1
+            tqdm.write(f"error: {_with_path(job.source, error)}", file=sys.stderr)
+    if work.rows:
+        work.extra_metrics()
+        report.write_tables(work.rows, args.out_path, work.about())
+        if args.overview:
+            work.overview()
+        print(report.text_table(work.rows))
+    if failed:
+        print(f"error: {failed} of {len(jobs)} inputs could not be done", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    try:
+        return run(args)
+    except DiffoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,237 @@
+"""The command inference.py: what it writes, and what it says of bad input."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from inference import main
+from models.codec import Codec
+from models.entropy_coding import frequency_table
+from release.triple import Triple, save_triple
+from tests.commands import NANO, ROOT, levels, photograph, run
+from training.config import load_config
+from utils.images import read_image
+
+DENOISE = ["--ddim", "--one_step"]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Untrained small weights with an integer table, as flags."""
+    folder = tmp_path_factory.mktemp("weights")
+    torch.manual_seed(0)
+    codec = Codec(load_config(str(NANO)).networks)
+    table = frequency_table(np.arange(16))
+    triple = Triple.of(folder, 5)
+    states = {n: getattr(codec, n).state_dict() for n in ("unet", "vq_base", "autoencoder")}
+    save_triple(triple, states, codec.params, table)
+    return ["--ckpt", str(triple.unet), "--vqckpt", str(triple.vq_base), "--GT_vqckpt", str(triple.autoencoder)]
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    photograph(tmp_path / "in" / "a.png", 64, 48)
+    photograph(tmp_path / "in" / "deep" / "b.jpg", 33, 70, seed=1)
+    return tmp_path / "in"
+
+
+def call(capsys, *args) -> tuple[int, str, str]:
+    """main() in this process: exit status, stdout, stderr."""
+    try:
+        status = main([str(a) for a in args])
+    except SystemExit as stop:
+        status = stop.code
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    return status, captured.out, captured.err
+
+
+def test_round_trip_writes_what_it_says(pictures, weights, tmp_path, capsys):
+    out = tmp_path / "out"
+    status, table, _ = call(capsys, "-i", pictures, "-o", out, "--recursive", "--overview", *weights, *DENOISE)
+    assert status == 0
+    written = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
+    tables = {"metrics.csv", "metrics.json", "overview.png"}
+    assert written == {"a.dfo", "a.png", "deep/b.dfo", "deep/b.png"} | tables
+    rows = list(csv.DictReader((out / "metrics.csv").open()))
+    assert [row["picture"] for row in rows] == ["a.png", "deep/b.jpg"]
+    for row, name, (width, height) in zip(rows, ("a", "deep/b"), ((64, 48), (33, 70)), strict=True):
+        size = (out / f"{name}.dfo").stat().st_size
+        assert int(row["bytes"]) == size
+        assert int(row["header_bits"]) + int(row["base_bits"]) == 8 * size
+        assert float(row["bpp"]) == pytest.approx(8 * size / (width * height))
+        assert levels(out / f"{name}.png").shape == (height, width, 3)
+    assert json.loads((out / "metrics.json").read_text())["pictures"][0]["picture"] == "a.png"
+    assert "PSNR" in table and "mean of 2" in table
+
+
+def test_two_processes_and_threads_agree(pictures, weights, tmp_path):
+    run("inference.py", "--mode", "compress", "-i", pictures, "-o", tmp_path / "files", *weights)
+    for threads in (1, 2):
+        args = ["--mode", "decompress", "-i", tmp_path / "files", "-o", tmp_path / f"png{threads}"]
+        run("inference.py", *args, *weights, *DENOISE, threads=threads)
+    one, two = (levels(tmp_path / f"png{threads}" / "a.png") for threads in (1, 2))
+    assert np.abs(one - two).max() <= 1
+
+
+def test_schedule_steps_and_flags_of_the_single_step(pictures, weights, tmp_path, capsys):
+    seen = {}
+    for name, flags in {
+        "rate": DENOISE,
+        "eta": [*DENOISE, "--eta", "0.1"],
+        "seed": [*DENOISE, "--seed", "7"],
+        "ddim": ["--ddim"],
+        "ancestral": [],
+        "infer_steps": ["--ddim", "--infer_steps", "1"],
+        "bfloat16": [*DENOISE, "--precision", "bfloat16"],
+    }.items():
+        out = tmp_path / name
+        assert call(capsys, "-i", pictures / "a.png", "-o", out, *weights, *flags)[0] == 0
+        seen[name] = json.loads((out / "metrics.json").read_text())["pictures"][0] | {"levels": levels(out / "a.png")}
+    assert seen["eta"]["eta"] == 0.1 and seen["rate"]["eta"] != 0.1
+    assert [seen[n]["steps"] for n in ("rate", "ddim", "ancestral", "infer_steps")] == [1, 2, 2, 1]
+    for name in ("eta", "seed", "ddim", "ancestral"):
+        assert (seen[name]["levels"] != seen["rate"]["levels"]).any(), name
+
+
+def test_decoding_against_references(pictures, weights, tmp_path, capsys):
+    files, out = tmp_path / "files", tmp_path / "out"
+    assert call(capsys, "--mode", "compress", "-i", pictures, "-o", files, "--recursive", *weights)[0] == 0
+    flags = ["--mode", "decompress", "-i", files, "-o", out, "--recursive", *weights, *DENOISE]
+    assert call(capsys, *flags, "-r", pictures)[0] == 0  # a.dfo with a.png, deep/b.dfo with deep/b.jpg
+    rows = list(csv.DictReader((out / "metrics.csv").open()))
+    assert all(float(row["psnr"]) > 0 for row in rows)
+    status, _, error = call(capsys, *flags, "--overwrite", "-r", pictures / "deep")
+    assert status == 1 and "named a" in error
+
+
+def test_inspect_needs_no_weights(pictures, weights, tmp_path, capsys):
+    call(capsys, "--mode", "compress", "-i", pictures / "a.png", "-o", tmp_path / "out", *weights)
+    status, text, _ = call(capsys, "--mode", "inspect", "-i", tmp_path / "out" / "a.dfo", "--json")
+    facts = json.loads(text)
+    assert status == 0 and (facts["width"], facts["height"], facts["version"]) == (64, 48, 1)
+    assert facts["header_bits"] + facts["base_bits"] == 8 * facts["bytes"]
+    status, text, _ = call(capsys, "--mode", "inspect", "-i", tmp_path / "out")
+    assert status == 0 and facts["weights"] in text
+
+
+def test_a_broken_picture_does_not_stop_the_others(pictures, weights, tmp_path, capsys):
+    (pictures / "broken.png").write_bytes((pictures / "a.png").read_bytes()[:200])
+    photograph(pictures / "small.png", 15, 40)
+    status, table, error = call(capsys, "-i", pictures, "-o", tmp_path / "out", *weights, *DENOISE)
+    assert status == 1 and "broken.png" in error and "small.png" in error and "2 of 3" in error
+    assert (tmp_path / "out" / "a.png").exists() and not list(tmp_path.rglob("*.tmp"))
+    assert not (tmp_path / "out" / "broken.dfo").exists()
+
+
+def refused(capsys, *args) -> str:
+    """Exit status 1 and one line on stderr."""
+    status, _, error = call(capsys, *args)
+    assert status == 1 and error.startswith("error: ") and error.count("\n") == 1, error
+    return error
+
+
+def test_refused_before_any_work(pictures, weights, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert "no such file" in refused(capsys, "-i", tmp_path / "nothing.png", "-o", out)
+    assert "no pictures" in refused(capsys, "-i", tmp_path, "-o", out)
+    photograph(pictures / "a.jpg", 20, 20)
+    assert "both become" in refused(capsys, "-i", pictures, "-o", out)
+    assert "overwrite an input" in refused(capsys, "-i", pictures / "a.png", "-o", pictures)
+    (tmp_path / "file").write_text("")
+    assert "cannot be made" in refused(capsys, "-i", pictures / "a.png", "-o", tmp_path / "file" / "out")
+    assert not out.exists()
+    out.mkdir()
+    (out / "a.png").write_text("precious")
+    assert "--overwrite" in refused(capsys, "-i", pictures / "a.png", "-o", out)
+    assert (out / "a.png").read_text() == "precious"
+
+
+def test_refused_options(pictures, weights, tmp_path, capsys):
+    args = ["-i", pictures / "a.png", "-o", tmp_path / "out", *weights]
+    if not torch.cuda.is_available():
+        assert "CUDA" in refused(capsys, *args, "--device", "cuda")
+    assert "--device tpu" in refused(capsys, *args, "--device", "tpu")
+    assert "2 steps" in refused(capsys, *args, "--steps", "15")
+    status, _, error = call(capsys, *args, "--chop_size", "32", *DENOISE)
+    assert status == 1 and "GiB" in error and "64x48" in error
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["-o", "out"], ["-i", "a.png"], ["-i", "a.png", "-o", "out", "--ckpt", "x"], ["--mode", "squeeze"]]
+    + [["-i", "a", "-o", "b", "--eta", e] for e in ("0", "1.5")]
+    + [["-i", "a", "-o", "b", "--eta", "0.5"], ["-i", "a", "-o", "b", "--one_step", "--infer_steps", "2"]],
+    ids=" ".join,
+)
+def test_wrong_usage_is_status_2(capsys, flags):
+    assert call(capsys, *flags)[0] == 2
+
+
+def test_published_names_that_do_not_exist(pictures, tmp_path, capsys):
+    command = "--scale 1 --steps 2 --ckpt weights/ema_model_60000.pth --vqckpt weights/vq_model_60000.pth.tar"
+    command += " --GT_vqckpt weights/GT_vq_model_60000.pth.tar --config configs/config.yaml --ddim --one_step"
+    error = refused(capsys, "-i", pictures, "-o", tmp_path / "out", "-r", pictures, *command.split())
+    assert "no weights were ever published" in error
+
+
+def test_wrong_checkpoints(pictures, weights, tmp_path, capsys):
+    args = ["-i", pictures / "a.png", "-o", tmp_path / "out"]
+    error = refused(capsys, *args, *weights, "--config", ROOT / "configs" / "tiny.yaml")
+    assert "does not fit" in error and "other shape: time_embed.0.weight" in error
+    swapped = [weights[0], weights[5], *weights[2:]]
+    assert "does not fit" in refused(capsys, *args, *swapped)
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("networks: {unet: {widht: 3}}")
+    assert "widht" in refused(capsys, *args, *weights, "--config", bad)
+
+
+def test_damaged_files(pictures, weights, tmp_path, capsys):
+    call(capsys, "--mode", "compress", "-i", pictures / "a.png", "-o", tmp_path / "files", *weights)
+    good = (tmp_path / "files" / "a.dfo").read_bytes()
+    for name, data in {
+        "cut": good[:-6],
+        "altered": good[:16] + bytes([good[16] ^ 1]) + good[17:],
+        "extended": good + b"\0",
+        "foreign": b"GIF89a" + good,
+    }.items():
+        (tmp_path / "files" / "a.dfo").write_bytes(data)
+        args = ["--mode", "decompress", "-i", tmp_path / "files", "-o", tmp_path / name, *weights, *DENOISE]
+        status, _, error = call(capsys, *args)
+        assert status == 1 and "a.dfo" in error, name
+        assert not list((tmp_path / name).glob("*.png"))
+
+
+def test_a_file_of_other_weights_names_its_release(pictures, weights, tmp_path, capsys):
+    call(capsys, "--mode", "compress", "-i", pictures / "a.png", "-o", tmp_path / "files", *weights)
+    status, text, _ = call(capsys, "--mode", "inspect", "-i", tmp_path / "files" / "a.dfo", "--json")
+    needed = json.loads(text)["weights"]
+    status, _, error = call(capsys, "--mode", "decompress", "-i", tmp_path / "files", "-o", tmp_path / "out", *DENOISE)
+    assert status == 1 and needed in error and not list((tmp_path / "out").glob("*.png"))
+
+
+def test_coding_imports_nothing_heavy(pictures, weights, tmp_path):
+    program = f"""
+import sys
+from inference import main
+status = main({["-i", str(pictures / "a.png"), "-o", str(tmp_path / "out"), *weights, *DENOISE]!r})
+heavy = [name for name in ("compressai", "pyiqa", "transformers", "tensorboard", "lpips", "torchvision") if name in sys.modules]
+sys.exit(status or (f"imported {{heavy}}" if heavy else 0))
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_decoder_sees_the_file_alone(pictures, weights, tmp_path, capsys):
+    """The picture decoded in a round trip is the one that another process decodes after the source is gone."""
+    out, again = tmp_path / "out", tmp_path / "again"
+    call(capsys, "-i", pictures / "a.png", "-o", out, *weights, *DENOISE)
+    (pictures / "a.png").unlink()
+    run("inference.py", "--mode", "decompress", "-i", out / "a.dfo", "-o", again, *weights, *DENOISE)
+    first, second = read_image(out / "a.png").int(), read_image(again / "a.png").int()
+    assert (first - second).abs().max() <= 1
