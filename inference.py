@@ -13,6 +13,7 @@ from pathlib import Path
 
 from coding import report
 from coding.plan import STREAM, Job, existing_outputs, inputs, plan
+from utils.commandline import answer
 from utils.errors import DiffoError
 
 MODES = ("roundtrip", "compress", "decompress", "inspect")
@@ -170,12 +171,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
-    try:
-        return run(args)
-    except DiffoError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return answer(run, parse(argv))
 
 
 if __name__ == "__main__":

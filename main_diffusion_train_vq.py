@@ -20,10 +20,11 @@ from datapipe.pictures import Pictures, stream
 from models.codec import Codec
 from release.triple import NAMES, Triple, save_triple
 from training.config import RUN_CONFIG, TrainConfig, load_config
-from training.stages import STAGES, NotFinite
+from training.stages import STAGES
 from utils import checkpoints, distributed
+from utils.commandline import answer
 from utils.config import to_mapping
-from utils.errors import CheckpointError, ConfigError, DiffoError
+from utils.errors import CheckpointError, ConfigError
 from utils.files import atomic_write
 from utils.logging import RunLog
 
@@ -79,7 +80,7 @@ class Trainer:
 
     def run(self) -> None:
         first, step, state = self._resume()
-        if first == 0 and step == 0 and distributed.is_main():
+        if distributed.is_main():  # also on resuming: overrides may have changed it
             text = yaml.safe_dump(to_mapping(self.config), sort_keys=False)
             atomic_write(self.folder / RUN_CONFIG, text.encode())
         for index, name in enumerate(self.config.stages):
@@ -163,17 +164,15 @@ class Trainer:
         return index, step, state
 
 
+def train(args: argparse.Namespace) -> None:
+    device = distributed.local_device(args.device)
+    config, folder = configure(args)
+    with distributed.process_group(device):
+        Trainer(config, folder, device).run()
+
+
 def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
-    try:
-        device = distributed.local_device(args.device)
-        config, folder = configure(args)
-        with distributed.process_group(device):
-            Trainer(config, folder, device).run()
-    except (DiffoError, NotFinite) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return answer(train, parse(argv))
 
 
 if __name__ == "__main__":

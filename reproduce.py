@@ -6,7 +6,8 @@ python reproduce.py weights        fetch the weights of LPIPS and DISTS (and of 
 import argparse
 import sys
 
-from utils.errors import DiffoError
+from utils.commandline import answer
+from utils.metrics import download_weights
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -18,14 +19,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    try:
-        from utils.metrics import download_weights
-
-        download_weights(args.timeout)
-    except DiffoError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return answer(download_weights, args.timeout)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,8 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # N C H W
         h = self.norm(x)
-        q, k, v = (f(h).flatten(2).transpose(1, 2).unsqueeze(1) for f in (self.q, self.k, self.v))  # N 1 HW C
+        # Contiguous, because only then the kernel whose memory does not grow with the square of HW is taken.
+        q, k, v = (f(h).flatten(2).transpose(1, 2).contiguous()[:, None] for f in (self.q, self.k, self.v))  # N 1 HW C
         h = F.scaled_dot_product_attention(q, k, v)  # N 1 HW C
         h = h.squeeze(1).transpose(1, 2).reshape(x.shape)  # N C H W
         return x + self.proj_out(h)

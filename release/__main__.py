@@ -20,8 +20,9 @@ from models.codec import Codec
 from models.entropy_coding import frequency_table, table_cost_bits
 from release.triple import ABOUT, NAMES, Triple, load_codec, load_triple, save_triple
 from training.config import RUN_CONFIG, load_config
+from utils.commandline import answer
 from utils.config import to_mapping
-from utils.errors import CheckpointError, DiffoError
+from utils.errors import CheckpointError
 from utils.files import atomic_write
 
 COUNTED = 2048  # crops whose indices are counted by default
@@ -92,13 +93,7 @@ def release(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
-    try:
-        release(args)
-    except DiffoError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return answer(release, parse(argv))
 
 
 if __name__ == "__main__":

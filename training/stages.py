@@ -27,9 +27,10 @@ from models.vq_base import perplexity
 from training.config import CodecStageParams, GtParams, OptimParams, TrainConfig
 from utils import distributed
 from utils.ema import Ema
+from utils.errors import DiffoError
 
 
-class NotFinite(RuntimeError):
+class NotFinite(DiffoError):
     """A loss that is NaN or infinite; nothing was updated with it."""
 
 
