@@ -37,6 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--mode", choices=MODES, default="roundtrip", help="default: roundtrip, which decodes the file it has written")
     add("--demo", action="store_true", help="code the photographs that scikit-image ships, instead of -i")
     weights = parser.add_argument_group("weights (without these flags: the small ones that ship)")
+    weights.add_argument("--weights", type=Path, metavar="DIR", help="release folder, made by python -m release")
     weights.add_argument("--ckpt", type=Path, metavar="FILE", help="UNet, ema_model_<it>.pth")
     weights.add_argument("--vqckpt", type=Path, metavar="FILE", help="VQ base, vq_model_<it>.pth.tar")
     weights.add_argument("--GT_vqckpt", type=Path, metavar="FILE", help="image autoencoder, GT_vq_model_<it>.pth.tar")
@@ -88,6 +89,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flags = [args.ckpt, args.vqckpt, args.GT_vqckpt]
     if any(flags) and not all(flags):
         parser.error("--ckpt, --vqckpt and --GT_vqckpt belong together: name all three or none")
+    if any(flags) and args.weights:
+        parser.error("--weights names a whole release: leave out --ckpt, --vqckpt and --GT_vqckpt")
     if args.config and not any(flags):
         parser.error("--config goes with --ckpt, --vqckpt and --GT_vqckpt")
     if args.one_step and args.infer_steps not in (None, 1):

@@ -28,7 +28,7 @@ class Run:
         self.device = local_device(args.device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         self.codecs: dict[bytes | None, Codec] = {}
-        self.fixed = bool(args.ckpt) or args.mode != "decompress"  # the same weights for every input
+        self.fixed = bool(args.ckpt or args.weights) or args.mode != "decompress"  # the same weights for every input
         if self.fixed:
             self.codec(None)
         self.rows: list[report.Row] = []
@@ -42,7 +42,8 @@ class Run:
             if args.ckpt:
                 codec = load_triple(Triple(args.ckpt, args.vqckpt, args.GT_vqckpt), args.config, self.device)
             else:
-                codec = load_codec(SMALL if self.fixed else release_of(fingerprint), self.device)
+                folder = args.weights or (SMALL if self.fixed else release_of(fingerprint))
+                codec = load_codec(folder, self.device)
             trained = codec.params.diffusion.steps
             if args.steps not in (None, trained):
                 raise DiffoError(f"--steps {args.steps}: these weights were trained with a schedule of {trained} steps")

@@ -171,7 +171,8 @@ class UNet(nn.Module):
         if lq.shape[2:] != size:
             lq = F.interpolate(lq, scale_factor=2.0, mode="nearest")
         x, lq = (self._pad(v) for v in (x, lq))
-        emb = self.time_embed(timestep_embedding(t, self.params.model_channels))  # N E
+        emb = timestep_embedding(t, self.params.model_channels).to(self.time_embed[0].weight.dtype)
+        emb = self.time_embed(emb)  # N E
         h = torch.cat([x, self.conv_in_extended(lq)], dim=1)  # N d+c h w
         skips = []
         for stage in self.input_blocks:

@@ -6,7 +6,7 @@ integer tables, rate modulation, digests of the files that belong together) lies
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -131,13 +131,16 @@ def load_triple(triple: Triple, config: str | Path | None = None, device: str | 
 
 
 def _params(ours: dict | None, config: str | Path | None, path: Path) -> CodecParams:
+    """Sizes from `config` or else from the VQ file; the rate modulation, once fitted, always from the VQ file."""
+    stored = build(CodecParams, json.loads(ours["networks"]), str(path)) if ours else None
     if config is not None:
-        return build(CodecParams, load_mapping(config).get("networks", {}), f"{config}: networks")
-    if not ours:
+        params = build(CodecParams, load_mapping(config).get("networks", {}), f"{config}: networks")
+        return replace(params, rate=stored.rate) if stored else params
+    if stored is None:
         raise CheckpointError(
             f"{path}: does not say how large its networks are; name their configuration with --config"
         )
-    return build(CodecParams, json.loads(ours["networks"]), str(path))
+    return stored
 
 
 def load_codec(folder: str | Path, device: str | torch.device = "cpu") -> Codec:

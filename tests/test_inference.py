@@ -164,7 +164,13 @@ def test_refused_options(pictures, weights, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "flags",
-    [["-o", "out"], ["-i", "a.png"], ["-i", "a.png", "-o", "out", "--ckpt", "x"], ["--mode", "squeeze"]]
+    [
+        ["-o", "out"],
+        ["-i", "a.png"],
+        ["-i", "a", "-o", "b", "--weights", "w", "--ckpt", "x", "--vqckpt", "y", "--GT_vqckpt", "z"],
+        ["-i", "a.png", "-o", "out", "--ckpt", "x"],
+        ["--mode", "squeeze"],
+    ]
     + [["-i", "a", "-o", "b", "--eta", e] for e in ("0", "1.5")]
     + [["-i", "a", "-o", "b", "--eta", "0.5"], ["-i", "a", "-o", "b", "--one_step", "--infer_steps", "2"]],
     ids=" ".join,

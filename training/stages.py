@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 from datapipe.pictures import DRAWS, REVIVAL, generator
@@ -38,7 +39,7 @@ def parallel(network: nn.Module) -> nn.Module:
     """DDP over a network whose trainable parameters all take part in every step; itself when unlaunched."""
     if distributed.world_size() == 1:
         return network
-    return DistributedDataParallel(network, broadcast_buffers=False)
+    return DistributedDataParallel(network, forward_sync_buffers=False)
 
 
 class Optimiser:
@@ -92,7 +93,9 @@ class GtStage:
         self.ema = Ema(self.network, p.ema)
         self.optimiser = Optimiser(self.network.parameters(), p.optim, p.iterations)
         self.model = parallel(self.network)
-        self.discriminator = PatchDiscriminator().to(device) if p.adversarial_weight else None
+        self.discriminator = (
+            PatchDiscriminator().to(device, self.network.decoder.last_layer.dtype) if p.adversarial_weight else None
+        )
         if self.discriminator:
             self.critic = parallel(self.discriminator)
             self.critic_optimiser = Optimiser(self.discriminator.parameters(), p.optim, p.iterations)
@@ -108,18 +111,21 @@ class GtStage:
         }
         loss = p.distortion_weight * terms["distortion"] + p.perceptual_weight * terms["perceptual"]
         if adversarial:
-            self.discriminator.requires_grad_(False)
-            terms["adversarial"] = hinge_generator(self.discriminator(restored))
+            terms["adversarial"] = hinge_generator(self._judged(restored))
             loss = loss + p.adversarial_weight * self._lambda(loss, terms["adversarial"]) * terms["adversarial"]
         finite(terms, self.name, step)
         logs = {"loss": loss.item(), "grad_norm": self.optimiser.step(loss, step), "lr": self.optimiser.lr(step)}
         if adversarial:
-            self.discriminator.requires_grad_(True)
             scores = self.critic(torch.cat([image, restored.detach()]))
             terms["discriminator"] = hinge_discriminator(*scores.chunk(2))
             self.critic_optimiser.step(terms["discriminator"], step)
         self.ema.update(self.network)
         return logs | {name: term.item() for name, term in terms.items()}, [image, restored.detach()]
+
+    def _judged(self, image: Tensor) -> Tensor:
+        """The discriminator's logits with its weights held constant: gradients reach the image alone."""
+        weights = {name: weight.detach() for name, weight in self.discriminator.named_parameters()}
+        return functional_call(self.discriminator, weights, (image,))
 
     def _lambda(self, reconstruction: Tensor, adversarial: Tensor) -> Tensor:
         last = self.network.decoder.last_layer
@@ -227,7 +233,7 @@ class CodecStage:
         """Averages over all ranks, then unused codes start anew at vectors of this batch, alike on every rank."""
         book = self.codec.vq_base.quantize
         counts, sums = distributed.all_reduce_sum(base.counts), distributed.all_reduce_sum(base.sums)
-        vectors = distributed.all_gather(base.z.detach().permute(0, 2, 3, 1).flatten(0, 2))
+        vectors = distributed.gather_samples(base.z.detach()).permute(0, 2, 3, 1).flatten(0, 2)
         order = generator(self.seed, REVIVAL, step).permutation(len(vectors))
         vectors = vectors[torch.from_numpy(order).to(vectors.device)]
         if step > 0:

@@ -71,13 +71,13 @@ def all_reduce_mean(tensor: Tensor) -> Tensor:
     return all_reduce_sum(tensor).div_(world_size())
 
 
-def all_gather(tensor: Tensor) -> Tensor:
-    """Tensors of equal shape from all ranks, concatenated along the first axis in rank order."""
+def gather_samples(batch: Tensor) -> Tensor:
+    """The samples (first axis) of all ranks, equally many each, in the order of the stream: sample i of rank r is i*world + r."""
     if world_size() == 1:
-        return tensor
-    parts = [torch.empty_like(tensor) for _ in range(world_size())]
-    dist.all_gather(parts, tensor.contiguous())
-    return torch.cat(parts)
+        return batch
+    parts = [torch.empty_like(batch) for _ in range(world_size())]
+    dist.all_gather(parts, batch.contiguous())
+    return torch.stack(parts, dim=1).flatten(0, 1)
 
 
 def barrier() -> None:
