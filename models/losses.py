@@ -23,6 +23,12 @@ def distortion(image: Tensor, target: Tensor) -> Tensor:
     return F.mse_loss(image, target)
 
 
+def chroma_distortion(image: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of the colour alone: of RGB without the mean of its channels."""
+    error = image - target
+    return (error - error.mean(1, keepdim=True)).square().mean()
+
+
 def commitment(z: Tensor, z_q: Tensor) -> Tensor:
     """||sg(z_q) - VQ-E(x)||^2, a mean (DiffO, Eq. 10). The code-book term has no gradient here: averages move it."""
     return F.mse_loss(z, z_q.detach())

@@ -33,6 +33,8 @@ class GtParams:
 
     Attributes:
         batch_size: crops per process and step. crop_size: pixels. ema: decay of the averaged weights.
+        distortion: `l1`, VQGAN's, or `mse`.
+        chroma_weight: of a further squared error, that of the colour alone (what remains of RGB without its mean).
         perceptual: `lpips`, `ms_ssim` or `none`. adversarial_start: iteration at which the PatchGAN joins.
         statistics: crops over which the latent's mean and deviation are measured at the end.
     """
@@ -42,7 +44,9 @@ class GtParams:
     crop_size: int = 256
     ema: float = 0.999
     optim: OptimParams = field(default_factory=lambda: OptimParams(betas=(0.5, 0.9)))
+    distortion: Literal["l1", "mse"] = "l1"
     distortion_weight: float = 1.0
+    chroma_weight: float = 0.0
     perceptual: str = "lpips"
     perceptual_weight: float = 1.0
     adversarial_weight: float = 0.8
@@ -58,7 +62,7 @@ class CodecStageParams:
         forward: input of the last step: `published` (x_t = x + eta (y - x) + noise, which still holds 36 % of the
             original) or `decoder` (what the decoder starts from, with eta within a factor 2 of the rate's).
         last_step_share: probability of t = T-1; None draws all steps alike, as published.
-        distortion_weight, perceptual_weight, commitment: w_d, w_p and beta.
+        distortion_weight, perceptual_weight, commitment: w_d, w_p and beta. chroma_weight: as in stage `gt`.
     """
 
     iterations: int = 60_000
@@ -69,6 +73,7 @@ class CodecStageParams:
     forward: Literal["published", "decoder"] = "published"
     last_step_share: float | None = None
     distortion_weight: float = 0.8
+    chroma_weight: float = 0.0
     perceptual: str = "lpips"
     perceptual_weight: float = 0.2
     commitment: float = 0.25

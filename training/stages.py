@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
@@ -18,6 +19,7 @@ from models.codec import Codec, Draws
 from models.losses import (
     PatchDiscriminator,
     adaptive_weight,
+    chroma_distortion,
     commitment,
     distortion,
     hinge_discriminator,
@@ -78,7 +80,7 @@ def finite(terms: dict[str, Tensor], stage: str, step: int) -> None:
 
 
 class GtStage:
-    """Stage `gt`: L = |X - X^| + w_p perceptual + w_a lambda hinge (VQGAN, Esser et al. 2021), continuous latent."""
+    """Stage `gt`: L = w_d |X - X^| + w_p perceptual + w_a lambda hinge (VQGAN, Esser et al. 2021), continuous latent."""
 
     name = "gt"
 
@@ -89,6 +91,7 @@ class GtStage:
         self.network.train().requires_grad_(True)
         if hasattr(self.network, "quantize"):
             self.network.quantize.requires_grad_(False)
+        self.distortion = F.l1_loss if p.distortion == "l1" else distortion
         self.perceptual = perceptual_term(p.perceptual)
         self.ema = Ema(self.network, p.ema)
         self.optimiser = Optimiser(self.network.parameters(), p.optim, p.iterations)
@@ -106,10 +109,13 @@ class GtStage:
         adversarial = self.discriminator is not None and step >= p.adversarial_start
         restored = self.model(image)  # X^ = D(E(X))
         terms = {
-            "distortion": (image - restored).abs().mean(),
+            "distortion": self.distortion(restored, image),
             "perceptual": self.perceptual(restored, image),
         }
         loss = p.distortion_weight * terms["distortion"] + p.perceptual_weight * terms["perceptual"]
+        if p.chroma_weight:
+            terms["chroma"] = chroma_distortion(restored, image)
+            loss = loss + p.chroma_weight * terms["chroma"]
         if adversarial:
             terms["adversarial"] = hinge_generator(self._judged(restored))
             loss = loss + p.adversarial_weight * self._lambda(loss, terms["adversarial"]) * terms["adversarial"]
@@ -200,6 +206,9 @@ class CodecStage:
             + p.perceptual_weight * terms["perceptual"]
             + p.commitment * terms["commitment"]
         )
+        if p.chroma_weight:
+            terms["chroma"] = chroma_distortion(out.image, image)
+            loss = loss + p.chroma_weight * terms["chroma"]
         finite(terms, self.name, step)
         logs = {"loss": loss.item(), "grad_norm": self.optimiser.step(loss, step), "lr": self.optimiser.lr(step)}
         logs |= self._move_codebook(out.base, step)
