@@ -12,19 +12,27 @@ import sys
 from pathlib import Path
 
 from coding import report
-from coding.plan import STREAM, Job, existing_outputs, inputs, plan
-from utils.commandline import answer
+from coding.plan import STREAM, Job, inputs, outputs, plan
+from utils.commandline import answer, positive
 from utils.errors import DiffoError
+from utils.files import make_folder, require_writable
 
 MODES = ("roundtrip", "compress", "decompress", "inspect")
 WRITTEN = {"roundtrip": [STREAM, ".png"], "compress": [STREAM], "decompress": [".png"], "inspect": []}
 CHOP_SIZE = 2048
 
 
-def eta_value(text: str) -> float:
+def noise_level(text: str) -> float:
     value = float(text)
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not in (0, 1]")
+    return value
+
+
+def noise_seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"{text} is not in 0 to 2^32 - 1")
     return value
 
 
@@ -48,15 +56,17 @@ def build_parser() -> argparse.ArgumentParser:
     steps.add_argument(
         "--steps", type=int, metavar="T", help="steps of the schedule that the weights were trained with"
     )
-    steps.add_argument("--infer_steps", type=int, metavar="N", help="run N of them (default: all)")
     steps.add_argument(
-        "--eta", type=eta_value, metavar="ETA", help="noise level of the single step, instead of the rate's"
+        "--infer_steps", type=positive, metavar="N", help="run N of them, from the least noisy one up (default: all)"
     )
-    steps.add_argument("--seed", type=int, metavar="N", help="noise seed, instead of the file's own")
+    steps.add_argument(
+        "--eta", type=noise_level, metavar="ETA", help="noise level of the single step, instead of the rate's"
+    )
+    steps.add_argument("--seed", type=noise_seed, metavar="N", help="noise seed, instead of the file's own")
     add("--scale", type=int, choices=[1], default=1, help="kept for the published command; a codec does not enlarge")
     add(
         "--chop_size",
-        type=int,
+        type=positive,
         default=CHOP_SIZE,
         metavar="PX",
         help=f"largest side of a picture (default {CHOP_SIZE})",
@@ -95,8 +105,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--config goes with --ckpt, --vqckpt and --GT_vqckpt")
     if args.one_step and args.infer_steps not in (None, 1):
         parser.error(f"--one_step and --infer_steps {args.infer_steps} contradict each other")
-    if args.infer_steps is not None and args.infer_steps < 1:
-        parser.error("--infer_steps starts at 1")
+    if args.mode == "compress" and (args.ref_path or args.metrics or args.overview):
+        parser.error("--mode compress decodes nothing: leave out --ref_path, --metrics and --overview")
     if args.eta is not None and not args.one_step:
         parser.error("--eta is the noise level of --one_step; the schedule's steps have their own")
     return args
@@ -140,16 +150,15 @@ def run(args: argparse.Namespace) -> int:
     else:
         files = inputs(args.in_path, streams, args.recursive)
     written = WRITTEN[args.mode]
-    jobs = plan(files, args.out_path if written else None, args.ref_path, written)
+    tables = [*report.TABLES, *(["overview.png"] if args.overview else [])] if written else []
+    jobs = plan(files, args.out_path if written else None, args.ref_path, written, tables)
     if args.mode == "inspect":
         return inspect(jobs, args.json)
-    there = existing_outputs(jobs, written)
+    there = [path for job in jobs for path in outputs(job, written) if path.exists()]
+    there += [args.out_path / name for name in tables if (args.out_path / name).exists()]
     if there and not args.overwrite:
         raise DiffoError(f"{there[0]} is there already ({len(there)} such outputs); --overwrite replaces them")
-    try:
-        args.out_path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DiffoError(f"{args.out_path}: cannot be made ({error.strerror})") from error
+    require_writable(make_folder(args.out_path))
     from tqdm import tqdm
 
     from coding.run import Run  # torch takes seconds: wrong usage is answered before
@@ -163,9 +172,10 @@ def run(args: argparse.Namespace) -> int:
             failed += 1
             tqdm.write(f"error: {_with_path(job.source, error)}", file=sys.stderr)
     if work.rows:
+        report.write_tables(work.rows, args.out_path, work.about())  # before metrics that may take long
         work.extra_metrics()
         report.write_tables(work.rows, args.out_path, work.about())
-        if args.overview:
+        if args.overview and work.pairs:
             work.overview()
         print(report.text_table(work.rows))
     if failed:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from datapipe.pictures import Pictures, stream
 from models.codec import Codec
+from models.losses import perceptual_term
 from release.triple import NAMES, Triple, save_triple
 from training.config import RUN_CONFIG, TrainConfig, load_config
 from training.stages import STAGES
@@ -42,7 +43,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--save_every", type=int, metavar="N", help="iterations between checkpoints")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for instance codec.optim.lr=1e-4")
-    return parser.parse_intermixed_args(argv)
+    args = parser.parse_intermixed_args(argv)
+    if args.resume and args.cfg_path:
+        parser.error("--resume goes on with the run's own configuration: leave out --cfg_path (key=value still works)")
+    return args
 
 
 def configure(args: argparse.Namespace) -> tuple[TrainConfig, Path]:
@@ -52,17 +56,17 @@ def configure(args: argparse.Namespace) -> tuple[TrainConfig, Path]:
         path = Path(args.resume) / RUN_CONFIG
         if not path.is_file():
             raise ConfigError(f"{args.resume}: not a run folder (no {RUN_CONFIG} in it)")
-    overrides = list(args.overrides)
-    for key, value in [
-        ("networks.diffusion.steps", args.steps),
-        ("data.folder", args.data),
-        ("gt.iterations", args.iterations),
-        ("codec.iterations", args.iterations),
-        ("save_every", args.save_every),
-    ]:
-        if value is not None:
-            overrides.append(f"{key}={value}")
-    config = load_config(str(path or "configs/config.yaml"), overrides)
+    options = {
+        "networks.diffusion.steps": args.steps,
+        "data.folder": args.data,
+        "gt.iterations": args.iterations,
+        "codec.iterations": args.iterations,
+        "save_every": args.save_every,
+    }
+    options = {key: value for key, value in options.items() if value is not None}
+    config = load_config(str(path or "configs/config.yaml"), args.overrides, options)
+    for stage in config.stages:
+        perceptual_term(getattr(config, stage).perceptual)  # missing weights are told now, not after the first stage
     folder = Path(args.resume) if args.resume else Path(args.save_dir) / config.name
     if not args.resume and (folder / STATE).exists():
         raise ConfigError(f"{folder}: a run is there already; go on with --resume {folder}, or choose another name=...")
@@ -76,7 +80,14 @@ class Trainer:
         self.config, self.folder, self.device = config, folder, device
         self.log = RunLog(folder, distributed.is_main())
         torch.manual_seed(config.seed)  # initial weights, alike on every rank
-        self.codec = Codec(config.networks).to(device)
+        try:
+            self.codec = Codec(config.networks).to(device)
+        except ValueError as error:
+            raise ConfigError(f"networks: these sizes do not fit together ({error})") from error
+        if config.autoencoder:
+            state, dropped = checkpoints.parameters_of(checkpoints.read(config.autoencoder))
+            checkpoints.load_strictly(self.codec.autoencoder, state, config.autoencoder)
+            self.log.say(f"image autoencoder from {config.autoencoder}, without {len(dropped)} other entries")
 
     def run(self) -> None:
         first, step, state = self._resume()
@@ -151,6 +162,7 @@ class Trainer:
     def _resume(self) -> tuple[int, int, dict | None]:
         """Index of the stage to run first, its first step and its saved state."""
         if not (self.folder / STATE).is_file():
+            self.log.keep_until(self.config.stages[0], 0, list(self.config.stages))
             return 0, 0, None
         saved = checkpoints.read(self.folder / STATE)
         if saved.get("stage") not in self.config.stages:
@@ -161,6 +173,7 @@ class Trainer:
             index, step, state = index + 1, 0, None
         if index < len(self.config.stages):
             self.log.keep_until(self.config.stages[index], step, list(self.config.stages))
+        self.log.say(f"resumed: {' '.join(sys.argv[1:])}")
         return index, step, state
 
 

@@ -1,11 +1,10 @@
 """Which input becomes which output, decided and checked before any work."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from utils.errors import DiffoError
-from utils.images import find_pictures
+from utils.files import PICTURES, find_files
 
 STREAM = ".dfo"
 
@@ -35,13 +34,6 @@ class Job:
         return self.target.with_name(self.target.name + ".png")
 
 
-def find_streams(folder: Path, recursive: bool) -> list[Path]:
-    """Sorted `.dfo` files of a folder; hidden ones are skipped."""
-    found = folder.rglob(f"*{STREAM}") if recursive else folder.glob(f"*{STREAM}")
-    visible = (p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
-    return sorted(p for p in visible if p.is_file())
-
-
 def inputs(paths: list[Path], streams: bool, recursive: bool) -> list[tuple[Path, Path]]:
     """The files below `paths`, each with its name relative to the folder that was given.
 
@@ -49,52 +41,62 @@ def inputs(paths: list[Path], streams: bool, recursive: bool) -> list[tuple[Path
         DiffoError: a path that is not there, or a folder with nothing to do in it.
     """
     kind = f"{STREAM} files" if streams else "pictures"
-    find: Callable = find_streams if streams else find_pictures
+    suffixes = (STREAM,) if streams else PICTURES
     found = []
     for path in paths:
         if path.is_dir():
-            files = [(file, file.relative_to(path)) for file in find(path, recursive)]
+            files = [(file, file.relative_to(path)) for file in find_files(path, suffixes, recursive)]
             if not files:
                 deeper = "" if recursive else "; --recursive looks into its sub-folders"
                 raise DiffoError(f"{path}: no {kind} in this folder{deeper}")
             found += files
-        elif path.exists():
+        elif path.is_file():
             found.append((path, Path(path.name)))
         else:
-            raise DiffoError(f"{path}: no such file or folder")
+            raise DiffoError(f"{path}: " + ("not a file" if path.exists() else "no such file or folder"))
     return found
 
 
-def plan(files: list[tuple[Path, Path]], out: Path | None, references: Path | None, suffixes: list[str]) -> list[Job]:
+def plan(
+    files: list[tuple[Path, Path]], out: Path | None, references: Path | None, suffixes: list[str], tables: list[str]
+) -> list[Job]:
     """Jobs for the files, with sub-folders mirrored below `out`.
 
     Args:
         suffixes: of the outputs that will be written, for instance [".dfo", ".png"].
+        tables: names of the further files that will be written into `out`.
     Raises:
-        DiffoError: two inputs with one stem, an output that would overwrite an input, or a missing reference.
+        DiffoError: two inputs with one stem, an output that would overwrite an input, a reference or a table, or a
+        missing reference.
     """
-    jobs, stems = [], {}
-    sources = {source.resolve() for source, _ in files}
+    jobs = []
     for source, relative in files:
-        target = None
-        if out is not None:
-            target = out / relative.with_suffix("")
-            if target in stems:
-                raise DiffoError(
-                    f"{stems[target]} and {source} would both become {target.name}{suffixes[0]}; rename one"
-                )
-            stems[target] = source
-            for suffix in suffixes:
-                if target.with_name(target.name + suffix).resolve() in sources:
-                    raise DiffoError(f"{target}{suffix}: this output would overwrite an input; choose another -o")
+        target = out / relative.with_suffix("") if out is not None else None
         jobs.append(Job(source, str(relative), target, _reference(references, relative)))
+    if out is None:
+        return jobs
+    taken = {(out / name).resolve(): f"the table {name}" for name in tables}
+    taken |= {job.reference.resolve(): "a reference" for job in jobs if job.reference}
+    taken |= {job.source.resolve(): "an input" for job in jobs}
+    for name in tables:
+        if (owner := taken[(out / name).resolve()]) != f"the table {name}":
+            raise DiffoError(f"{out / name}: this table would overwrite {owner}; choose another -o")
+    stems: dict[Path, Path] = {}
+    for job in jobs:
+        if job.target in stems:
+            raise DiffoError(
+                f"{stems[job.target]} and {job.source} would both become {job.target.name}{suffixes[0]}; rename one"
+            )
+        stems[job.target] = job.source
+        for path in outputs(job, suffixes):
+            if path.resolve() in taken:
+                raise DiffoError(f"{path}: this output would overwrite {taken[path.resolve()]}; choose another -o")
     return jobs
 
 
-def existing_outputs(jobs: list[Job], suffixes: list[str]) -> list[Path]:
-    """Outputs that are there already."""
-    targets = (job.target.with_name(job.target.name + suffix) for job in jobs for suffix in suffixes)
-    return [path for path in targets if path.exists()]
+def outputs(job: Job, suffixes: list[str]) -> list[Path]:
+    """Files that a job writes."""
+    return [job.target.with_name(job.target.name + suffix) for suffix in suffixes]
 
 
 def _reference(references: Path | None, relative: Path) -> Path | None:
@@ -104,11 +106,11 @@ def _reference(references: Path | None, relative: Path) -> Path | None:
     if references.is_file():
         return references
     same = references / relative
-    if same.is_file():
+    if same.is_file() and same.suffix.lower() in PICTURES:
         return same
     if not references.is_dir():
         raise DiffoError(f"{references}: no such file or folder (--ref_path)")
-    alike = [p for p in find_pictures(same.parent, False) if p.stem == relative.stem] if same.parent.is_dir() else []
+    alike = [p for p in find_files(same.parent, PICTURES) if p.stem == relative.stem] if same.parent.is_dir() else []
     if len(alike) != 1:
         count = "no picture" if not alike else f"{len(alike)} pictures"
         raise DiffoError(f"{references}: {count} named {relative.stem} to compare {relative} with (--ref_path)")

@@ -28,7 +28,9 @@ COLUMNS = {
     "encode_s": ("enc s", ".2f"),
     "decode_s": ("dec s", ".2f"),
 }
-SUMMED = ("picture", "width", "height", "steps")  # columns without a mean
+WITHOUT_MEAN = ("picture", "width", "height", "steps")
+
+TABLES = ["metrics.csv", "metrics.json"]
 
 Row = dict[str, str | int | float | None]
 
@@ -44,7 +46,7 @@ def mean_row(rows: list[Row]) -> Row:
     mean: Row = {"picture": f"mean of {len(rows)}"}
     for name in columns_of(rows):
         values = [row[name] for row in rows if isinstance(row.get(name), (int, float)) and math.isfinite(row[name])]
-        if name not in SUMMED and values:
+        if name not in WITHOUT_MEAN and values:
             mean[name] = statistics.fmean(values)
     return mean
 
@@ -71,9 +73,9 @@ def write_tables(rows: list[Row], folder: Path, about: dict) -> None:
     table = csv.DictWriter(text, names, restval="", extrasaction="ignore", lineterminator="\n")
     table.writeheader()
     table.writerows(rows)
-    atomic_write(folder / "metrics.csv", text.getvalue().encode())
+    atomic_write(folder / TABLES[0], text.getvalue().encode())
     content = {"about": about, "mean": mean_row(rows), "pictures": rows}
-    atomic_write(folder / "metrics.json", (json.dumps(_plain(content), indent=1) + "\n").encode())
+    atomic_write(folder / TABLES[1], (json.dumps(_plain(content), indent=1) + "\n").encode())
 
 
 def _cell(name: str, value: str | int | float | None) -> str:

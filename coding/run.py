@@ -14,7 +14,7 @@ from models.codec import Codec, Sampling
 from release.triple import SMALL, Triple, load_codec, load_triple, release_of
 from utils.distributed import local_device
 from utils.errors import BitstreamError, DiffoError, PictureError
-from utils.files import atomic_write
+from utils.files import atomic_write, make_folder
 from utils.images import read_image, write_image
 from utils.metrics import bpp, colour_shift, ms_ssim, psnr, score_with_pyiqa, unavailable
 from utils.plots import contact_sheet
@@ -25,14 +25,14 @@ class Run:
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
+        self.unavailable = {name: unavailable(name) for name in args.metrics}  # unknown names stop here
         self.device = local_device(args.device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         self.codecs: dict[bytes | None, Codec] = {}
         self.fixed = bool(args.ckpt or args.weights) or args.mode != "decompress"  # the same weights for every input
         if self.fixed:
             self.codec(None)
         self.rows: list[report.Row] = []
-        self.pairs: list[tuple[Path | None, Path, report.Row]] = []
+        self.pairs: list[tuple[Path, Path, report.Row]] = []  # original, decoded
 
     def codec(self, fingerprint: bytes | None) -> Codec:
         """The weights named on the command line, the small ones that ship, or the release that a file needs."""
@@ -59,9 +59,9 @@ class Run:
         """Code and decode one input as the mode says, and add its row.
 
         Raises:
-            DiffoError: this input cannot be done; nothing is left of it.
+            DiffoError: this input cannot be done; no file is left half written.
         """
-        job.target.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(job.target.parent)
         row: report.Row = {"picture": job.name}
         if self.args.mode == "decompress":
             stream = job.source
@@ -72,10 +72,12 @@ class Run:
             row["decode_s"] = self._decode(stream, job, row)
         row |= describe(stream)
         original = job.reference or (job.source if self.args.mode == "roundtrip" else None)
-        if original and self.args.mode != "compress":
+        if self.args.mode == "compress":
+            original = None
+        if original:
             row |= score(original, job.picture)
+            self.pairs.append((original, job.picture, row))
         self.rows.append(row)
-        self.pairs.append((original, job.picture, row))
 
     def _encode(self, job: Job) -> float:
         image = read_image(job.source)
@@ -108,22 +110,23 @@ class Run:
         sync = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
         sync()
         began = time.perf_counter()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bfloat16"):
-            result = work()
+        try:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bfloat16"):
+                result = work()
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise PictureError(f"not enough memory on {self.device} for a picture of this size") from error
         sync()
         return result, time.perf_counter() - began
 
     def extra_metrics(self) -> None:
         """Scores of --metrics, where their weights are here; otherwise one line that says why not."""
-        reasons = {name: unavailable(name) for name in self.args.metrics}
-        for reason in filter(None, reasons.values()):
+        for reason in filter(None, self.unavailable.values()):
             print(f"skipped: {reason}", file=sys.stderr)
-        names = [name for name, reason in reasons.items() if reason is None]
-        measured = [pair for pair in self.pairs if pair[0]]
-        if names and measured:
-            pictures = ((read_image(original), read_image(decoded)) for original, decoded, _ in measured)
+        names = [name for name, reason in self.unavailable.items() if reason is None]
+        if names and self.pairs:
+            pictures = ((read_image(original), read_image(decoded)) for original, decoded, _ in self.pairs)
             scores = score_with_pyiqa(names, pictures, self.device)
-            for (_, _, row), values in zip(measured, scores, strict=True):
+            for (_, _, row), values in zip(self.pairs, scores, strict=True):
                 row |= values
 
     def overview(self) -> None:
@@ -135,7 +138,6 @@ class Run:
                 f"{row['bpp']:.4f} bpp, {row['bytes']:,} bytes, {row['psnr']:.2f} dB",
             )
             for original, decoded, row in self.pairs
-            if original
         ]
         if sheet:
             contact_sheet(sheet, self.args.out_path / "overview.png")

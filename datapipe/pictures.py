@@ -48,6 +48,12 @@ class DataParams:
     flip: bool = True
     workers: int = 4
 
+    def __post_init__(self):
+        if len(self.enlarge) != 2 or not 0 < self.enlarge[0] <= self.enlarge[1]:
+            raise ValueError(f"enlarge {self.enlarge}: two factors above 0, the smaller first")
+        if self.workers < 0:
+            raise ValueError(f"workers {self.workers}: from 0 up")
+
 
 def demo_photographs() -> list[Path]:
     """Natural photographs that scikit-image ships, for trying things out without any data.
@@ -71,6 +77,7 @@ class Pictures(Dataset):
         self.files = find_pictures(Path(params.folder), recursive=True) if params.folder else demo_photographs()
         if not self.files:
             raise ConfigError(f"{params.folder or 'scikit-image'}: no pictures there to train on")
+        self._picture(0)  # a folder without one readable picture is refused here, not in a worker
 
     def __getitem__(self, position: int) -> tuple[Tensor, int]:
         random = generator(self.seed, CROP, position)
@@ -111,7 +118,7 @@ class Pictures(Dataset):
 
 
 class Positions(Sampler[list[int]]):
-    """Batches of stream positions of one rank, without end: step s holds s*B + rank, s*B + rank + world, ..."""
+    """Batches of stream positions of one rank, without end: step s holds (s*B + i) * world + rank for i in 0..B-1."""
 
     def __init__(self, batch: int, rank: int, world: int, first_step: int):
         self.batch, self.rank, self.world, self.first_step = batch, rank, world, first_step

@@ -8,9 +8,10 @@
     width         varint
     base length   varint    in bytes
     base                    see entropy_coding
-    CRC-32        4 bytes   big endian, over everything before it; always the last bytes of a file
+    CRC-32        4 bytes   big endian, over everything before it
 
-Magic, version and CRC keep their places in every version. A varint is LEB128, unsigned, in its shortest form. A 768×512 picture has 19 bytes beside its base.
+Residual sections will follow this CRC, so that the base can be trusted without them. A varint is LEB128, unsigned, in
+its shortest form. A 768×512 picture has 19 bytes beside its base.
 """
 
 import zlib
@@ -93,12 +94,15 @@ def unpack(data: bytes) -> CodedPicture:
         BitstreamError: anything else, with one line that says what is wrong and what it means.
     """
     _check_kind(data)
-    fixed_length = _read_flags(data)
     height, at = _read_varint(data, _SIZES_AT)
     width, at = _read_varint(data, at)
     base_bytes, at = _read_varint(data, at)
     end = at + base_bytes
-    _check_whole(data, end + _CRC_BYTES)
+    _check_base(data, end + _CRC_BYTES)
+    fixed_length = _read_flags(data)
+    if len(data) > end + _CRC_BYTES:
+        extra = len(data) - end - _CRC_BYTES
+        raise BitstreamError(f"{extra} bytes follow the end of the file's {end + _CRC_BYTES}: remove what was appended")
     return CodedPicture(
         height=height,
         width=width,
@@ -115,10 +119,7 @@ def _header(picture: CodedPicture) -> bytes:
 
 
 def _check_kind(data: bytes) -> None:
-    """Magic and version: is this a file that this program can read?
-
-    Where version or flags are unknown, so are the sections, and the CRC alone tells a newer file from a damaged one.
-    """
+    """Magic and version: is this a file that this program can read?"""
     if not data:
         raise BitstreamError("the file is empty")
     if data[: len(MAGIC)] != MAGIC[: len(data)]:
@@ -126,38 +127,31 @@ def _check_kind(data: bytes) -> None:
     if len(data) <= len(MAGIC):
         raise _cut_in_header(data)
     version = data[len(MAGIC)]
-    if version != VERSION and not _crc_matches(data):
-        raise _damaged_or_cut()
     if version > VERSION:
         raise BitstreamError(
-            f"this file has format version {version}; this program reads up to {VERSION}: update the program"
+            f"this file has format version {version}; this program reads up to {VERSION}: "
+            "update the program, unless the file is damaged"
         )
     if version != VERSION:
-        raise BitstreamError(f"this file has format version {version}, which does not exist")
+        raise BitstreamError(f"this file has format version {version}, which does not exist: it is damaged")
 
 
 def _read_flags(data: bytes) -> bool:
-    """Whether the base is at fixed length; refuses all other flags."""
-    if len(data) <= _FLAGS_AT:
-        raise _cut_in_header(data)
+    """Whether the base is at fixed length; refuses all other flags. The CRC must have been checked."""
     flags = data[_FLAGS_AT]
-    if flags & ~_FLAG_FIXED_LENGTH:
-        if not _crc_matches(data):
-            raise _damaged_or_cut()
-        if flags & ~(_FLAG_FIXED_LENGTH | _FLAG_RESIDUAL):
-            raise BitstreamError(f"this file uses features (flags {flags:#04x}) of a newer program: update the program")
+    if flags & ~(_FLAG_FIXED_LENGTH | _FLAG_RESIDUAL):
+        raise BitstreamError(f"this file uses features (flags {flags:#04x}) of a newer program: update the program")
+    if flags & _FLAG_RESIDUAL:
         raise BitstreamError("this file has residual sections, which this version cannot decode: update the program")
     return bool(flags & _FLAG_FIXED_LENGTH)
 
 
-def _check_whole(data: bytes, size: int) -> None:
-    """Length and CRC of a file that should have `size` bytes."""
+def _check_base(data: bytes, size: int) -> None:
+    """Length and CRC of header and base, which should have `size` bytes together."""
     if len(data) < size:
         raise BitstreamError(f"the file is cut after {len(data)} bytes of {size}, or its header is damaged")
     if not _crc_matches(data[:size]):
         raise BitstreamError("the checksum does not match: the file is damaged")
-    if len(data) > size:
-        raise BitstreamError(f"{len(data) - size} bytes follow the end of the file's {size}: remove what was appended")
 
 
 def _crc(content: bytes) -> bytes:
@@ -195,7 +189,3 @@ def _read_varint(data: bytes, at: int) -> tuple[int, int]:
 
 def _cut_in_header(data: bytes) -> BitstreamError:
     return BitstreamError(f"the file is cut within its header, after {len(data)} bytes")
-
-
-def _damaged_or_cut() -> BitstreamError:
-    return BitstreamError("the checksum does not match: the file is damaged or cut")

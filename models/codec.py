@@ -24,9 +24,9 @@ from models.unet import UNet, UNetParams
 from models.vq_base import BaseCode, VQBase, VQBaseParams
 from utils.errors import BitstreamError, CheckpointError
 from utils.images import to_signed, to_uint8
+from utils.precision import full_precision
 
-CELL = 16  # pixels per latent position along each side; part of the file format
-MIN_SIDE = 16  # pixels
+CELL = bitstream.LATENT_STRIDE  # pixels per latent position along each side
 
 
 @dataclass(frozen=True)
@@ -182,17 +182,20 @@ class Codec(nn.Module):
     # Coding ---------------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
+    @full_precision()
     def compress(self, image: Tensor) -> bytes:
         """Code a picture: uint8 (3, H, W), sides from 16 -> the bytes of a `.dfo` file.
 
         Raises:
-            CheckpointError: the weights have no fingerprint. PictureError is up to whoever read the picture.
+            CheckpointError: the weights have no fingerprint. ValueError: a side under 16.
         """
         if self.fingerprint is None:
             raise CheckpointError("these weights have no fingerprint: load them with load_codec before coding")
         height, width = image.shape[1:]
-        if min(height, width) < MIN_SIDE:
-            raise ValueError(f"pictures start at {MIN_SIDE}x{MIN_SIDE} pixels, not {width}x{height}")
+        if min(height, width) < bitstream.MIN_SIDE:
+            raise ValueError(
+                f"pictures start at {bitstream.MIN_SIDE}x{bitstream.MIN_SIDE} pixels, not {width}x{height}"
+            )
         x = self.to_latent(to_signed(image).to(self.device)[None])
         k = self.vq_base.indices(x).flatten().cpu().numpy()
         base, fixed = entropy_coding.encode_indices(k, self.params.vq_base.codebook_size, self.base_table)
@@ -223,6 +226,7 @@ class Codec(nn.Module):
         return self.decode(data).image
 
     @torch.inference_mode()
+    @full_precision()
     def decode(self, data: bytes, sampling: Sampling = Sampling()) -> Decoded:
         """Decode a file: x~ = y + kappa sqrt(eta) eps, x^ = U(x~ scaled, t(eta), z_q), X^ = D(x^) (DiffO, Alg. 1)."""
         file, k = self.read(data)

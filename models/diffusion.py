@@ -27,6 +27,10 @@ class DiffusionParams:
     etas_end: float = 0.8  # sqrt(eta) of the last step
     min_noise_level: float = 0.04
 
+    def __post_init__(self):
+        if self.steps < 1:
+            raise ValueError(f"steps {self.steps}: at least 1")
+
 
 @dataclass(frozen=True)
 class RateParams:
@@ -197,7 +201,9 @@ def sample(
         the sampled latent, as y.
     """
     last = len(schedule) - 1
-    x_t = prior_sample(y, torch.full((len(y),), schedule.etas[last], dtype=torch.float64), schedule.kappa, draw())
+    x_t = prior_sample(
+        y, torch.full((len(y),), schedule.etas[last], dtype=torch.float64, device=y.device), schedule.kappa, draw()
+    )
     for step in range(last, -1, -1):
         t = torch.full((len(y),), step, dtype=torch.int64, device=y.device)
         x_0 = predict(schedule, denoiser, x_t, t, lq)

@@ -90,14 +90,14 @@ class Codebook(nn.Module):
         self.embedding.weight.copy_(m / smoothed.unsqueeze(1))
 
     @torch.no_grad()
-    def revive(self, vectors: Tensor, everything: bool = False) -> int:
+    def revive(self, vectors: Tensor, everything: bool = False) -> Tensor:
         """Start unused codes anew at vectors of the present batch.
 
         Args:
             vectors: candidates VQ-E(x), (M, d_q), the same on every rank and already shuffled.
             everything: place all codes (the very first step), not only those below `revive_below`.
         Returns:
-            how many codes were moved.
+            the indices of the codes that were moved, int64.
         """
         n = self.embedding.cluster_size
         unused = torch.ones_like(n, dtype=torch.bool) if everything else n < self.revive_below
@@ -107,7 +107,7 @@ class Codebook(nn.Module):
         self.embedding.weight[slots] = fresh
         self.embedding.embed_avg[slots] = fresh
         n[slots] = 1.0
-        return len(slots)
+        return slots
 
 
 class VQBase(nn.Module):

@@ -20,10 +20,10 @@ from models.codec import Codec
 from models.entropy_coding import frequency_table, table_cost_bits
 from release.triple import ABOUT, NAMES, Triple, load_codec, load_triple, save_triple
 from training.config import RUN_CONFIG, load_config
-from utils.commandline import answer
+from utils.commandline import answer, positive
 from utils.config import to_mapping
-from utils.errors import CheckpointError
-from utils.files import atomic_write
+from utils.errors import CheckpointError, DiffoError
+from utils.files import atomic_write, make_folder
 
 COUNTED = 2048  # crops whose indices are counted by default
 
@@ -36,13 +36,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("out", type=Path, help="release folder, for instance weights/mine")
     parser.add_argument("--iteration", type=int, metavar="N", help="of the checkpoint (default: the newest)")
     parser.add_argument("--data", metavar="DIR", help="training pictures (default: the run's)")
-    parser.add_argument("--crops", type=int, default=COUNTED, metavar="N", help=f"crops to count (default {COUNTED})")
+    parser.add_argument(
+        "--crops", type=positive, default=COUNTED, metavar="N", help=f"crops to count (default {COUNTED})"
+    )
     return parser.parse_args(argv)
 
 
 def newest(folder: Path) -> int:
     """Largest iteration of which `ema_ckpts` holds all three files."""
-    iterations = [int(p.stem.removeprefix("ema_model_")) for p in folder.glob(NAMES["unet"].format("*"))]
+    names = (p.stem.removeprefix("ema_model_") for p in folder.glob(NAMES["unet"].format("*")))
+    iterations = [int(name) for name in names if name.isdecimal()]
     complete = [n for n in iterations if all((folder / name.format(n)).is_file() for name in NAMES.values())]
     if not complete:
         raise CheckpointError(f"{folder}: no complete set of checkpoints to release; has the stage codec saved yet?")
@@ -62,15 +65,16 @@ def count_indices(codec: Codec, pictures: Pictures, crops: int, batch: int = 8) 
 
 
 def release(args: argparse.Namespace) -> None:
-    overrides = [f"data.folder={args.data}"] if args.data else []
-    config = load_config(str(args.run / RUN_CONFIG), overrides)
-    iteration = args.iteration or newest(args.run / "ema_ckpts")
+    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        raise DiffoError(f"{args.out}: not an empty folder; a release stays as it is, choose another name")
+    config = load_config(str(args.run / RUN_CONFIG), values={"data.folder": args.data} if args.data else {})
+    iteration = newest(args.run / "ema_ckpts") if args.iteration is None else args.iteration
     codec = load_triple(Triple.of(args.run / "ema_ckpts", iteration))
     pictures = Pictures(config.data, config.codec.crop_size, config.seed)
     counts = count_indices(codec, pictures, args.crops)
     # Every index starts with one count: training pictures need not show them all.
     table = frequency_table(counts + 1)
-    args.out.mkdir(parents=True, exist_ok=True)
+    make_folder(args.out)
     triple = Triple.of(args.out, iteration)
     states = {network: getattr(codec, network).state_dict() for network in NAMES}
     save_triple(triple, states, codec.params, table)

@@ -6,7 +6,8 @@ integer tables, rate modulation, digests of the files that belong together) lies
 """
 
 import json
-from dataclasses import dataclass, replace
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -93,8 +94,8 @@ def fingerprint(codec: Codec, digests: dict[str, str]) -> bytes:
         tensors[f"{OURS}.base_table"] = torch.from_numpy(codec.base_table)
     rate = codec.rate
     tensors[f"{OURS}.rate"] = torch.tensor([rate.c, rate.eta_min, rate.eta_max])
-    diffusion = codec.params.diffusion
-    tensors[f"{OURS}.diffusion"] = torch.tensor([float(v) for v in to_mapping(diffusion).values()])
+    # Shapes do not tell everything: into how many groups a normalisation divides its channels, the windows, the noise.
+    tensors[f"{OURS}.networks"] = torch.tensor(list(json.dumps(meaning(codec.params), sort_keys=True).encode()))
     for network in ("autoencoder", "unet"):
         tensors[f"{OURS}.digests.{network}"] = torch.tensor(list(bytes.fromhex(digests[network])))
     return bytes.fromhex(checkpoints.digest(tensors))[:4]
@@ -115,7 +116,12 @@ def load_triple(triple: Triple, config: str | Path | None = None, device: str | 
     codec = Codec(params)
     digests = {}
     for network, content in contents.items():
-        state, _ = checkpoints.parameters_of(content)
+        state, dropped = checkpoints.parameters_of(content)
+        if dropped:
+            print(
+                f"{getattr(triple, network)}: left out {', '.join(dropped[:4])}" + " ..." * (len(dropped) > 4),
+                file=sys.stderr,
+            )
         checkpoints.load_strictly(getattr(codec, network), state, getattr(triple, network))
         digests[network] = checkpoints.digest(state)
     for network, expected in (ours or {}).get("digests", {}).items():
@@ -130,16 +136,35 @@ def load_triple(triple: Triple, config: str | Path | None = None, device: str | 
     return codec.eval().requires_grad_(False).to(device)
 
 
+def meaning(params: CodecParams) -> dict[str, dict]:
+    """What of the parameters decides how the weights decode: all but what only training uses, and the rate's rule."""
+    mapping = to_mapping(params)
+    del mapping["rate"]
+    for key in ("decay", "epsilon", "revive_below"):
+        del mapping["vq_base"][key]
+    return mapping
+
+
 def _params(ours: dict | None, config: str | Path | None, path: Path) -> CodecParams:
-    """Sizes from `config` or else from the VQ file; the rate modulation, once fitted, always from the VQ file."""
+    """The parameters stored in the VQ file, which `config` must agree with; those of `config` for foreign files."""
     stored = build(CodecParams, json.loads(ours["networks"]), str(path)) if ours else None
-    if config is not None:
-        params = build(CodecParams, load_mapping(config).get("networks", {}), f"{config}: networks")
-        return replace(params, rate=stored.rate) if stored else params
+    if config is None:
+        if stored is None:
+            raise CheckpointError(f"{path}: does not say how large its networks are; name their --config")
+        return stored
+    params = build(CodecParams, load_mapping(config).get("networks", {}), f"{config}: networks")
     if stored is None:
-        raise CheckpointError(
-            f"{path}: does not say how large its networks are; name their configuration with --config"
-        )
+        return params
+    theirs, own = meaning(params), meaning(stored)
+    differing = [
+        f"{network}.{key} {theirs[network][key]} for {own[network][key]}"
+        for network in own
+        for key in own[network]
+        if theirs[network][key] != own[network][key]
+    ]
+    if differing:
+        more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
+        raise CheckpointError(f"{path}: does not fit the configuration {config}: {'; '.join(differing[:4])}{more}")
     return stored
 
 

@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread, so that results do not depend on how many cores there are."""
+"""Shared by all tests: a fixed number of threads, and nothing that would look for the network."""
 
 import os
 

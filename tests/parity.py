@@ -1,11 +1,14 @@
 """Reading ../shared/parity: parameters, inputs and outputs of the reference networks."""
 
+import hashlib
 import json
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 PARITY = Path(__file__).resolve().parents[2] / "shared" / "parity"
@@ -27,8 +30,6 @@ class Fixture:
     """One .safetensors file and the .json beside it."""
 
     def __init__(self, name: str):
-        from safetensors.torch import load_file
-
         self.tensors = load_file(fixture_file(f"{name}.safetensors"))
         self.info = json.loads(fixture_file(f"{name}.json").read_text())
 
@@ -62,8 +63,6 @@ def compare_picture(name: str, ours: Tensor, reference: Tensor) -> None:
 
 def splitmix_stream(name: str, count: int) -> np.ndarray:
     """u in [-1, 1) of `full_seeded`: a splitmix64 counter whose base is the CRC-32 of the name."""
-    import zlib
-
     with np.errstate(over="ignore"):
         base = np.uint64(zlib.crc32(name.encode()) << 32)
         z = (base + np.arange(1, count + 1, dtype=np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
@@ -91,8 +90,6 @@ def seeded_value(tag: str, key: str, shape: tuple[int, ...]) -> Tensor:
 
 def seed_parameters(network: nn.Module, tag: str, left_out: list[str]) -> str:
     """Fill a full-width network by formula; returns the SHA-256 of the parameters in sorted key order."""
-    import hashlib
-
     state = network.state_dict()
     digest = hashlib.sha256()
     for key in sorted(state):

@@ -189,7 +189,7 @@ def test_published_names_that_do_not_exist(pictures, tmp_path, capsys):
 def test_wrong_checkpoints(pictures, weights, tmp_path, capsys):
     args = ["-i", pictures / "a.png", "-o", tmp_path / "out"]
     error = refused(capsys, *args, *weights, "--config", ROOT / "configs" / "tiny.yaml")
-    assert "does not fit" in error and "other shape: time_embed.0.weight" in error
+    assert "does not fit" in error and "autoencoder.ch_mult" in error
     swapped = [weights[0], weights[5], *weights[2:]]
     assert "does not fit" in refused(capsys, *args, *swapped)
     bad = tmp_path / "bad.yaml"

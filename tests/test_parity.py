@@ -1,11 +1,14 @@
 """The networks against the reference's own numbers. Run with -s to see how far off each tensor is."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
 from models import diffusion
 from models.autoencoder import Autoencoder, AutoencoderParams
+from models.blocks import nearest_codes
 from models.diffusion import DiffusionParams, Schedule
 from models.swin import relative_position_index, shifted_window_mask
 from models.unet import UNet, UNetParams, timestep_embedding
@@ -17,6 +20,7 @@ from tests.parity import (
     compare_picture,
     fixture_file,
     seed_parameters,
+    splitmix_stream,
 )
 
 SMALL_UNET = dict(latent_channels=64, condition_channels=64, condition_width=16, model_channels=32, swin_embed_dim=64)
@@ -29,6 +33,11 @@ def network(cls, params, weights):
     net = cls(params).eval()
     net.load_state_dict(weights, strict=True)
     return net
+
+
+def fixture_id(name: str):
+    """The decorator of a test without parameters: its id names the fixture's file."""
+    return pytest.mark.parametrize((), [pytest.param(id=name)])
 
 
 @pytest.fixture(scope="module")
@@ -63,14 +72,17 @@ def test_unet(unet_small, case):
     compare(f"unet_small {case}", net(x, t, lq), unet_small[f"out/{case}"])
 
 
-@pytest.mark.parametrize("name", ["window4_shift0_8x12", "window4_shift2_8x12", "window2_shift1_4x6"])
-def test_attention_mask(unet_small, name):
-    window, shift, height, width = {"4_shift0": (4, 0, 8, 12), "4_shift2": (4, 2, 8, 12), "2_shift1": (2, 1, 4, 6)}[
-        name[6:14]
-    ]
-    assert torch.equal(shifted_window_mask(height, width, window, shift), unet_small[f"mask/{name}"])
+@pytest.mark.parametrize(
+    "window, shift, height, width",
+    [(4, 0, 8, 12), (4, 2, 8, 12), (2, 1, 4, 6)],
+    ids=[f"unet_small.safetensors-mask-{name}" for name in ("4-unshifted", "4-shifted", "2-shifted")],
+)
+def test_attention_mask(unet_small, window, shift, height, width):
+    reference = unet_small[f"mask/window{window}_shift{shift}_{height}x{width}"]
+    assert torch.equal(shifted_window_mask(height, width, window, shift), reference)
 
 
+@fixture_id("unet_small.safetensors")
 @torch.inference_mode()
 def test_swin_layer(unet_small):
     net = network(UNet, UNetParams(**SMALL_UNET), unet_small.weights())
@@ -83,6 +95,7 @@ def test_swin_layer(unet_small):
         compare(f"unet_small swin_layer {name}", out, unet_small[f"out/swin_layer/{name}"])
 
 
+@fixture_id("unet_small.safetensors")
 def test_unet_details(unet_small):
     embedding = timestep_embedding(torch.tensor([0, 1, 7]), 32)
     compare("unet_small timestep embedding", embedding, unet_small["out/timestep_embedding_0_1_7_dim32"])
@@ -90,6 +103,7 @@ def test_unet_details(unet_small):
         assert relative_position_index(window).tolist() == unet_small.info[f"relative_position_index_window{window}"]
 
 
+@fixture_id("gt_autoencoder_small.safetensors")
 @torch.inference_mode()
 def test_autoencoder(gt_autoencoder_small):
     f = gt_autoencoder_small
@@ -106,10 +120,7 @@ def test_autoencoder(gt_autoencoder_small):
     compare_picture("gt_autoencoder_small from codes", net.decode(quantized.z), f["out/decoded_from_quantized"])
 
 
-test_autoencoder = pytest.mark.parametrize((), [pytest.param(id="gt_autoencoder_small.safetensors")])(test_autoencoder)
-
-
-@pytest.mark.parametrize((), [pytest.param(id="latent_vq_small.safetensors")])
+@fixture_id("latent_vq_small.safetensors")
 @torch.inference_mode()
 def test_vq_base(latent_vq_small):
     f = latent_vq_small
@@ -134,8 +145,6 @@ def test_codebook_update(latent_vq_small, start):
         getattr(book, ours).data.copy_(f[f"ema/{start}_before/{theirs}"])
     vectors = f["ema/input"].permute(0, 2, 3, 1).flatten(0, 2)
     for step in (1, 2):
-        from models.blocks import nearest_codes
-
         k = nearest_codes(vectors, book.weight)
         assert torch.equal(k, f[f"ema/{start}_step{step}_indices"])
         net.quantize.update(*net._statistics(vectors, k))
@@ -145,7 +154,7 @@ def test_codebook_update(latent_vq_small, start):
             compare(f"ema {start} {step} {theirs}", getattr(book, ours), reference, limit, limit)
 
 
-@pytest.mark.parametrize((), [pytest.param(id="pipeline_small.safetensors")])
+@fixture_id("pipeline_small.safetensors")
 @torch.inference_mode()
 def test_pipeline(unet_small, gt_autoencoder_small, latent_vq_small):
     f = Fixture("pipeline_small")
@@ -179,23 +188,43 @@ def test_pipeline(unet_small, gt_autoencoder_small, latent_vq_small):
     compare("pipeline_small whole chain", sampled, f["out/ddim_two_step_sample_t0"])
 
 
-@pytest.mark.parametrize((), [pytest.param(id="full_seeded.safetensors")])
+def seeded(f, cls, params, name):
+    """A network at full width, filled by the fixture's formula."""
+    net, info = cls(params).eval(), f.info["networks"][name] if "networks" in f.info else f.info[name]
+    digest = seed_parameters(net, info["stream_tag"], info["left_out"])
+    assert digest == info["sha256_of_float32_bytes_in_sorted_key_order"], f"{name}: the formula was not followed"
+    return net
+
+
+def seeded_input(case):
+    """An input of the fixture that is given by its stream, amplitude and grid."""
+    u = splitmix_stream(case["stream"], int(np.prod(case["shape"])))
+    values = np.round(case["amplitude"] * u / case["grid"]) * case["grid"]
+    return torch.from_numpy(values.astype(np.float32)).view(case["shape"])
+
+
+@pytest.fixture(scope="module")
+def full_seeded():
+    return Fixture("full_seeded")
+
+
+@pytest.fixture(scope="module")
+def full_unet(full_seeded):
+    with torch.inference_mode():
+        return seeded(full_seeded, UNet, UNetParams(), "UNet")
+
+
+@fixture_id("full_seeded.safetensors")
 @torch.inference_mode()
-def test_full_width():
-    f = Fixture("full_seeded")
-
-    def seeded(cls, params, name):
-        net, info = cls(params).eval(), f.info["networks"][name] if "networks" in f.info else f.info[name]
-        digest = seed_parameters(net, info["stream_tag"], info["left_out"])
-        assert digest == info["sha256_of_float32_bytes_in_sorted_key_order"], f"{name}: the formula was not followed"
-        return net
-
-    autoencoder = seeded(Autoencoder, AutoencoderParams(), "GT_encoder")
+def test_full_width(full_seeded, full_unet):
+    """The whole chain, each network fed with what the one before it gave."""
+    f = full_seeded
+    autoencoder = seeded(f, Autoencoder, AutoencoderParams(), "GT_encoder")
     x = autoencoder.encode((f["in/image_uint8"].float() / 255 - 0.5) / 0.5)
     compare("full_seeded z_start", x, f["out/z_start"])
     assert torch.equal(autoencoder.quantise(x).indices, f["out/GT_encoder_indices"])
 
-    base = seeded(VQBase, VQBaseParams(), "autoencoder")
+    base = seeded(f, VQBase, VQBaseParams(), "autoencoder")
     code = base(x)
     compare("full_seeded latent_pre_quant", code.z, f["out/latent_pre_quant"])
     assert torch.equal(code.indices.flatten(), f["out/indices"])
@@ -203,43 +232,31 @@ def test_full_width():
     y = base.reconstruct(code.z_q)
     compare("full_seeded z_y_start", y, f["out/z_y_start"])
 
-    unet = seeded(UNet, UNetParams(), "UNet")
     params = DiffusionParams()
     eta = torch.tensor([params.etas_end**2], dtype=torch.float64)
-    predicted = diffusion.one_step(unet, y, code.z_q, eta, f["in/noise"], params)
+    predicted = diffusion.one_step(full_unet, y, code.z_q, eta, f["in/noise"], params)
     compare("full_seeded pred_xstart", predicted, f["out/pred_xstart"])
     compare_picture("full_seeded image", autoencoder.decode(predicted), f["out/image_before_clamp"])
 
-    from tests.parity import splitmix_stream
 
-    def stream(name):
-        case = f.info["unet_16x32"][name]
-        u = splitmix_stream(case["stream"], int(np.prod(case["shape"])))
-        return torch.from_numpy(
-            (np.round(case["amplitude"] * u / case["grid"]) * case["grid"]).astype(np.float32)
-        ).view(case["shape"])
-
-    wide = unet(stream("x"), torch.tensor(f.info["unet_16x32"]["timesteps"]), stream("lq"))
-    compare("full_seeded unet_16x32", wide, f["out/unet_16x32"])
-
-
-def published_keys(name):
-    import json
-
-    return json.loads(fixture_file("keys_full.json").read_text())[name]["state_dict"]
+@fixture_id("full_seeded.safetensors")
+@torch.inference_mode()
+def test_full_width_of_a_wide_latent(full_seeded, full_unet):
+    case = full_seeded.info["unet_16x32"]
+    wide = full_unet(seeded_input(case["x"]), torch.tensor(case["timesteps"]), seeded_input(case["lq"]))
+    compare("full_seeded unet_16x32", wide, full_seeded["out/unet_16x32"])
 
 
 @pytest.mark.parametrize(
     "cls, params, name",
     [
-        (UNet, UNetParams(), "UNet"),
-        (VQBase, VQBaseParams(), "autoencoder"),
-        (Autoencoder, AutoencoderParams(), "GT_encoder"),
+        pytest.param(UNet, UNetParams(), "UNet", id="keys_full.json-UNet"),
+        pytest.param(VQBase, VQBaseParams(), "autoencoder", id="keys_full.json-autoencoder"),
+        pytest.param(Autoencoder, AutoencoderParams(), "GT_encoder", id="keys_full.json-GT_encoder"),
     ],
-    ids=lambda value: f"keys_full.json-{value}" if isinstance(value, str) else "",
 )
 def test_published_keys(cls, params, name):
-    published = {k: v["shape"] for k, v in published_keys(name).items() if v["kind"] == "parameter"}
+    entries = json.loads(fixture_file("keys_full.json").read_text())[name]["state_dict"]
     with torch.device("meta"):
         ours = {k: list(v.shape) for k, v in cls(params).state_dict().items()}
-    assert ours == published
+    assert ours == {k: v["shape"] for k, v in entries.items() if v["kind"] == "parameter"}

@@ -1,7 +1,8 @@
 """The configuration of a training run. Defaults are the paper's, or VQGAN's for the image autoencoder."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from datapipe.pictures import DataParams
 from models.codec import CodecParams
@@ -10,44 +11,75 @@ from utils.config import build, load_mapping
 RUN_CONFIG = "config.yaml"  # the resolved configuration, in the run's folder
 
 
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class StageParams:
+    """What both stages have.
+
+    Attributes:
+        batch_size: crops per process and step. crop_size: pixels, a multiple of 16. ema: decay of the averaged weights.
+        perceptual: `lpips`, `ms_ssim` (crops above 160 pixels) or `none`.
+    """
+
+    iterations: int
+    batch_size: int = 8
+    crop_size: int = 256
+    ema: float = 0.999
+    perceptual: Literal["lpips", "ms_ssim", "none"] = "lpips"
+
+    def __post_init__(self):
+        require(self.iterations >= 1, f"iterations {self.iterations}: at least 1")
+        require(self.batch_size >= 1, f"batch_size {self.batch_size}: at least 1")
+        require(self.crop_size >= 16 and self.crop_size % 16 == 0, f"crop_size {self.crop_size}: a multiple of 16")
+        require(0 <= self.ema < 1, f"ema {self.ema}: in [0, 1)")
+        small = self.perceptual == "ms_ssim" and self.crop_size <= 160
+        require(not small, f"crop_size {self.crop_size}: perceptual ms_ssim needs crops above 160 pixels")
+
+
 @dataclass(frozen=True)
 class OptimParams:
     """AdamW with linear warm-up and, where lr_end differs from lr, a cosine between them.
 
     Attributes:
-        lr, lr_end: learning rate after the warm-up and at the last iteration. warmup: iterations.
+        lr, lr_end: learning rate after the warm-up and at the last iteration; lr_end None keeps lr. warmup: iterations.
         clip: largest norm of the gradient; 0 leaves it alone.
     """
 
     lr: float = 5e-5
-    lr_end: float = 5e-5
+    lr_end: float | None = None
     warmup: int = 0
     betas: tuple[float, ...] = (0.9, 0.999)
     weight_decay: float = 0.0
     clip: float = 0.0
 
+    def __post_init__(self):
+        require(
+            self.lr > 0 and (self.lr_end is None or self.lr_end >= 0), f"lr {self.lr}, lr_end {self.lr_end}: above 0"
+        )
+        require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), f"betas {self.betas}: two, in [0, 1)")
+        require(self.warmup >= 0 and self.weight_decay >= 0 and self.clip >= 0, "warmup, weight_decay, clip: from 0 up")
+
 
 @dataclass(frozen=True)
-class GtParams:
+class GtParams(StageParams):
     """Stage `gt`: the image autoencoder, trained as VQGAN's but with a continuous latent.
 
     Attributes:
-        batch_size: crops per process and step. crop_size: pixels. ema: decay of the averaged weights.
         distortion: `l1`, VQGAN's, or `mse`.
         chroma_weight: of a further squared error, that of the colour alone (what remains of RGB without its mean).
-        perceptual: `lpips`, `ms_ssim` or `none`. adversarial_start: iteration at which the PatchGAN joins.
+        adversarial_start: iteration at which the PatchGAN joins.
         statistics: crops over which the latent's mean and deviation are measured at the end.
     """
 
     iterations: int = 100_000
-    batch_size: int = 8
-    crop_size: int = 256
-    ema: float = 0.999
     optim: OptimParams = field(default_factory=lambda: OptimParams(betas=(0.5, 0.9)))
     distortion: Literal["l1", "mse"] = "l1"
     distortion_weight: float = 1.0
     chroma_weight: float = 0.0
-    perceptual: str = "lpips"
     perceptual_weight: float = 1.0
     adversarial_weight: float = 0.8
     adversarial_start: int = 10_000
@@ -55,7 +87,7 @@ class GtParams:
 
 
 @dataclass(frozen=True)
-class CodecStageParams:
+class CodecStageParams(StageParams):
     """Stage `codec`: VQ base and UNet together, DiffO Eq. 10.
 
     Attributes:
@@ -66,15 +98,11 @@ class CodecStageParams:
     """
 
     iterations: int = 60_000
-    batch_size: int = 8
-    crop_size: int = 256
-    ema: float = 0.999
     optim: OptimParams = field(default_factory=OptimParams)
     forward: Literal["published", "decoder"] = "published"
     last_step_share: float | None = None
     distortion_weight: float = 0.8
     chroma_weight: float = 0.0
-    perceptual: str = "lpips"
     perceptual_weight: float = 0.2
     commitment: float = 0.25
 
@@ -84,14 +112,16 @@ class TrainConfig:
     """Everything a run depends on; it is written beside the run's results.
 
     Attributes:
-        name: folder of the run, below --save_dir. seed: of initial weights, data order and noise.
-        stages: run in this order. networks: sizes, schedule and rate modulation.
+        name: folder of the run, below --save_dir. seed: of initial weights, data order and noise, from 0.
+        stages: run in this order. autoencoder: GT checkpoint to start from; without it, stage gt comes first.
+        networks: sizes, schedule and rate modulation.
         save_every: iterations between checkpoints. picture_every: between TensorBoard pictures.
     """
 
     name: str = "diffo"
     seed: int = 0
     stages: tuple[Literal["gt", "codec"], ...] = ("gt", "codec")
+    autoencoder: str | None = None
     networks: CodecParams = field(default_factory=CodecParams)
     data: DataParams = field(default_factory=DataParams)
     gt: GtParams = field(default_factory=GtParams)
@@ -99,7 +129,18 @@ class TrainConfig:
     save_every: int = 5000
     picture_every: int = 500
 
+    def __post_init__(self):
+        allowed = [("gt",), ("gt", "codec")] + ([("codec",)] if self.autoencoder else [])
+        require(
+            self.stages in allowed,
+            f"stages {list(self.stages)}: [gt], [gt, codec], or [codec] with an image autoencoder to start from "
+            "(autoencoder: path of a GT_vq_model_<it>.pth.tar)",
+        )
+        require(self.seed >= 0, f"seed {self.seed}: from 0 up")
+        require(self.save_every >= 1 and self.picture_every >= 1, "save_every, picture_every: at least 1")
+        require(bool(self.name) and "/" not in self.name, f"name {self.name!r}: one folder name")
 
-def load_config(path: str, overrides: list[str] = ()) -> TrainConfig:
-    """A YAML file and `key=value` overrides. Raises ConfigError."""
-    return build(TrainConfig, load_mapping(path, overrides), str(path))
+
+def load_config(path: str, overrides: Sequence[str] = (), values: dict[str, Any] | None = None) -> TrainConfig:
+    """A YAML file, `key=value` overrides, and values set as they are (`load_mapping`). Raises ConfigError."""
+    return build(TrainConfig, load_mapping(path, overrides, values), str(path))

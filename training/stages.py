@@ -15,7 +15,7 @@ from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 from datapipe.pictures import DRAWS, REVIVAL, generator
-from models.codec import Codec, Draws
+from models.codec import CELL, Codec, Draws
 from models.losses import (
     PatchDiscriminator,
     adaptive_weight,
@@ -57,13 +57,20 @@ class Optimiser:
         if step < p.warmup:
             return p.lr * (step + 1) / p.warmup
         progress = (step - p.warmup) / max(1, self.iterations - p.warmup)
-        return p.lr_end + (p.lr - p.lr_end) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        end = p.lr if p.lr_end is None else p.lr_end
+        return end + (p.lr - end) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
     def step(self, loss: Tensor, step: int) -> float:
-        """Backward, clip, update; returns the gradient's norm before clipping."""
+        """Backward, clip, update; returns the gradient's norm before clipping.
+
+        Raises:
+            NotFinite: the gradient is not; it is the same on all ranks, and nothing was updated with it.
+        """
         self.adamw.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.params.clip or math.inf)
+        if not norm.isfinite():
+            raise NotFinite(f"step {step}: the gradient is not finite; nothing was updated with it")
         for group in self.adamw.param_groups:
             group["lr"] = self.lr(step)
         self.adamw.step()
@@ -124,6 +131,7 @@ class GtStage:
         if adversarial:
             scores = self.critic(torch.cat([image, restored.detach()]))
             terms["discriminator"] = hinge_discriminator(*scores.chunk(2))
+            finite(terms, self.name, step)
             self.critic_optimiser.step(terms["discriminator"], step)
         self.ema.update(self.network)
         return logs | {name: term.item() for name, term in terms.items()}, [image, restored.detach()]
@@ -217,7 +225,7 @@ class CodecStage:
 
     def draws(self, positions: Tensor, size: tuple[int, int]) -> Draws:
         """t, eta and noise of every sample, from its position in the stream alone."""
-        params, latent = self.codec.params, [side // 16 for side in size]
+        params, latent = self.codec.params, [side // CELL for side in size]
         shape = (params.autoencoder.embed_dim, *latent)
         last = params.diffusion.steps - 1
         centre = self.codec.rate.eta(self.codec.nominal_bpp)
@@ -248,7 +256,10 @@ class CodecStage:
         if step > 0:
             book.update(counts, sums)
         revived = book.revive(vectors, everything=step == 0)
-        return {"perplexity": perplexity(counts).item(), "revived": float(revived)}
+        # A code that jumped must not drag its old place along in the average, which is what is released.
+        for name in ("weight", "cluster_size", "embed_avg"):
+            self.ema.average[f"vq_base.quantize.embedding.{name}"][revived] = getattr(book.embedding, name)[revived]
+        return {"perplexity": perplexity(counts).item(), "revived": float(len(revived))}
 
     def finish(self, batches) -> None:
         """Nothing is left to do: the averaged weights are the result."""

@@ -36,8 +36,9 @@ def read(path: str | Path) -> dict:
         raise CheckpointError(
             f"{path}: refused, it holds more than tensors and plain values (code would run on loading), or is no checkpoint"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # a damaged file makes the unpickler raise almost anything, at times without a message
+        told = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{path}: not a readable checkpoint ({told})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: a checkpoint holds a dictionary, this one a {type(content).__name__}")
     return content
@@ -50,7 +51,8 @@ def parameters_of(content: Mapping) -> tuple[dict[str, Tensor], list[str]]:
     the training loss (`loss.*`) of public VQGAN files.
     """
     state = content.get("state_dict", content)
-    state = {key.removeprefix("module."): value for key, value in state.items() if isinstance(value, Tensor)}
+    entries = state.items() if isinstance(state, Mapping) else ()
+    state = {str(key).removeprefix("module."): value for key, value in entries if isinstance(value, Tensor)}
     dropped = [k for k in state if k.split(".")[-1] in DERIVED or k.startswith("loss.")]
     return {k: v for k, v in state.items() if k not in dropped}, dropped
 

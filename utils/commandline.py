@@ -1,5 +1,7 @@
 """How every command of the project ends: one line for what the user can mend, never a traceback for it."""
 
+import argparse
+import os
 import sys
 from collections.abc import Callable
 
@@ -15,6 +17,17 @@ def answer(work: Callable[..., int | None], *args) -> int:
     except DiffoError as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILED
+    except BrokenPipeError:  # whoever read our output has gone; Python must not complain about it at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def positive(text: str) -> int:
+    """An argparse type: a whole number from 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import types
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,9 +13,11 @@ from utils.errors import ConfigError
 T = TypeVar("T")
 
 
-def load_mapping(path: str | Path, overrides: list[str] = ()) -> dict:
-    """A YAML file as a plain dictionary, with `a.b=value` overrides applied.
+def load_mapping(path: str | Path, overrides: Sequence[str] = (), values: dict[str, Any] | None = None) -> dict:
+    """A YAML file as a plain dictionary, with `a.b=value` overrides and then `values` applied.
 
+    Args:
+        values: dotted key -> value taken as it is, where an override would be read as YAML (a folder named 2024).
     Raises:
         ConfigError: missing or unreadable file, ill-formed override.
     """
@@ -26,20 +29,23 @@ def load_mapping(path: str | Path, overrides: list[str] = ()) -> dict:
         raise ConfigError(f"{path}: no such configuration file")
     try:
         config = OmegaConf.load(path)
+        if not OmegaConf.is_dict(config):
+            raise ConfigError(f"{path}: a configuration is a mapping of keys to values")
         for item in overrides:
             if "=" not in item:
                 raise ConfigError(f"{item}: an override is written key=value, for instance codec.lr=1e-4")
             config = OmegaConf.merge(config, OmegaConf.from_dotlist([item]))
-        mapping = OmegaConf.to_container(config, resolve=True)
-    except (OmegaConfBaseException, YAMLError, OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from error
-    if not isinstance(mapping, dict):
-        raise ConfigError(f"{path}: a configuration is a mapping of keys to values")
-    return mapping
+        for key, value in (values or {}).items():
+            OmegaConf.update(config, key, value, force_add=True)
+        return OmegaConf.to_container(config, resolve=True)
+    except (OmegaConfBaseException, YAMLError, OSError, UnicodeDecodeError, TypeError) as error:
+        raise ConfigError(f"{path}: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
 
 
-def build(cls: type[T], mapping: dict, where: str) -> T:
-    """Fill the dataclass `cls` from a mapping; absent keys keep their defaults.
+def build(cls: type[T], mapping: dict, where: str, base: T | None = None) -> T:
+    """Fill the dataclass `cls` from a mapping; absent keys keep the values of `base`, or else the defaults.
+
+    A block that is filled in part keeps the rest of what stands in its place by default.
 
     Args:
         where: the file or option that errors name.
@@ -49,17 +55,24 @@ def build(cls: type[T], mapping: dict, where: str) -> T:
     if not isinstance(mapping, dict):
         raise ConfigError(f"{where}: expected a block of keys, found {mapping!r}")
     hints = typing.get_type_hints(cls)
-    known = {f.name for f in dataclasses.fields(cls)}
+    fields = {f.name: f for f in dataclasses.fields(cls)}
     for key in mapping:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, 1)
-            hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(sorted(known))}"
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, 1)
+            hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(sorted(fields))}"
             raise ConfigError(f"{where}: unknown key {key}; {hint}")
-    values = {key: _convert(hints[key], value, f"{where}: {key}") for key, value in mapping.items()}
+    values = {}
+    for key, value in mapping.items():
+        default = _default(fields[key]) if base is None else getattr(base, key)
+        values[key] = _convert(hints[key], value, f"{where}: {key}", default)
     try:
-        return cls(**values)
+        return cls(**values) if base is None else dataclasses.replace(base, **values)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{where}: {error}") from error
+
+
+def _default(field: dataclasses.Field) -> Any:
+    return None if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def to_mapping(config: Any) -> dict:
@@ -73,9 +86,9 @@ def to_mapping(config: Any) -> dict:
     return plain(dataclasses.asdict(config))
 
 
-def _convert(kind: Any, value: Any, where: str) -> Any:
+def _convert(kind: Any, value: Any, where: str, default: Any = None) -> Any:
     if dataclasses.is_dataclass(kind):
-        return build(kind, value, where)
+        return build(kind, value, where, default)
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in args:

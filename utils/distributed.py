@@ -50,12 +50,15 @@ def local_device(name: str) -> torch.device:
         raise DiffoError(f"--device {name}: not one of auto, cpu, cuda, cuda:N")
     if kind == "cuda" and not available:
         raise DiffoError(f"--device {name}: PyTorch finds no CUDA device here; use --device cpu")
-    if index and int(index) >= torch.cuda.device_count():
-        raise DiffoError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices here, counted from 0")
-    device = torch.device(name)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
+    if kind == "cpu":
+        return torch.device("cpu")
+    if index and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise DiffoError(f"--device {name}: several processes cannot share one device; use --device cuda")
+    number, count = int(index or os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if number >= count:
+        raise DiffoError(f"--device {name}: device {number} is asked for, and there are {count}, counted from 0")
+    device = torch.device("cuda", number)
+    torch.cuda.set_device(device)
     return device
 
 

@@ -13,6 +13,46 @@ from utils.errors import DiffoError
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
 
 
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+
+
+def find_files(folder: str | os.PathLike[str], suffixes: tuple[str, ...], recursive: bool = False) -> list[Path]:
+    """Sorted paths of the files in a folder with one of these suffixes, in any case; an empty list if there are none.
+
+    Hidden files and, when `recursive`, hidden folders are skipped; linked folders inside are not followed.
+    Raises DiffoError if `folder` is missing, not a folder, or cannot be listed.
+    """
+    if not Path(folder).is_dir():
+        raise DiffoError(f"{folder}: no such folder")
+    found: list[Path] = []
+    for root, folders, names in os.walk(folder, onerror=_refuse_folder):
+        folders[:] = [name for name in folders if recursive and not name.startswith(".")]
+        visible = (Path(root, name) for name in names if not name.startswith("."))
+        found += [path for path in visible if path.suffix.lower() in suffixes and path.is_file()]
+    return sorted(found)
+
+
+def make_folder(path: str | os.PathLike[str]) -> Path:
+    """The folder `path`, made with its parents where it is not there. Raises DiffoError if it cannot be."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DiffoError(f"{path}: this folder cannot be made ({error.strerror})") from error
+    return Path(path)
+
+
+def require_writable(folder: Path) -> None:
+    """Raise DiffoError, before any work, if no file can be written into a folder."""
+    probe = folder / f".{os.getpid()}.{secrets.token_hex(4)}.tmp"
+    with _as_write_error(probe, folder):
+        probe.touch(exist_ok=False)
+        probe.unlink()
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise DiffoError(f"{error.filename}: cannot be listed ({error.strerror})") from error
+
+
 def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
     """Write `data` to `path`, replacing what is there; a reader sees the old file or the new one, never a part.
 

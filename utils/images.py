@@ -11,10 +11,9 @@ import torch
 from PIL import ExifTags, Image, ImageFile
 
 from utils.errors import PictureError
-from utils.files import atomic_path
+from utils.files import PICTURES, atomic_path, find_files
 
-MIN_SIDE = 16
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+MIN_SIDE = 16  # of a picture that a file can hold (models/bitstream.py)
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -82,23 +81,8 @@ def to_uint8(signed: torch.Tensor) -> torch.Tensor:
 
 
 def find_pictures(folder: str | os.PathLike[str], recursive: bool = False) -> list[Path]:
-    """Sorted paths of the pictures in a folder, by suffix (`SUFFIXES`, in any case), an empty list if there are none.
-
-    Hidden files and, when `recursive`, hidden folders are skipped; linked folders inside are not followed.
-    Raises PictureError if `folder` is missing, not a folder, or cannot be listed.
-    """
-    if not Path(folder).is_dir():
-        raise PictureError(f"{folder}: no such folder")
-    found: list[Path] = []
-    for root, folders, names in os.walk(folder, onerror=_refuse_folder):
-        folders[:] = [name for name in folders if recursive and not name.startswith(".")]
-        visible = (Path(root, name) for name in names if not name.startswith("."))
-        found += [path for path in visible if path.suffix.lower() in SUFFIXES and path.is_file()]
-    return sorted(found)
-
-
-def _refuse_folder(error: OSError) -> None:
-    raise PictureError(f"{error.filename}: cannot be listed ({error.strerror})") from error
+    """The pictures in a folder, by suffix: `find_files` with `PICTURES`."""
+    return find_files(folder, PICTURES, recursive)
 
 
 @contextmanager

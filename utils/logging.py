@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from utils.files import atomic_write, make_folder
+
 
 class RunLog:
     """Written by the main process alone; on other ranks every call does nothing."""
@@ -19,7 +21,7 @@ class RunLog:
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         self.folder = folder
         self.board = SummaryWriter(folder / "tensorboard")
         self.logger = logging.getLogger("diffo.train")
@@ -39,16 +41,16 @@ class RunLog:
         path = self.folder / "metrics.jsonl" if self.main else None
         if path is None or not path.exists():
             return
-        order = {name: i for i, name in enumerate(stages)}
+        order = {name: i for i, name in enumerate(stages)}  # a stage that is no longer run comes first
         kept = []
         for line in path.read_text().splitlines():
             try:
                 entry = json.loads(line)
             except json.JSONDecodeError:  # a line cut by the crash
                 continue
-            if (order[entry["stage"]], entry["step"]) < (order[stage], step):
+            if (order.get(entry["stage"], -1), entry["step"]) < (order[stage], step):
                 kept.append(line)
-        path.write_text("".join(f"{line}\n" for line in kept))
+        atomic_write(path, "".join(f"{line}\n" for line in kept).encode())
 
     def step(self, stage: str, step: int, values: dict[str, float]) -> None:
         """One line `{"stage", "step", "loss", ...}`, and the same scalars for TensorBoard."""

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 
 from utils.errors import DiffoError
 from utils.files import atomic_path
+from utils.precision import full_precision
 
 MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 MS_SSIM_MIN_SIDE = 161
@@ -205,7 +206,7 @@ def _score_pair(
     _check_pair(original, decoded)
     reference, distorted = (picture[None].to(device).float() / 255 for picture in (original, decoded))
     scores: dict[str, float | None] = {}
-    with torch.no_grad(), _full_precision():
+    with torch.no_grad(), full_precision():
         for name, metric in metrics.items():
             fits = min(original.shape[-2:]) >= METRICS[name].min_side
             scores[name] = metric(distorted, reference).item() if fits else None
@@ -222,17 +223,6 @@ def _load_quietly(pyiqa_name: str, device: torch.device) -> torch.nn.Module:
         # pyiqa looks for MS_SSIM in a module of that name and, finding none, imports all its networks: seconds more.
         importlib.import_module("pyiqa.archs.ssim_arch")
         return pyiqa.create_metric(pyiqa_name, device=device).net
-
-
-@contextlib.contextmanager
-def _full_precision() -> Iterator[None]:
-    saved = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(saved)
 
 
 _NETWORK_ERRORS = (urllib.error.URLError, ssl.SSLError, TimeoutError, ConnectionError, http.client.HTTPException)

@@ -1,0 +1,207 @@
+"""Schedules and sampling steps against the reference's numbers, and against closed forms. -s shows how far off."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from models import diffusion
+from models.diffusion import DiffusionParams, RateParams, Schedule, time_of_eta
+from tests.parity import compare, fixture_file
+
+NAMES = ("steps2", "steps4", "steps15", "steps15_respaced4", "steps2_respaced15")
+MAX, RMS = 1e-6, 3e-7  # float32, values up to about 5
+
+
+def by_name(function):
+    return pytest.mark.parametrize("name", NAMES, ids=lambda name: f"diffusion.json-{name}")(function)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return json.loads(fixture_file("diffusion.json").read_text())
+
+
+def schedule_of(info) -> Schedule:
+    schedule = Schedule.exponential(DiffusionParams(steps=info["steps"]))
+    respacing = info["timestep_respacing"]
+    return schedule if respacing is None else schedule.spaced(int(respacing))
+
+
+@by_name
+def test_schedule_arrays(reference, name):
+    info = reference["schedules"][name]
+    schedule = schedule_of(info)
+    k, m, j = schedule.ddim_coefs
+    of_x_t, of_x_0 = schedule.posterior_mean_coefs
+    arrays = {
+        "sqrt_etas": schedule.sqrt_etas,
+        "etas": schedule.etas,
+        "etas_prev": schedule.etas_prev,
+        "alpha": schedule.alpha,
+        "posterior_variance": schedule.posterior_variance,
+        "posterior_mean_coef1": of_x_t,
+        "posterior_mean_coef2": of_x_0,
+        "ddim_k_float64": k,
+        "ddim_m_float64": m,
+        "ddim_j_float64": j,
+    }
+    for key, ours in arrays.items():
+        assert ours.dtype == np.float64
+        print(f"{name} {key}: {np.abs(ours - info[key]).max():.1e}")
+        np.testing.assert_allclose(ours, info[key], rtol=1e-12, atol=1e-15, err_msg=key)
+    assert len(schedule) == info["num_timesteps"]
+    assert schedule.timesteps.tolist() == info["timestep_map"]
+    whole = Schedule.exponential(DiffusionParams(steps=info["steps"]))
+    np.testing.assert_allclose(whole.sqrt_etas, info["sqrt_etas_before_respacing"], rtol=1e-12)
+
+
+class Case:
+    """The tensors of one schedule, and the fixture's toy network."""
+
+    def __init__(self, reference, name):
+        self.name, self.info = name, reference["tensors"][name]
+        self.schedule = schedule_of(reference["schedules"][name])
+        self.params = DiffusionParams(steps=reference["schedules"][name]["steps"])
+        self.x, self.y, self.noise, self.lq = (self.read(self.info[key]) for key in ("x", "y", "noise", "lq"))
+        self.t = torch.tensor(self.info["t"])
+        self.eta = torch.from_numpy(self.schedule.etas)[self.t]
+        self.last_eta = torch.full((len(self.y),), float(self.schedule.etas[-1]), dtype=torch.float64)
+
+    @staticmethod
+    def read(values) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float32)
+
+    def network(self, scaled, t, lq):
+        assert "0.5 * scaled_input + 0.25 * timestep_given_to_network - 0.125 * lq" in self.info["toy_network"]
+        return 0.5 * scaled + 0.25 * t.float().view(-1, 1, 1, 1) - 0.125 * lq
+
+    def compare(self, ours, *keys):
+        expected = self.info
+        for key in keys:
+            expected = expected[key]
+        compare(f"{self.name} {' '.join(keys)}", ours, self.read(expected), MAX, RMS)
+
+
+@by_name
+def test_forward_process(reference, name):
+    case = Case(reference, name)
+    s, x, y, t, noise = case.schedule, case.x, case.y, case.t, case.noise
+    mean, nothing = diffusion.q_sample(s, x, y, t, torch.zeros_like(noise)), torch.zeros_like(x)
+    case.compare(diffusion.q_sample(s, x, y, t, noise), "q_sample")
+    case.compare(mean, "q_mean")
+    case.compare(diffusion.q_sample(s, nothing, nothing, t, torch.ones_like(x)).square(), "q_variance")
+    # With x for y the shift towards y vanishes.
+    case.compare(diffusion.q_sample(s, x, x, t, noise), "q_sample_without_residual_shift")
+    case.compare(diffusion.prior_sample(y, case.last_eta, s.kappa, noise), "prior_sample")
+    case.compare(diffusion.scale_input(x, case.eta, s.kappa), "scale_input")
+
+
+@by_name
+def test_posterior(reference, name):
+    case = Case(reference, name)
+    s, x, t = case.schedule, case.x, case.t
+    x_t, nothing = diffusion.q_sample(s, x, case.y, t, case.noise), torch.zeros_like(x)
+    case.compare(diffusion.ancestral_step(s, x_t, x, t, nothing), "posterior_mean_of_x_and_q_sample")
+    spread = diffusion.ancestral_step(s, nothing, nothing, t, torch.ones_like(x)).square()
+    case.compare(spread, "posterior_variance")
+    x_0 = diffusion.predict(s, case.network, x_t, t, case.lq)
+    case.compare(x_0, "p_mean_variance", "pred_xstart")
+    case.compare(diffusion.ancestral_step(s, x_t, x_0, t, nothing), "p_mean_variance", "mean")
+    case.compare(spread, "p_mean_variance", "variance")
+    case.compare(diffusion.ddim_step(s, x_t, x_0, case.y, t), "ddim_sample")
+    for key, chosen in zip(("ddim_k", "ddim_m", "ddim_j"), torch.eye(3), strict=True):
+        ones = (c * torch.ones_like(x) for c in chosen)
+        k_of, m_of, j_of = ones
+        case.compare(diffusion.ddim_step(s, m_of, k_of, j_of, t), "p_mean_variance", key)
+
+
+@by_name
+def test_sampling(reference, name):
+    case = Case(reference, name)
+    s, last = case.schedule, torch.full((len(case.y),), len(case.schedule) - 1)
+    start = diffusion.prior_sample(case.y, case.last_eta, s.kappa, case.noise)
+    case.compare(start, "one_step", "start")
+    one = diffusion.one_step(case.network, case.y, case.lq, case.last_eta, case.noise, case.params)
+    case.compare(one, "one_step", "result_pred_xstart")
+    first = diffusion.ddim_step(s, start, diffusion.predict(s, case.network, start, last, case.lq), case.y, last)
+    case.compare(first, "one_step", "ddim_sample_not_used_in_one_step")
+    chain = diffusion.sample(s, case.network, case.y, case.lq, lambda: case.noise, ddim=True)
+    case.compare(chain, "ddim_full_chain")
+
+
+def toy(scaled, t, lq):
+    return 0.5 * scaled + 0.25 * t.float().view(-1, 1, 1, 1) - 0.125 * lq
+
+
+@pytest.mark.parametrize("ddim", [True, False])
+@pytest.mark.parametrize("schedule", [1, (15, 1)], ids=["trained with one", "one of fifteen"])
+def test_one_step_of_a_schedule_is_the_single_step(schedule, ddim):
+    steps, kept = schedule if isinstance(schedule, tuple) else (schedule, schedule)
+    params = DiffusionParams(steps=steps)
+    spaced = Schedule.exponential(params).spaced(kept)
+    y, lq, noise = torch.randn(3, 2, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    eta = torch.full((2,), float(spaced.etas[-1]))
+    one = diffusion.one_step(toy, y, lq, eta.double(), noise, params)
+    sampled = diffusion.sample(spaced, toy, y, lq, lambda: noise, ddim=ddim)
+    torch.testing.assert_close(sampled, one, rtol=0, atol=1e-6)
+
+
+def test_sampling_starts_on_the_device_of_its_input():
+    """A tensor without a device of its own meets `meta` as it would meet CUDA: with an error."""
+    schedule = Schedule.exponential(DiffusionParams(steps=4))
+    y = torch.zeros(2, 3, 4, 4, device="meta")
+    for ddim in (True, False):
+        assert diffusion.sample(schedule, toy, y, y, lambda: y, ddim).device.type == "meta"
+
+
+def test_a_schedule_of_one_step_has_the_last_noise_level():
+    schedule = Schedule.exponential(DiffusionParams(steps=1))
+    assert schedule.sqrt_etas.tolist() == [0.8] and len(schedule) == 1
+    assert schedule.etas_prev.tolist() == [0.0] and schedule.timesteps.tolist() == [0]
+    times = time_of_eta(torch.tensor([0.02, 0.64, 1.0]), DiffusionParams(steps=1))
+    assert times.tolist() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("steps", [2, 4, 15])
+def test_time_is_the_inverse_of_the_schedule(steps):
+    params = DiffusionParams(steps=steps)
+    etas = torch.from_numpy(Schedule.exponential(params).etas)
+    times = time_of_eta(etas, params)
+    assert times.dtype == torch.float64
+    torch.testing.assert_close(times, torch.arange(steps, dtype=torch.float64), rtol=0, atol=1e-9)
+    assert time_of_eta(torch.tensor(0.64, dtype=torch.float64), params).item() == pytest.approx(steps - 1, abs=1e-9)
+    below, above = time_of_eta(torch.tensor([1e-8, 0.9]), params).tolist()
+    assert below == 0 and above > steps - 1
+    between = time_of_eta(torch.linspace(0.001, 1, 50), params)
+    assert (between.diff() > 0).all()
+
+
+def test_spacing_keeps_the_original_step_numbers():
+    schedule = Schedule.exponential(DiffusionParams(steps=15))
+    assert schedule.spaced(5).timesteps.tolist() == [0, 3, 6, 9, 12]
+    assert np.array_equal(schedule.spaced(5).sqrt_etas, schedule.sqrt_etas[[0, 3, 6, 9, 12]])
+    assert schedule.spaced(15) is schedule and schedule.spaced(99) is schedule
+
+
+def test_rate_aware_modulation():
+    rate = RateParams()
+    assert rate.eta(0.03125) == 0.64
+    assert rate.eta(0.0625) == 0.32  # inversely proportional
+    assert rate.eta(1e-4) == rate.eta_max == 1.0
+    assert rate.eta(10.0) == rate.eta_min
+    assert RateParams(c=0.01, eta_min=0.1, eta_max=0.5).eta(0.05) == pytest.approx(0.2)
+    assert RateParams(c=0.01, eta_min=0.1, eta_max=0.5).eta(0.01) == 0.5
+    assert RateParams(c=0.01, eta_min=0.1, eta_max=0.5).eta(1.0) == 0.1
+
+
+def test_noise_of_the_start_has_the_level_it_is_asked_for():
+    """x~ / sqrt(1 + kappa^2 eta) has unit variance where y has, whatever eta is per sample."""
+    eta = torch.tensor([0.04, 0.64], dtype=torch.float64)
+    y, noise = torch.randn(2, 2, 8, 64, 64, generator=torch.Generator().manual_seed(1))
+    start = diffusion.prior_sample(y, eta, 2.0, noise)
+    torch.testing.assert_close((start - y).flatten(1).std(1).double(), 2 * eta.sqrt(), rtol=0.02, atol=0)
+    deviation = diffusion.scale_input(start, eta, 2.0).flatten(1).std(1)
+    assert all(math.isclose(value, 1.0, rel_tol=0.02) for value in deviation.tolist())
