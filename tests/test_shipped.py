@@ -1,0 +1,105 @@
+"""The weights that ship: files written with them stay readable, and they do what weights/README.md says."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from datapipe.pictures import demo_photographs
+from release import load_codec
+from release.triple import ABOUT, RELEASES, SMALL, releases
+from tests.commands import ROOT, levels, run
+from utils.images import read_image
+
+GOLDEN = Path(__file__).parent / "golden"
+KODAK = ROOT.parent / "shared" / "data" / "kodak"
+
+
+@pytest.fixture(scope="module")
+def codec():
+    return load_codec(SMALL)
+
+
+@pytest.mark.parametrize("path", sorted(GOLDEN.glob("*.dfo")), ids=lambda p: p.name)
+def test_golden_files_decode_to_the_same_indices(path):
+    """A file of a release, and the SHA-256 of its indices as little-endian int64 in row order."""
+    expected = json.loads(path.with_suffix(".json").read_text())
+    codec = load_codec(RELEASES / expected["release"])
+    picture, k = codec.read(path.read_bytes())
+    assert [picture.height, picture.width] == expected["size"]
+    assert hashlib.sha256(k.numpy().astype("<i8").tobytes()).hexdigest() == expected["indices_sha256"]
+    assert codec.decompress(path.read_bytes()).shape == (3, *expected["size"])
+
+
+def test_there_is_a_golden_file_for_every_release():
+    kept = {json.loads(p.read_text())["release"] for p in GOLDEN.glob("*.json")}
+    assert kept == {folder.name for folder in releases().values()}
+
+
+@pytest.mark.parametrize("folder", releases().values(), ids=lambda p: p.name)
+def test_releases_are_what_they_state(folder):
+    about = json.loads((folder / ABOUT).read_text())
+    assert load_codec(folder).fingerprint.hex() == about["fingerprint"]
+    for name, digest in about["sha256"].items():
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
+        assert digest in (RELEASES / "README.md").read_text(), f"weights/README.md does not list {name}"
+    assert sum(about["bytes"].values()) < 30e6
+
+
+def test_same_picture_with_one_and_two_threads_in_two_processes(tmp_path):
+    chelsea = next(p for p in demo_photographs() if p.name == "chelsea.png")
+    run("inference.py", "--mode", "compress", "-i", chelsea, "-o", tmp_path)
+    for threads in (1, 2):
+        args = ["--mode", "decompress", "-i", tmp_path, "-o", tmp_path / str(threads), "--ddim", "--one_step"]
+        run("inference.py", *args, threads=threads)
+    one, two = (levels(tmp_path / str(threads) / "chelsea.png") for threads in (1, 2))
+    assert np.abs(one - two).max() <= 1
+    assert 8 * (tmp_path / "chelsea.dfo").stat().st_size / one[..., 0].size < 0.036
+
+
+def test_thread_count_does_not_change_indices(codec):
+    image = read_image(demo_photographs()[0])
+    before = torch.get_num_threads()
+    try:
+        files = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            files.append(codec.compress(image))
+    finally:
+        torch.set_num_threads(before)
+    first, second = (codec.read(data)[1] for data in files)
+    assert (first != second).float().mean() < 0.01  # the encoder may round a tie otherwise; the decoder never does
+
+
+def test_the_readme_example(codec, tmp_path):
+    """The three lines of the README, on a photograph."""
+    from utils.images import write_image
+
+    data = codec.compress(read_image(demo_photographs()[0]))
+    write_image(tmp_path / "decoded.png", codec.decompress(data))
+    assert levels(tmp_path / "decoded.png").shape == levels(demo_photographs()[0]).shape
+
+
+@pytest.mark.slow
+def test_kodak_scores(tmp_path):
+    """The small model on all of Kodak, from its files: the limits that it was released with."""
+    if not KODAK.is_dir():
+        pytest.skip("Kodak is looked for in ../shared/data/kodak beside the repository")
+    run("inference.py", "-i", KODAK, "-o", tmp_path, "--ddim", "--one_step", threads=2, timeout=900)
+    mean = json.loads((tmp_path / "metrics.json").read_text())["mean"]
+    print(mean)
+    assert mean["bpp"] <= 0.036 and mean["psnr"] >= 20.0 and mean["ms_ssim"] >= 0.66
+
+
+@pytest.mark.slow
+def test_the_training_line_of_the_readme(tmp_path):
+    """The line as it stands, shortened to two iterations of each stage by the option for that."""
+    line = next(t for t in (ROOT / "README.md").read_text().splitlines() if "configs/tiny.yaml" in t).split()
+    assert line[0] == "torchrun"
+    arguments = [str(tmp_path) if word == "runs/tiny" else word for word in line[1:]]
+    done = run("-m", "torch.distributed.run", *arguments, "--iterations", 2, threads=2, timeout=900)
+    assert "demo photographs" in done.stderr
+    assert (tmp_path / "tiny" / "ema_ckpts" / "ema_model_2.pth").is_file()
