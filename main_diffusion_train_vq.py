@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from datapipe.pictures import Pictures, stream
 from models.codec import Codec
-from models.losses import perceptual_term
 from release.triple import NAMES, Triple, save_triple
 from training.config import RUN_CONFIG, TrainConfig, load_config
+from training.perceptual import perceptual_term
 from training.stages import STAGES
 from utils import checkpoints, distributed
 from utils.commandline import answer

@@ -3,19 +3,12 @@
 Pictures are N x 3 x H x W in [-1, 1]; every term is a scalar, averaged over the batch.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils.errors import ConfigError
-from utils.metrics import VGG16
-
 # BT.601 luma of RGB in [0, 1]
 LUMA = (0.299, 0.587, 0.114)
-
-Perceptual = Callable[[Tensor, Tensor], Tensor]
 
 
 def distortion(image: Tensor, target: Tensor) -> Tensor:
@@ -41,33 +34,6 @@ def ms_ssim_loss(image: Tensor, target: Tensor) -> Tensor:
     weights = torch.tensor(LUMA, device=image.device).view(1, 3, 1, 1)
     luma, reference = (((v.float() + 1) / 2 * weights).sum(1, keepdim=True) for v in (image, target))
     return 1 - ms_ssim(luma, reference, data_range=1.0)
-
-
-def perceptual_term(kind: str) -> Perceptual:
-    """The perceptual term of a configuration: `lpips` (LPIPS-vgg, the paper's), `ms_ssim`, or `none`.
-
-    Raises:
-        ConfigError: unknown kind, or lpips without VGG weights on disk. Nothing is downloaded here.
-    """
-    if kind == "none":
-        return lambda image, target: image.new_zeros(())
-    if kind == "ms_ssim":
-        return ms_ssim_loss
-    if kind != "lpips":
-        raise ConfigError(f"perceptual: {kind!r} is none of lpips, ms_ssim, none")
-    if not VGG16.is_there():
-        raise ConfigError(
-            f"perceptual: lpips needs the VGG-16 weights {VGG16.path}, which are not there. Fetch them once with "
-            "`python reproduce.py weights`, or train without weights: gt.perceptual=ms_ssim codec.perceptual=ms_ssim"
-        )
-    import lpips
-
-    network = lpips.LPIPS(net="vgg", verbose=False).eval().requires_grad_(False)
-
-    def term(image: Tensor, target: Tensor) -> Tensor:
-        return network.to(image.device)(image, target).mean()
-
-    return term
 
 
 class PatchDiscriminator(nn.Module):

@@ -24,10 +24,10 @@ from models.losses import (
     distortion,
     hinge_discriminator,
     hinge_generator,
-    perceptual_term,
 )
 from models.vq_base import perplexity
 from training.config import CodecStageParams, GtParams, OptimParams, TrainConfig
+from training.perceptual import perceptual_term
 from utils import distributed
 from utils.ema import Ema
 from utils.errors import DiffoError
