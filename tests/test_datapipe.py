@@ -229,9 +229,8 @@ def test_unreadable_pictures_are_replaced_and_named_once(tmp_path, capsys):
 def test_a_folder_of_broken_pictures_is_an_error(tmp_path):
     for i in range(2):
         (tmp_path / f"{i}.png").write_bytes(b"no picture")
-    pictures = dataset(tmp_path)
     with pytest.raises(ConfigError, match="not one picture there can be read"):
-        pictures[0]
+        dataset(tmp_path)  # at once, not in a worker later
 
 
 def test_empty_and_missing_folders_are_named(tmp_path):

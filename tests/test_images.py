@@ -300,5 +300,5 @@ def test_pictures_are_found_sorted_by_suffix(tmp_path):
 def test_missing_picture_folder_is_refused(tmp_path):
     (tmp_path / "file").touch()
     for folder in (tmp_path / "none", tmp_path / "file"):
-        with pytest.raises(PictureError, match="no such folder"):
+        with pytest.raises(DiffoError, match="no such folder"):
             find_pictures(folder)
