@@ -178,7 +178,7 @@ def run(args: argparse.Namespace) -> int:
         if args.overview and work.pairs:
             work.overview()
         print(report.text_table(work.rows))
-    if failed:
+    if failed and len(jobs) > 1:
         print(f"error: {failed} of {len(jobs)} inputs could not be done", file=sys.stderr)
     return 1 if failed else 0
 
