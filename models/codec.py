@@ -50,6 +50,10 @@ class CodecParams:
         ]:
             if left != right:
                 raise ValueError(f"{what}: {left} is not {right}")
+        # A 1x1 latent has one value per channel, and a normalisation over a single value is undefined. (The UNet pads.)
+        for name, width, groups in [("autoencoder", ae.ch * ae.ch_mult[-1], ae.groups), ("vq_base", vq.ch, vq.groups)]:
+            if width < 2 * groups:
+                raise ValueError(f"{name}.groups {groups}: at least two channels a group are needed at latent size")
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,12 @@ class Sampling:
     ddim: bool = True
     eta: float | None = None
     seed: int | None = None
+
+    def __post_init__(self):
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps {self.steps}: at least 1, or None for the single step")
+        if self.eta is not None and not 0 < self.eta <= 1:
+            raise ValueError(f"eta {self.eta}: in (0, 1], or None to take it from the rate")
 
 
 @dataclass(frozen=True)

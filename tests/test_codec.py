@@ -340,3 +340,9 @@ def test_gradients_reach_all_that_is_trained(eta):
             assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), name
     trained = {id(p) for p in stage.optimiser.parameters}
     assert trained == {id(p) for n, p in codec.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"eta": 0.0}, {"eta": 1.5}], ids=str)
+def test_impossible_sampling_is_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Sampling(**wrong)
