@@ -63,7 +63,7 @@ def test_same_picture_with_one_and_two_threads_in_two_processes(tmp_path):
 
 
 def test_thread_count_does_not_change_decoded_indices(codec):
-    """Exactly the same, and those that the encoder chose; the encoder itself may break a tie otherwise."""
+    """Indices exactly, and the picture up to rounding. (The encoder, in float, may break a tie otherwise.)"""
     data = codec.compress(read_image(demo_photographs()[0]))
     before = torch.get_num_threads()
     try:
