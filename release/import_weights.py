@@ -69,10 +69,8 @@ def take(network: nn.Module, content: dict, path: Path) -> None:
     checkpoints.load_strictly(network, state, path)
     print(f"{path}: took {len(state)} tensors, {sum(value.numel() for value in state.values()):,} parameters")
     around = content if "state_dict" in content else {k: v for k, v in content.items() if not isinstance(v, Tensor)}
-    others = [str(key) for key in around if key != "state_dict"]
-    left = [checkpoints.told_by_group(dropped)] if dropped else []
-    left += [f"the entries {', '.join(others)}"] if others else []
-    print(f"{path}: left out {' and '.join(left) or 'nothing'}")
+    left = checkpoints.told_by_group(dropped) + [str(key) for key in around if key != "state_dict"]
+    print(f"{path}: left out {', '.join(left) or 'nothing'}")
 
 
 def built(cls, params) -> nn.Module:
@@ -105,7 +103,7 @@ def import_diffo(args: argparse.Namespace) -> None:
         raise CheckpointError(f"{args.vqckpt}: is of a release or run of this project already, with sizes of its own")
     codec = built(Codec, config.networks)
     for network, path in paths.items():
-        take(getattr(codec, network), contents[network], path)
+        take(getattr(codec, network), contents.pop(network), path)
     counts = count_indices(codec, config, args.crops) if args.data else None
     sources = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths.values()}
     numbered = re.search(r"_(\d+)$", args.ckpt.stem)

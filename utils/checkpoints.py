@@ -92,10 +92,10 @@ def parameters_of(content: Mapping) -> tuple[dict[str, Tensor], list[str]]:
     return {k: v for k, v in state.items() if k not in dropped}, dropped
 
 
-def told_by_group(dropped: Sequence[str]) -> str:
-    """Keys that `parameters_of` left out, counted by what they are: `loss.* (45 tensors), attn_mask (9 tensors)`."""
+def told_by_group(dropped: Sequence[str]) -> list[str]:
+    """Keys that `parameters_of` left out, counted by what they are: "loss.* (45 tensors)", "attn_mask (9 tensors)"."""
     groups = Counter("loss.*" if key.startswith("loss.") else key.split(".")[-1] for key in dropped)
-    return ", ".join(f"{group} ({count} tensor{'s' * (count > 1)})" for group, count in groups.items())
+    return [f"{group} ({count} tensor{'s' * (count > 1)})" for group, count in groups.items()]
 
 
 def load_strictly(network: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
