@@ -8,7 +8,8 @@ import json
 import sys
 from pathlib import Path
 
-from release.making import COUNTED, count_indices, require_empty, write_release
+from release.making import COUNTED, require_empty, write_release
+from release.tables import count
 from release.triple import NAMES, Triple, load_triple
 from training.config import RUN_CONFIG, load_config
 from utils.commandline import answer, positive
@@ -44,7 +45,8 @@ def release(args: argparse.Namespace) -> None:
     config = load_config(str(args.run / RUN_CONFIG), values={"data.folder": args.data} if args.data else {})
     iteration = newest(args.run / "ema_ckpts") if args.iteration is None else args.iteration
     codec = load_triple(Triple.of(args.run / "ema_ckpts", iteration))
-    about = write_release(args.out, iteration, codec, config, count_indices(codec, config, args.crops))
+    notes = count(codec, config, args.crops).install(codec)
+    about = write_release(args.out, iteration, codec, config, **notes)
     print(json.dumps(about, indent=1))
 
 

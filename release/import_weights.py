@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from models.autoencoder import Autoencoder
 from models.codec import Codec
-from release.making import COUNTED, count_indices, require_empty, write_release
+from release.making import COUNTED, require_empty, write_release
+from release.tables import count
 from release.triple import NAMES, OURS
 from training.config import load_config
 from utils import checkpoints
@@ -104,11 +105,11 @@ def import_diffo(args: argparse.Namespace) -> None:
     codec = built(Codec, config.networks)
     for network, path in paths.items():
         take(getattr(codec, network), contents.pop(network), path)
-    counts = count_indices(codec, config, args.crops) if args.data else None
+    notes = count(codec, config, args.crops).install(codec) if args.data else {}
     sources = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths.values()}
     numbered = re.search(r"_(\d+)$", args.ckpt.stem)
-    about = write_release(args.out, int(numbered[1]) if numbered else 0, codec, config, counts, imported_from=sources)
-    if counts is None:
+    about = write_release(args.out, int(numbered[1]) if numbered else 0, codec, config, **notes, imported_from=sources)
+    if not notes:
         print(f"{args.out}: base indices at fixed length, for want of pictures to count them on (--data)")
     print(json.dumps(about, indent=1))
 
