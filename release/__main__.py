@@ -16,6 +16,7 @@ import yaml
 from tqdm import tqdm
 
 from datapipe.pictures import Pictures, stream
+from datapipe.sources import data_options
 from models.codec import Codec
 from models.entropy_coding import frequency_table, table_cost_bits
 from release.triple import ABOUT, NAMES, Triple, load_codec, load_triple, save_triple
@@ -35,7 +36,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("run", type=Path, help="run folder of main_diffusion_train_vq.py")
     parser.add_argument("out", type=Path, help="release folder, for instance weights/mine")
     parser.add_argument("--iteration", type=int, metavar="N", help="of the checkpoint (default: the newest)")
-    parser.add_argument("--data", metavar="DIR", help="training pictures (default: the run's)")
+    parser.add_argument("--data", metavar="PATH", help="training pictures as for training (default: the run's)")
     parser.add_argument(
         "--crops", type=positive, default=COUNTED, metavar="N", help=f"crops to count (default {COUNTED})"
     )
@@ -67,11 +68,13 @@ def count_indices(codec: Codec, pictures: Pictures, crops: int, batch: int = 8) 
 def release(args: argparse.Namespace) -> None:
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise DiffoError(f"{args.out}: not an empty folder; a release stays as it is, choose another name")
-    config = load_config(str(args.run / RUN_CONFIG), values={"data.folder": args.data} if args.data else {})
+    config = load_config(str(args.run / RUN_CONFIG), values=data_options(args.data) if args.data else {})
     iteration = newest(args.run / "ema_ckpts") if args.iteration is None else args.iteration
     codec = load_triple(Triple.of(args.run / "ema_ckpts", iteration))
     pictures = Pictures(config.data, config.codec.crop_size, config.seed)
     counts = count_indices(codec, pictures, args.crops)
+    for line in pictures.source.unreadable_lines():
+        print(line, file=sys.stderr)
     # Every index starts with one count: training pictures need not show them all.
     table = frequency_table(counts + 1)
     make_folder(args.out)
@@ -91,7 +94,7 @@ def release(args: argparse.Namespace) -> None:
     }
     atomic_write(args.out / ABOUT, (json.dumps(about, indent=1) + "\n").encode())
     # Where the pictures lay on the training machine means nothing elsewhere.
-    config = replace(config, data=replace(config.data, folder=None))
+    config = replace(config, data=replace(config.data, folder=None, txt_file_path=None, shards=None))
     atomic_write(args.out / RUN_CONFIG, yaml.safe_dump(to_mapping(config), sort_keys=False).encode())
     print(json.dumps(about, indent=1))
 
