@@ -137,13 +137,18 @@ def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
     return generator(seed, EPOCH, epoch).permutation(n)
 
 
-def stream(pictures: Pictures, batch: int, rank: int, world: int, first_step: int) -> DataLoader:
-    """Batches (N x 3 x size x size in [-1, 1], positions (N,)) from `first_step` on."""
+def stream(pictures: Pictures, batch: int, rank: int, world: int, first_step: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches (N x 3 x size x size in [-1, 1], positions (N,)) from `first_step` on, without end."""
     workers = pictures.params.workers
-    return DataLoader(
+    loader = DataLoader(
         pictures,
         batch_sampler=Positions(batch, rank, world, first_step),
         num_workers=workers,
-        persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
     )
+    try:
+        yield from loader
+    except ConfigError as error:
+        # From a worker it comes as the worker's whole traceback, of which the last line is "class: message".
+        message = str(error) if workers == 0 else str(error).rstrip().rpartition("\n")[2].partition(": ")[2]
+        raise ConfigError(message) from None

@@ -2,11 +2,13 @@
 
 A sample is what stands together under one key (the member's name up to the first dot of its last part); its picture is
 the member with a picture's suffix, one without a further dot before others. `<shard>.tar.index.npy` holds int64 rows:
-first (version, bytes of the tar), then (offset, length) of every picture's member, headers included.
+first (version, fingerprint of the tar), then (offset, length) of every picture's member, headers included.
 """
 
 import io
+import os
 import tarfile
+import zlib
 from collections.abc import Iterator, Sequence
 from glob import glob
 from itertools import groupby
@@ -90,13 +92,14 @@ def load_index(tar: Path) -> np.ndarray:
     _refuse_compressed(tar)
     try:
         rows = np.load(path, mmap_mode="r", allow_pickle=False)
+        fingerprint = _fingerprint(tar)
     except FileNotFoundError:
         raise DiffoError(f"{tar}: no index beside it; make one: {COMMAND} {tar}") from None
     except (OSError, ValueError, EOFError) as error:
-        raise DiffoError(f"{path}: not an index; make it anew: {COMMAND} {tar}") from error
+        raise DiffoError(f"{path}: not a readable index ({error}); make it anew: {COMMAND} {tar}") from error
     if rows.dtype != np.int64 or rows.ndim != 2 or rows.shape[1] != 2 or len(rows) < 1 or rows[0, 0] != VERSION:
         raise DiffoError(f"{path}: not an index of version {VERSION}; make it anew: {COMMAND} {tar}")
-    if rows[0, 1] != tar.stat().st_size:
+    if rows[0, 1] != fingerprint:
         raise DiffoError(f"{path}: the tar has changed since; make the index anew: {COMMAND} {tar}")
     return rows[1:]
 
@@ -107,8 +110,9 @@ def write_index(tar: Path) -> tuple[int, int]:
     Raises DiffoError: no tar, compressed, or cut short.
     """
     _refuse_compressed(tar)
-    rows, without = [(VERSION, tar.stat().st_size)], 0
+    without = 0
     try:
+        rows = [(VERSION, _fingerprint(tar))]
         with tarfile.open(tar, "r:") as file:
             for _, members in groupby(_members(file), key=lambda member: _key(member.name)[0]):
                 picture = _picture(list(members))
@@ -141,6 +145,15 @@ def write_shards(paths: Sequence[Path], folder: Path, name: str, max_count: int,
                 yield path
         write_index(tar)
         start += count
+
+
+def _fingerprint(tar: Path) -> int:
+    """CRC-32 of the size, the first header and the last record (10240 bytes): adding, removing, packing anew show."""
+    with open(tar, "rb") as file:
+        first = file.read(tarfile.BLOCKSIZE)
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - tarfile.RECORDSIZE))
+        return zlib.crc32(b"%d " % size + first + file.read())
 
 
 def _counts(paths: Sequence[Path], max_count: int, max_bytes: int) -> Iterator[int]:
