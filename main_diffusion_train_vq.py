@@ -90,6 +90,9 @@ class Trainer:
             checkpoints.load_strictly(self.codec.autoencoder, state, config.autoencoder)
             self.log.say(f"image autoencoder from {config.autoencoder}, without {len(dropped)} other entries")
         self.source = open_source(config.data.folder, config.data.txt_file_path, config.data.shards)
+        counts = distributed.gather_objects(len(self.source))
+        if len(set(counts)) > 1:
+            raise ConfigError(f"{self.source.name}: ranks find different numbers of pictures there: {counts}")
 
     def run(self) -> None:
         first, step, state = self._resume()

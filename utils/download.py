@@ -63,6 +63,8 @@ def fetch(url: str, path: Path, sha256: str = "", timeout: float = 20.0, resume:
         raise DiffoError(
             f"cannot fetch {url} ({reason}). {again} The file can also be fetched elsewhere and put into {path.parent}"
         ) from error
+    except ValueError as error:
+        raise DiffoError(f"cannot fetch {url}: not an address ({error})") from error
     except OSError as error:
         raise DiffoError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
