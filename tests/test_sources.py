@@ -2,16 +2,17 @@
 
 import itertools
 import os
+import socket
 from pathlib import Path
 
 import pytest
 import torch
+import torch.multiprocessing
 
 from datapipe.pictures import TRIED, DataParams, Pictures, epoch_order, stream
 from datapipe.sources import FileSource, data_options, demo_photographs, open_source, read_list
 from tests.commands import NANO, photograph
 from training.config import load_config
-from utils import distributed
 from utils.errors import ConfigError, DiffoError
 from utils.images import read_image, to_signed
 
@@ -86,16 +87,23 @@ def test_unreadable_pictures_are_replaced_counted_and_named_once(folder, workers
     assert "broken" not in capfd.readouterr().err  # the processes that decode say nothing themselves
 
 
-def test_what_other_ranks_found_is_told_by_the_main_one(folder, monkeypatch):
+def rank_worker(rank: int, folder: str, port: int) -> None:
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    source = open_source(folder=folder)
+    source.mark_unreadable((0, 3)[rank])
+    Path(f"{folder}.{rank}").write_text("\n".join(source.unreadable_lines()))
+    torch.distributed.destroy_process_group()
+
+
+def test_what_all_ranks_found_is_told_by_the_main_one(folder):
     (folder / "0.png").write_bytes(b"")
-    source = open_source(folder=str(folder))
-    source.mark_unreadable(3)
-    monkeypatch.setattr(distributed, "gather_objects", lambda mine: [mine, [0]])
-    first, second, total = source.unreadable_lines()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.start_processes(rank_worker, (str(folder), port), nprocs=2, start_method="fork")
+    first, second, total = Path(f"{folder}.0").read_text().splitlines()
     assert "0.png: empty file" in first and "broken.png" in second and "2 of 4" in total
-    source = open_source(folder=str(folder))
-    monkeypatch.setattr(distributed, "is_main", lambda: False)
-    assert source.unreadable_lines() == []
+    assert Path(f"{folder}.1").read_text() == ""
 
 
 def test_a_picture_that_can_be_read_again_is_said_to_be(folder):
