@@ -19,7 +19,7 @@ from tqdm import tqdm
 from datapipe.pictures import Pictures, stream
 from datapipe.sources import data_options, open_source
 from models.codec import Codec
-from release.triple import NAMES, Triple, save_triple
+from release.triple import NAMES, NETWORKS, Triple, save_triple
 from training.config import RUN_CONFIG, TrainConfig, load_config
 from training.perceptual import perceptual_term
 from training.stages import STAGES
@@ -83,12 +83,15 @@ class Trainer:
         torch.manual_seed(config.seed)  # initial weights, alike on every rank
         try:
             self.codec = Codec(config.networks).to(device)
+            if self.codec.residual:
+                self.codec.residual.train_rates()
         except ValueError as error:
             raise ConfigError(f"networks: these sizes do not fit together ({error})") from error
-        if config.autoencoder:
-            state, dropped = checkpoints.parameters_of(checkpoints.read(config.autoencoder))
-            checkpoints.load_strictly(self.codec.autoencoder, state, config.autoencoder)
-            self.log.say(f"image autoencoder from {config.autoencoder}, without {len(dropped)} other entries")
+        for name in NAMES:
+            if path := getattr(config, name):
+                state, dropped = checkpoints.parameters_of(checkpoints.read(path))
+                checkpoints.load_strictly(getattr(self.codec, name), state, path)
+                self.log.say(f"{name} from {path}, without {len(dropped)} other entries")
         self.source = open_source(config.data.folder, config.data.txt_file_path, config.data.shards)
         counts = distributed.gather_objects(len(self.source))
         if len(set(counts)) > 1:
@@ -150,7 +153,7 @@ class Trainer:
     def _save(self, stage, step: int) -> None:
         """Published names for the weights, and everything needed to go on, written last."""
         if distributed.is_main():
-            raw = {n: getattr(self.codec, n).state_dict() for n in NAMES}
+            raw = {n: getattr(self.codec, n).state_dict() for n in NETWORKS if getattr(self.codec, n) is not None}
             for sub, prefix, states in [("ckpts", "", raw), ("ema_ckpts", "ema_", stage.states())]:
                 triple = Triple.of(self.folder / sub, step)
                 triple = replace(triple, unet=triple.unet.with_name(f"{prefix}model_{step}.pth"))

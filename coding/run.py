@@ -10,7 +10,8 @@ import torch
 from coding import report
 from coding.plan import Job
 from models.bitstream import unpack
-from models.codec import Codec, Sampling
+from models.codec import Codec
+from models.records import Sampling
 from release.triple import SMALL, Triple, load_codec, load_triple, release_of
 from utils.distributed import local_device
 from utils.errors import BitstreamError, DiffoError, PictureError
@@ -165,14 +166,15 @@ def describe(stream: Path) -> report.Row:
     """Sizes of a file; bits add up to 8 x its bytes."""
     data = read_bytes(stream)
     picture = unpack(data)
-    return {
+    facts = {
         "width": picture.width,
         "height": picture.height,
         "bytes": len(data),
         "bpp": bpp(len(data), picture.height, picture.width),
         "header_bits": 8 * picture.header_bytes,
-        "base_bits": 8 * len(picture.base),
     }
+    sections = {f"{name}_bits": 8 * size for name, size in picture.section_bytes.items()}
+    return facts | sections | {"check_bits": 8 * picture.check_bytes}
 
 
 def score(original: Path, decoded: Path) -> report.Row:

@@ -2,7 +2,7 @@
 
     magic         3 bytes   b"DfO"
     version       1 byte    1
-    flags         1 byte    bit 0: base at fixed length; bit 1: residual sections follow (reserved); others zero
+    flags         1 byte    bit 0: base at fixed length; bit 1: residual sections follow; others zero
     fingerprint   4 bytes   of the weights that wrote the file
     height        varint    of the source picture, in pixels
     width         varint
@@ -10,8 +10,15 @@
     base                    see entropy_coding
     CRC-32        4 bytes   big endian, over everything before it
 
-Residual sections will follow this CRC, so that the base can be trusted without them. A varint is LEB128, unsigned, in
-its shortest form. A 768×512 picture has 19 bytes beside its base.
+and with bit 1, after what a preview needs,
+
+    level         1 byte    1 to 255
+    hyper length  varint    in bytes
+    length        varint    of the residual, in bytes
+    hyper, residual         see entropy_coding
+    CRC-32        4 bytes   big endian, over everything before it
+
+A varint is LEB128, unsigned, in its shortest form. A 768×512 picture has 19 bytes beside its base, 28 with a residual.
 """
 
 import zlib
@@ -35,6 +42,21 @@ _MAX_VARINT_BYTES = 5
 
 
 @dataclass(frozen=True)
+class CodedResidual:
+    """The sections above the base: level, 1 to 255, and the coded n_z and n, at least 1 byte each."""
+
+    level: int
+    hyper: bytes
+    symbols: bytes
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.level <= 255:
+            raise BitstreamError(f"the level of the residual is {self.level}, not 1 to 255: the file is damaged")
+        if not self.hyper or not self.symbols:
+            raise BitstreamError("a section of the residual is empty: the file is damaged")
+
+
+@dataclass(frozen=True)
 class CodedPicture:
     """What one file says.
 
@@ -43,6 +65,7 @@ class CodedPicture:
         fingerprint: 4 bytes that name the weights.
         base: the section with the indices of the base, at least 1 byte.
         fixed_length: whether the base is at fixed length rather than range-coded.
+        residual: the sections above the base; None for the base alone.
     Raises:
         BitstreamError: a size outside the range, or an empty base.
         ValueError: a fingerprint that is not 4 bytes.
@@ -53,6 +76,7 @@ class CodedPicture:
     fingerprint: bytes
     base: bytes
     fixed_length: bool
+    residual: CodedResidual | None = None
 
     def __post_init__(self) -> None:
         if not (MIN_SIDE <= self.height <= MAX_SIDE and MIN_SIDE <= self.width <= MAX_SIDE):
@@ -67,8 +91,27 @@ class CodedPicture:
 
     @property
     def header_bytes(self) -> int:
-        """Bytes of the file that are not the base: header and CRC."""
-        return len(_header(self)) + _CRC_BYTES
+        """Bytes of the file that are neither sections nor checks."""
+        return len(_header(self)) + len(_residual_header(self.residual))
+
+    @property
+    def check_bytes(self) -> int:
+        """Bytes of the file that are checksums."""
+        return _CRC_BYTES * (2 if self.residual else 1)
+
+    @property
+    def section_bytes(self) -> dict[str, int]:
+        """Bytes of every coded section."""
+        sizes = {"base": len(self.base)}
+        return sizes | (
+            {"hyper": len(self.residual.hyper), "residual": len(self.residual.symbols)} if self.residual else {}
+        )
+
+    @property
+    def section_bpp(self) -> float:
+        """B_eta: bits of the coded sections per pixel of the latent's 16×16 cells (codec.md section 1)."""
+        h, w = self.latent_size
+        return 8 * sum(self.section_bytes.values()) / (LATENT_STRIDE**2 * h * w)
 
     @property
     def latent_size(self) -> tuple[int, int]:
@@ -83,13 +126,16 @@ def noise_seed(base: bytes) -> int:
 
 def pack(picture: CodedPicture) -> bytes:
     """The whole file."""
-    content = _header(picture) + picture.base
-    return content + _crc(content)
+    data = _sealed(_header(picture) + picture.base)
+    residual = picture.residual
+    return _sealed(data + _residual_header(residual) + residual.hyper + residual.symbols) if residual else data
 
 
-def unpack(data: bytes) -> CodedPicture:
+def unpack(data: bytes, preview: bool = False) -> CodedPicture:
     """Inverse of `pack`; accepts exactly what `pack` can write.
 
+    Args:
+        preview: take the base alone, and accept any end of the file after its checksum.
     Raises:
         BitstreamError: anything else, with one line that says what is wrong and what it means.
     """
@@ -97,25 +143,52 @@ def unpack(data: bytes) -> CodedPicture:
     height, at = _read_varint(data, _SIZES_AT)
     width, at = _read_varint(data, at)
     base_bytes, at = _read_varint(data, at)
-    end = at + base_bytes
-    _check_base(data, end + _CRC_BYTES)
-    fixed_length = _read_flags(data)
-    if len(data) > end + _CRC_BYTES:
-        extra = len(data) - end - _CRC_BYTES
-        raise BitstreamError(f"{extra} bytes follow the end of the file's {end + _CRC_BYTES}: remove what was appended")
+    end = at + base_bytes + _CRC_BYTES
+    _check_layer(data, end)
+    fixed_length, has_residual = _read_flags(data)
+    residual = None
+    if has_residual and not preview:
+        residual, end = _read_residual(data, end)
+    if len(data) > end and not (has_residual and preview):
+        raise BitstreamError(f"{len(data) - end} bytes follow the end of the file's {end}: remove what was appended")
     return CodedPicture(
         height=height,
         width=width,
         fingerprint=bytes(data[_FINGERPRINT_AT:_SIZES_AT]),
-        base=bytes(data[at:end]),
+        base=bytes(data[at : at + base_bytes]),
         fixed_length=fixed_length,
+        residual=residual,
     )
 
 
+def _read_residual(data: bytes, at: int) -> tuple[CodedResidual, int]:
+    """The sections above the base, which begin at `at`, and where the file ends."""
+    if len(data) <= at:
+        raise _cut_after_base(data)
+    level = data[at]
+    try:
+        hyper_bytes, start = _read_varint(data, at + 1)
+        residual_bytes, start = _read_varint(data, start)
+    except _Cut as error:
+        raise _cut_after_base(data) from error
+    middle = start + hyper_bytes
+    end = middle + residual_bytes
+    if len(data) < end + _CRC_BYTES:
+        raise _cut_after_base(data)
+    _check_layer(data, end + _CRC_BYTES)
+    return CodedResidual(level, bytes(data[start:middle]), bytes(data[middle:end])), end + _CRC_BYTES
+
+
 def _header(picture: CodedPicture) -> bytes:
-    flags = _FLAG_FIXED_LENGTH if picture.fixed_length else 0
+    flags = (_FLAG_FIXED_LENGTH if picture.fixed_length else 0) | (_FLAG_RESIDUAL if picture.residual else 0)
     sizes = (picture.height, picture.width, len(picture.base))
     return MAGIC + bytes((VERSION, flags)) + picture.fingerprint + b"".join(map(_varint, sizes))
+
+
+def _residual_header(residual: CodedResidual | None) -> bytes:
+    if residual is None:
+        return b""
+    return bytes((residual.level,)) + _varint(len(residual.hyper)) + _varint(len(residual.symbols))
 
 
 def _check_kind(data: bytes) -> None:
@@ -125,7 +198,7 @@ def _check_kind(data: bytes) -> None:
     if data[: len(MAGIC)] != MAGIC[: len(data)]:
         raise BitstreamError("this is not a .dfo file: it does not begin with 'DfO'")
     if len(data) <= len(MAGIC):
-        raise _cut_in_header(data)
+        raise _Cut(f"the file is cut within its header, after {len(data)} bytes")
     version = data[len(MAGIC)]
     if version > VERSION:
         raise BitstreamError(
@@ -136,30 +209,24 @@ def _check_kind(data: bytes) -> None:
         raise BitstreamError(f"this file has format version {version}, which does not exist: it is damaged")
 
 
-def _read_flags(data: bytes) -> bool:
-    """Whether the base is at fixed length; refuses all other flags. The CRC must have been checked."""
+def _read_flags(data: bytes) -> tuple[bool, bool]:
+    """Whether the base is at fixed length, and whether a residual follows. The CRC must have been checked."""
     flags = data[_FLAGS_AT]
     if flags & ~(_FLAG_FIXED_LENGTH | _FLAG_RESIDUAL):
         raise BitstreamError(f"this file uses features (flags {flags:#04x}) of a newer program: update the program")
-    if flags & _FLAG_RESIDUAL:
-        raise BitstreamError("this file has residual sections, which this version cannot decode: update the program")
-    return bool(flags & _FLAG_FIXED_LENGTH)
+    return bool(flags & _FLAG_FIXED_LENGTH), bool(flags & _FLAG_RESIDUAL)
 
 
-def _check_base(data: bytes, size: int) -> None:
-    """Length and CRC of header and base, which should have `size` bytes together."""
+def _check_layer(data: bytes, size: int) -> None:
+    """Length and CRC of the first `size` bytes, the CRC among them."""
     if len(data) < size:
         raise BitstreamError(f"the file is cut after {len(data)} bytes of {size}, or its header is damaged")
-    if not _crc_matches(data[:size]):
+    if _sealed(data[: size - _CRC_BYTES]) != data[:size]:
         raise BitstreamError("the checksum does not match: the file is damaged")
 
 
-def _crc(content: bytes) -> bytes:
-    return zlib.crc32(content).to_bytes(_CRC_BYTES, "big")
-
-
-def _crc_matches(data: bytes) -> bool:
-    return _crc(data[:-_CRC_BYTES]) == data[-_CRC_BYTES:]
+def _sealed(content: bytes) -> bytes:
+    return content + zlib.crc32(content).to_bytes(_CRC_BYTES, "big")
 
 
 def _varint(value: int) -> bytes:
@@ -177,7 +244,7 @@ def _read_varint(data: bytes, at: int) -> tuple[int, int]:
     value = 0
     for i in range(_MAX_VARINT_BYTES):
         if at + i >= len(data):
-            raise _cut_in_header(data)
+            raise _Cut(f"the file is cut within its header, after {len(data)} bytes")
         byte = data[at + i]
         value |= (byte & 0x7F) << 7 * i
         if byte <= 0x7F:
@@ -187,5 +254,11 @@ def _read_varint(data: bytes, at: int) -> tuple[int, int]:
     raise BitstreamError("a number in the header is too large: the file is damaged")
 
 
-def _cut_in_header(data: bytes) -> BitstreamError:
-    return BitstreamError(f"the file is cut within its header, after {len(data)} bytes")
+class _Cut(BitstreamError):
+    """A header that ends before it should."""
+
+
+def _cut_after_base(data: bytes) -> BitstreamError:
+    return BitstreamError(
+        f"the file is cut after {len(data)} bytes, within its residual: --preview decodes the base, which is whole"
+    )

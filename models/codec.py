@@ -1,15 +1,17 @@
-"""Joins the rooms: image -> latent -> base code -> bytes, and bytes -> base code -> one denoising step -> image.
+"""Joins the rooms: image -> latent -> base code and residual -> bytes -> one denoising step -> image.
 
-    X --E--> x --VQ-E--> k --entropy coder--> bytes --entropy decoder--> k --> z_q --VQ-D--> y
-                                                                               |             |
-                                         X^ <--D-- x^ <--U(scaled x~, t, z_q)--+-- x~ = y + kappa sqrt(eta) eps
+    X --E--> x --VQ-E--> k ------------- coder --> bytes --> decoder ---> k --> z_q --VQ-D--> y
+             |                            |                     |                             |
+             +--x - y--> n_z, n (levels above 0) ---------------+--> n_z, n --g_s--> r^ --+-- y^ = y + r^
+                                                                                          |
+                        X^ <--D-- x^ <--U(scaled x~, t, z_q)-- x~ = y^ + kappa sqrt(eta) eps
 
 The decoder's only inputs are the bytes and the weights. Axes: N batch, d latent channels, H and W picture rows and
 columns, h = ceil(H/16) and w = ceil(W/16) latent ones.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -17,111 +19,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import bitstream, diffusion, entropy_coding
-from models.autoencoder import Autoencoder, AutoencoderParams
-from models.bitstream import CodedPicture
-from models.diffusion import DiffusionParams, RateParams, Schedule
-from models.unet import UNet, UNetParams
-from models.vq_base import BaseCode, VQBase, VQBaseParams
+from models.autoencoder import Autoencoder
+from models.bitstream import CodedPicture, CodedResidual
+from models.diffusion import Schedule
+from models.records import CELL, ONE_STEP, Analysed, CodecOutput, CodecParams, Contents, Decoded, Draws, Sampling
+from models.residual_hyperprior import LEVEL_CODES, ResidualHyperprior, Symbols, hyper_size
+from models.unet import UNet
+from models.vq_base import VQBase
 from utils.errors import BitstreamError, CheckpointError
 from utils.images import to_signed, to_uint8
 from utils.precision import full_precision
 
-CELL = bitstream.LATENT_STRIDE  # pixels per latent position along each side
-
-
-@dataclass(frozen=True)
-class CodecParams:
-    """All that decides what the weights mean. The defaults are the paper's."""
-
-    autoencoder: AutoencoderParams = field(default_factory=AutoencoderParams)
-    vq_base: VQBaseParams = field(default_factory=VQBaseParams)
-    unet: UNetParams = field(default_factory=UNetParams)
-    diffusion: DiffusionParams = field(default_factory=DiffusionParams)
-    rate: RateParams = field(default_factory=RateParams)
-
-    def __post_init__(self):
-        ae, vq, unet = self.autoencoder, self.vq_base, self.unet
-        for left, right, what in [
-            (ae.downsampling, CELL, "autoencoder.ch_mult must have five levels (downsampling by 16)"),
-            (len(vq.ch_mult), 1, "vq_base.ch_mult must have one level (one index per latent position)"),
-            (vq.in_channels, ae.embed_dim, "vq_base.in_channels must equal autoencoder.embed_dim"),
-            (unet.latent_channels, ae.embed_dim, "unet.latent_channels must equal autoencoder.embed_dim"),
-            (unet.condition_channels, vq.embed_dim, "unet.condition_channels must equal vq_base.embed_dim"),
-        ]:
-            if left != right:
-                raise ValueError(f"{what}: {left} is not {right}")
-        # A 1x1 latent has one value per channel, and a normalisation over a single value is undefined. (The UNet pads.)
-        for name, width, groups in [("autoencoder", ae.ch * ae.ch_mult[-1], ae.groups), ("vq_base", vq.ch, vq.groups)]:
-            if width < 2 * groups:
-                raise ValueError(f"{name}.groups {groups}: at least two channels a group are needed at latent size")
-
-
-@dataclass(frozen=True)
-class CodecOutput:
-    """What one training pass knows.
-
-    Attributes:
-        x, y, x_hat: latent, base reconstruction and prediction, N x d x h x w.
-        image: prediction D(x_hat), N x 3 x H x W, unclamped.
-        base: indices, codes and code-book statistics.
-    """
-
-    x: Tensor
-    y: Tensor
-    x_hat: Tensor
-    image: Tensor
-    base: BaseCode
-
-
-@dataclass(frozen=True)
-class Draws:
-    """The random numbers of a training pass, one entry per sample.
-
-    Attributes:
-        t: steps, int64 (N,). eta: noise levels of the decoder's own input, float (N,); used at the last step only,
-        NaN where the published forward process is meant. noise: standard normal, N x d x h x w.
-    """
-
-    t: Tensor
-    eta: Tensor
-    noise: Tensor
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the decoder denoises. The default is the codec's: one step, noise level from the rate, seed from the file.
-
-    Attributes:
-        steps: None for the single step; otherwise how many of the schedule's steps to run.
-        ddim: deterministic steps instead of ancestral ones, where there are several.
-        eta: noise level of the single step in (0, 1]; None takes it from the rate.
-        seed: of the noise; None takes it from the base section.
-    """
-
-    steps: int | None = None
-    ddim: bool = True
-    eta: float | None = None
-    seed: int | None = None
-
-    def __post_init__(self):
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps {self.steps}: at least 1, or None for the single step")
-        if self.eta is not None and not 0 < self.eta <= 1:
-            raise ValueError(f"eta {self.eta}: in (0, 1], or None to take it from the rate")
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """A decoded picture, uint8 (3, H, W), and the noise level eta it was made with."""
-
-    image: Tensor
-    eta: float
+MAX_PIXELS = 100_000_000
 
 
 class Codec(nn.Module):
     """The whole codec. `forward` trains; `compress` and `decompress` write and read files.
 
     Attributes:
+        residual: the residual codec, or None.
+        max_pixels: files that claim more are refused before anything is allocated.
         base_table: integer frequency table of the base indices, int32 (K,), learnt at release; None before.
         fingerprint: 4 bytes that name the weights; None while they are being trained.
     """
@@ -132,8 +49,14 @@ class Codec(nn.Module):
         self.autoencoder = Autoencoder(params.autoencoder)
         self.vq_base = VQBase(params.vq_base)
         self.unet = UNet(params.unet)
+        self.residual: ResidualHyperprior | None = None
+        if params.residual:
+            self.residual = ResidualHyperprior(
+                params.residual, params.autoencoder.embed_dim, params.vq_base.codebook_size
+            )
         self.schedule = Schedule.exponential(params.diffusion)
         self.rate = params.rate
+        self.max_pixels = MAX_PIXELS
         self.base_table: np.ndarray | None = None
         self.fingerprint: bytes | None = None
 
@@ -166,6 +89,16 @@ class Codec(nn.Module):
         """D(x^), not yet clamped: N x d x h x w -> N x 3 x 16h x 16w."""
         return self.autoencoder.decode(x_hat)
 
+    def denoiser_inputs(self, y_hat: Tensor, z_q: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
+        """(y^, lq, centre) as the branches and the adapter are set: what x~ starts from, the condition, the origin."""
+        difference = self.params.adapter == "difference"
+        lq = y_hat if difference else z_q
+        if not self.params.perceptual_branch:
+            lq = torch.zeros_like(lq)
+        if not self.params.detail_branch:
+            y_hat = torch.zeros_like(y_hat)
+        return y_hat, lq, y_hat if difference else 0.0
+
     # Training -------------------------------------------------------------------------------------------------------
 
     def forward(self, image: Tensor, draws: Draws) -> CodecOutput:
@@ -174,31 +107,72 @@ class Codec(nn.Module):
             x = self.to_latent(image)  # x = E(X)
         base = self.vq_base(x)  # k, z_q
         y = self.vq_base.reconstruct(base.z_q)  # y = VQ-D(z_q)
-        x_t, eta = self.noisy_input(x, y, draws)
-        scaled = diffusion.scale_input(x_t, eta, self.schedule.kappa)
+        y_hat, residual_bpp = self.with_residual(x, y, base.indices, draws)  # y^ = y + r^
+        known, lq, centre = self.denoiser_inputs(y_hat, base.z_q)
+        x_t, eta = self.noisy_input(x, known, residual_bpp.detach(), draws)
+        scaled = diffusion.scale_input(x_t - centre, eta, self.schedule.kappa)
         time = diffusion.time_of_eta(eta, self.params.diffusion).float()
-        x_hat = self.unet(scaled, time, base.z_q)  # x^ = U(scaled x_t, t, z_q)
-        return CodecOutput(x, y, x_hat, self.to_image(x_hat), base)
+        x_hat = self.unet(scaled, time, lq)  # x^ = U(scaled x_t, t, lq)
+        auxiliary = self.residual.rate_model.auxiliary_loss() if self.residual else None
+        return CodecOutput(x, y_hat, x_hat, self.to_image(x_hat), base, residual_bpp, auxiliary)
 
-    def noisy_input(self, x: Tensor, y: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
-        """x_t and its noise level, per sample: q(x_t | x, y) as published, or the decoder's own input y + noise."""
-        published = diffusion.q_sample(self.schedule, x, y, draws.t, draws.noise)
+    def with_residual(self, x: Tensor, y: Tensor, k: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        """y^ and the residual's rate. Computed for every sample and masked at level 0: all parameters take part."""
+        if self.residual is None:
+            return y, torch.zeros(len(x), device=x.device)
+        sent = draws.level > 0
+        out = self.residual(x, y, k, draws.level, draws.uniform)
+        bits = torch.where(sent, out.hyper_bits + out.residual_bits, 0.0)
+        return y + sent.to(y.dtype).view(-1, 1, 1, 1) * out.r_hat, bits / (CELL**2 * k[0].numel())
+
+    def noisy_input(self, x: Tensor, y_hat: Tensor, residual_bpp: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        """x_t and its noise level, per sample: q(x_t | x, y^) as published, or the decoder's own input y^ + noise."""
+        target = y_hat if draws.shift else x
+        published = diffusion.q_sample(self.schedule, x, target, draws.t, draws.noise)
         scheduled = torch.from_numpy(self.schedule.etas).to(draws.t.device)[draws.t]
-        own = ~draws.eta.isnan() & (draws.t == len(self.schedule) - 1)
-        eta = torch.where(own, draws.eta.double(), scheduled)
-        decoders = diffusion.prior_sample(y, eta, self.schedule.kappa, draws.noise)
+        own = ~draws.spread.isnan() & (draws.t == len(self.schedule) - 1)
+        rate = self.rate.c / (self.nominal_bpp + residual_bpp.double())
+        drawn = (rate.clamp(self.rate.eta_min, self.rate.eta_max) * draws.spread).clamp(max=1.0)
+        eta = torch.where(own, drawn, scheduled)
+        decoders = diffusion.prior_sample(y_hat, eta, self.schedule.kappa, draws.noise)
         return torch.where(own.view(-1, 1, 1, 1), decoders, published), eta
 
     # Coding ---------------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
     @full_precision()
-    def compress(self, image: Tensor) -> bytes:
+    def compress(self, image: Tensor, quality: float = 0.0) -> bytes:
         """Code a picture: uint8 (3, H, W), sides from 16 -> the bytes of a `.dfo` file.
 
+        Args:
+            quality: 0 sends the base alone; above it, up to 100, the residual as well, at a level of 255.
         Raises:
-            CheckpointError: the weights have no fingerprint. ValueError: a side under 16.
+            CheckpointError: the weights have no fingerprint, or no residual codec for a quality above 0.
+            ValueError: a side under 16, or a quality outside its range.
         """
+        return self.write(self.analyse(image), self.level_code(quality))
+
+    def level_code(self, quality: float) -> int:
+        """The byte that stands for a quality from 0 to 100: 0 for the base alone, else 1 to 255.
+
+        Raises:
+            ValueError: outside the range. CheckpointError: these weights have no residual codec.
+        """
+        if not 0 <= quality <= 100:
+            raise ValueError(f"quality {quality}: from 0 (the base alone) to 100")
+        if quality > 0 and not self.has_levels:
+            raise CheckpointError("these weights code the base alone (quality 0): take a release with a residual codec")
+        return 0 if quality == 0 else max(1, round(quality / 100 * LEVEL_CODES))
+
+    @property
+    def has_levels(self) -> bool:
+        """Whether these weights can send a residual."""
+        return self.residual is not None and self.residual.tables is not None
+
+    @torch.inference_mode()
+    @full_precision()
+    def analyse(self, image: Tensor) -> Analysed:
+        """The image encoder, the base code and g_a, run once: uint8 (3, H, W). Errors as `compress`."""
         if self.fingerprint is None:
             raise CheckpointError("these weights have no fingerprint: load them with load_codec before coding")
         height, width = image.shape[1:]
@@ -207,28 +181,68 @@ class Codec(nn.Module):
                 f"pictures start at {bitstream.MIN_SIDE}x{bitstream.MIN_SIDE} pixels, not {width}x{height}"
             )
         x = self.to_latent(to_signed(image).to(self.device)[None])
-        k = self.vq_base.indices(x).flatten().cpu().numpy()
-        base, fixed = entropy_coding.encode_indices(k, self.params.vq_base.codebook_size, self.base_table)
-        return bitstream.pack(CodedPicture(height, width, self.fingerprint, base, fixed))
+        k = self.vq_base.indices(x)
+        y = self.vq_base.reconstruct(self.vq_base.rows(k))
+        s = self.residual.analysis(x - y, y) if self.has_levels else None
+        base, fixed = entropy_coding.encode_indices(
+            k.flatten().cpu().numpy(), self.params.vq_base.codebook_size, self.base_table
+        )
+        return Analysed(CodedPicture(height, width, self.fingerprint, base, fixed), k, y, s)
 
-    def read(self, data: bytes) -> tuple[CodedPicture, Tensor]:
-        """Parse a file and decode its indices: the header and k, int64 (h, w).
+    @torch.inference_mode()
+    @full_precision()
+    def write(self, analysed: Analysed, code: int) -> bytes:
+        """The file at a level: 0 for the base alone, else 1 to 255."""
+        if code == 0:
+            return bitstream.pack(analysed.file)
+        symbols = self.residual.symbols(analysed.s, analysed.y, analysed.k, code, self.residual.tables)
+        sections = [
+            entropy_coding.encode_symbols(values.ravel(), groups, tables)
+            for values, (groups, tables) in [
+                (symbols.hyper, self.residual.hyper_coding(symbols.hyper.shape, code)),
+                (symbols.residual, self.residual.residual_coding(symbols.index)),
+            ]
+        ]
+        return bitstream.pack(replace(analysed.file, residual=CodedResidual(code, *sections)))
 
+    @torch.inference_mode()
+    def read(self, data: bytes, preview: bool = False) -> Contents:
+        """Parse a file and decode its integers.
+
+        Args:
+            preview: read the base alone, whatever follows it.
         Raises:
             BitstreamError: damaged or foreign file. CheckpointError: it was written with other weights.
         """
-        file = bitstream.unpack(data)
+        file = bitstream.unpack(data, preview)
         if file.fingerprint != self.fingerprint:
             own = self.fingerprint.hex() if self.fingerprint else "none"
             raise CheckpointError(
                 f"the file was written with the weights {file.fingerprint.hex()}, these are {own}: "
                 "decode it with the release of that fingerprint"
             )
+        if file.height * file.width > self.max_pixels:
+            raise BitstreamError(
+                f"a picture of {file.width}x{file.height} pixels is above the limit of {self.max_pixels:,}: "
+                "raise it with --max_pixels if you trust the file"
+            )
         h, w = file.latent_size
         k = entropy_coding.decode_indices(
             file.base, h * w, self.params.vq_base.codebook_size, self.base_table, file.fixed_length
         )
-        return file, torch.from_numpy(k).view(h, w)
+        k = torch.from_numpy(k).view(1, h, w)
+        return Contents(file, k, self._read_residual(file.residual, k) if file.residual else None)
+
+    def _read_residual(self, coded: CodedResidual, k: Tensor) -> Symbols:
+        if not self.has_levels:
+            raise BitstreamError("the file has a residual and its weights have no residual codec: it is damaged")
+        p = self.params.residual
+        shape = (p.hyper_channels, *hyper_size(*k.shape[1:]))
+        n_z = entropy_coding.decode_symbols(coded.hyper, *self.residual.hyper_coding(shape, coded.level), "hyper")
+        n_z = n_z.reshape(shape)
+        index = self.residual.table_index(n_z, k)
+        n = entropy_coding.decode_symbols(coded.symbols, *self.residual.residual_coding(index), "residual")
+        return Symbols(n_z, n.reshape(index.shape), index)
 
     @torch.inference_mode()
     def decompress(self, data: bytes) -> Tensor:
@@ -237,28 +251,38 @@ class Codec(nn.Module):
 
     @torch.inference_mode()
     @full_precision()
-    def decode(self, data: bytes, sampling: Sampling = Sampling()) -> Decoded:
-        """Decode a file: x~ = y + kappa sqrt(eta) eps, x^ = U(x~ scaled, t(eta), z_q), X^ = D(x^) (DiffO, Alg. 1)."""
-        file, k = self.read(data)
-        h, w = file.latent_size
-        z_q = self.vq_base.rows(k[None].to(self.device))  # 1 d_q h w
-        y = self.vq_base.reconstruct(z_q)  # 1 d h w
-        seed = bitstream.noise_seed(file.base) if sampling.seed is None else sampling.seed
-        noise = portable_noise(seed, y)
-        if sampling.steps is None:
-            eta = self.rate.eta(8 * len(file.base) / (CELL**2 * h * w)) if sampling.eta is None else sampling.eta
-            levels = torch.tensor([eta], dtype=torch.float64, device=self.device)
-            x_hat = diffusion.one_step(self.unet, y, z_q, levels, next(noise), self.params.diffusion)
-        else:
-            schedule = self.schedule.spaced(sampling.steps)
-            eta = float(schedule.etas[-1])
-            x_hat = diffusion.sample(schedule, self.unet, y, z_q, lambda: next(noise), sampling.ddim)
+    def decode(self, data: bytes, sampling: Sampling = ONE_STEP, preview: bool = False) -> Decoded:
+        """Decode a file: x~ = y^ + kappa sqrt(eta) eps, x^ = U(x~ scaled, t(eta), lq), X^ = D(x^) (DiffO, Alg. 1)."""
+        contents = self.read(data, preview)
+        file = contents.file
+        k = contents.k.to(self.device)
+        z_q = self.vq_base.rows(k)  # 1 d_q h w
+        y_hat = self.vq_base.reconstruct(z_q)  # 1 d h w
+        if contents.symbols:
+            symbols = contents.symbols
+            y_hat = y_hat + self.residual.restore(symbols.hyper, symbols.residual, k, y_hat, file.residual.level)
+        x_hat, eta = self.denoise(y_hat, z_q, file, sampling)
         image = self.to_image(x_hat)[0, :, : file.height, : file.width]
         if not image.isfinite().all():
             raise BitstreamError(
                 "the decoded picture is not finite: the weights or the precision cannot decode this file"
             )
         return Decoded(to_uint8(image.float().cpu()), eta)
+
+    def denoise(self, y_hat: Tensor, z_q: Tensor, file: CodedPicture, sampling: Sampling) -> tuple[Tensor, float]:
+        """x^ and the noise level that it was made with."""
+        known, lq, centre = self.denoiser_inputs(y_hat, z_q)
+        seed = bitstream.noise_seed(file.base) if sampling.seed is None else sampling.seed
+        noise = portable_noise(seed, known)
+        if sampling.steps is not None:
+            schedule = self.schedule.spaced(sampling.steps)
+            draw = lambda: next(noise)  # noqa: E731
+            x_hat = diffusion.sample(schedule, self.unet, known, lq, draw, sampling.ddim, centre)
+            return x_hat, float(schedule.etas[-1])
+        eta = self.rate.eta(file.section_bpp) if sampling.eta is None else sampling.eta
+        levels = torch.tensor([eta], dtype=torch.float64, device=self.device)
+        x_hat = diffusion.one_step(self.unet, known, lq, levels, next(noise), self.params.diffusion, centre)
+        return x_hat, eta
 
 
 def portable_noise(seed: int, like: Tensor):

@@ -151,24 +151,35 @@ def scale_input(x: Tensor, eta: Tensor, kappa: float) -> Tensor:
     return x / (1 + kappa**2 * eta).sqrt().to(x.dtype).view(-1, 1, 1, 1)
 
 
-def one_step(denoiser: Denoiser, y: Tensor, lq: Tensor, eta: Tensor, noise: Tensor, params: DiffusionParams) -> Tensor:
+def one_step(
+    denoiser: Denoiser,
+    y: Tensor,
+    lq: Tensor,
+    eta: Tensor,
+    noise: Tensor,
+    params: DiffusionParams,
+    centre: Tensor | float = 0.0,
+) -> Tensor:
     """x^ = U(x~ / sqrt(1 + kappa^2 eta), t(eta), lq): the codec's single DDIM step (codec.md section 3).
 
     Args:
         y: what the decoder knows of the latent, N x d x h x w. lq: z_q. eta: (N,). noise: standard normal, as y.
+        centre: what the network's input is a difference to (the paper's adapter); 0 in the published code.
     Returns:
         the predicted latent, as y.
     """
     eta = eta.double()
     x_noisy = prior_sample(y, eta, params.kappa, noise)
-    return denoiser(scale_input(x_noisy, eta, params.kappa), time_of_eta(eta, params).float(), lq)
+    return denoiser(scale_input(x_noisy - centre, eta, params.kappa), time_of_eta(eta, params).float(), lq)
 
 
-def predict(schedule: Schedule, denoiser: Denoiser, x_t: Tensor, t: Tensor, lq: Tensor) -> Tensor:
+def predict(
+    schedule: Schedule, denoiser: Denoiser, x_t: Tensor, t: Tensor, lq: Tensor, centre: Tensor | float = 0.0
+) -> Tensor:
     """The network's prediction of x at step t, int64 (N,)."""
     eta = torch.from_numpy(schedule.etas).to(t.device)[t]
     times = torch.from_numpy(schedule.timesteps).to(t.device)[t]
-    return denoiser(scale_input(x_t, eta, schedule.kappa), times, lq)
+    return denoiser(scale_input(x_t - centre, eta, schedule.kappa), times, lq)
 
 
 def ddim_step(schedule: Schedule, x_t: Tensor, x_0: Tensor, y: Tensor, t: Tensor) -> Tensor:
@@ -191,11 +202,12 @@ def sample(
     lq: Tensor,
     draw: Callable[[], Tensor],
     ddim: bool,
+    centre: Tensor | float = 0.0,
 ) -> Tensor:
     """The whole reverse process with the schedule's own noise levels (the paper's Table 2).
 
     Args:
-        y: as in `one_step`. draw: gives a fresh standard normal tensor shaped as y.
+        y, centre: as in `one_step`. draw: gives a fresh standard normal tensor shaped as y.
         ddim: deterministic steps; otherwise ancestral ones.
     Returns:
         the sampled latent, as y.
@@ -206,6 +218,6 @@ def sample(
     )
     for step in range(last, -1, -1):
         t = torch.full((len(y),), step, dtype=torch.int64, device=y.device)
-        x_0 = predict(schedule, denoiser, x_t, t, lq)
+        x_0 = predict(schedule, denoiser, x_t, t, lq, centre)
         x_t = ddim_step(schedule, x_t, x_0, y, t) if ddim else ancestral_step(schedule, x_t, x_0, t, draw())
     return x_t

@@ -52,6 +52,11 @@ def frequency_table(counts: np.ndarray) -> np.ndarray:
     if counts.ndim != 1 or counts.dtype.kind not in "iu":
         raise ValueError(f"counts must be a vector of integers, not {counts.dtype} of shape {counts.shape}")
     _index_bits(counts.size)
+    return _shares(counts)
+
+
+def _shares(counts: np.ndarray) -> np.ndarray:
+    """`frequency_table` for any number of symbols up to 2^16."""
     if counts.min() < 0 or counts.max() >= _MAX_COUNTS or int(counts.sum(dtype=np.int64)) >= _MAX_COUNTS:
         raise ValueError("counts must be non-negative and sum to less than 2^47")
     counts = counts.astype(np.int64) if counts.any() else np.ones(counts.size, dtype=np.int64)
@@ -141,6 +146,88 @@ def decode_indices(
     return _range_decode(section, count, _checked_table(table, codebook_size))
 
 
+def centred_table(counts: np.ndarray) -> np.ndarray:
+    """The table of signed symbols from their counts: int32 as `counts`, 0 beyond the largest symbol seen.
+
+    Args:
+        counts: (2R + 1,) non-negative integers, of the symbols -R to R.
+    Returns:
+        entries of -r to r sum to 2^16, each at least 1, r >= 1 the largest |symbol| that was seen.
+    Raises:
+        ValueError: an even number of counts, or such as `frequency_table` refuses.
+    """
+    counts = np.asarray(counts)
+    if counts.ndim != 1 or counts.size % 2 == 0 or counts.size < 3:
+        raise ValueError(f"counts of signed symbols must be an odd number of them, not of shape {counts.shape}")
+    centre = counts.size // 2
+    seen = np.flatnonzero(counts)
+    reach = max(1, int(np.abs(seen - centre).max(initial=0)))
+    table = np.zeros(counts.size, dtype=np.int32)
+    table[centre - reach : centre + reach + 1] = _shares(counts[centre - reach : centre + reach + 1])
+    return table
+
+
+def symbol_bits(symbols: np.ndarray, groups: np.ndarray, tables: np.ndarray) -> np.ndarray:
+    """Ideal cost of every symbol in bits: arguments as `encode_symbols`; float64 as `symbols`."""
+    return PRECISION - np.log2(tables[groups, symbols + tables.shape[1] // 2])
+
+
+def encode_symbols(symbols: np.ndarray, groups: np.ndarray, tables: np.ndarray) -> bytes:
+    """Range-code signed symbols, each with the table of its group.
+
+    They are coded group after group, in their order within each: the coder is fast on runs of one table.
+
+    Args:
+        symbols: (count,) integers, count >= 1, within the reach of their tables. groups: (count,) in [0, G).
+        tables: (G, 2R + 1) int32 as from `centred_table`.
+    Raises:
+        ValueError: a symbol that its table cannot code.
+    """
+    encoder = constriction.stream.queue.RangeEncoder()
+    for members, table, reach in _groups(groups, tables):
+        values = symbols[members] + reach
+        if values.min() < 0 or values.max() > 2 * reach:
+            raise ValueError(f"a symbol lies outside its table's -{reach} to {reach}")
+        encoder.encode(values.astype(np.int32), _coder_model(table))
+    return _close(encoder)
+
+
+def decode_symbols(section: bytes, groups: np.ndarray, tables: np.ndarray, what: str) -> np.ndarray:
+    """Inverse of `encode_symbols`: (count,) int64. Of all strings, exactly those that the encoder writes are accepted.
+
+    Args:
+        section: any bytes are safe. groups, tables: as given to the encoder. what: the section's name in errors.
+    Raises:
+        BitstreamError: a section that no encoder writes with these groups and tables.
+    """
+    runs = list(_groups(groups, tables))
+    least = sum(len(members) * (PRECISION - np.log2(table.max())) for members, table, _ in runs)
+    damaged = (
+        f"the {what} section is no string that an encoder writes: the file is damaged, or belongs to other weights"
+    )
+    if least > 8 * len(section) + 1:
+        raise BitstreamError(damaged)
+    decoder = _decoder(section)
+    symbols = np.empty(len(groups), dtype=np.int64)
+    try:
+        for members, table, reach in runs:
+            symbols[members] = decoder.decode(_coder_model(table), len(members)).astype(np.int64) - reach
+    except AssertionError as error:  # constriction's exception for a string outside the coder's interval
+        raise BitstreamError(damaged) from error
+    if encode_symbols(symbols, groups, tables) != section:
+        raise BitstreamError(damaged)
+    return symbols
+
+
+def _groups(groups: np.ndarray, tables: np.ndarray):
+    """(positions, table without its zeros, reach) of every group that occurs, in the order of the groups."""
+    order = np.argsort(groups, kind="stable")
+    present, starts = np.unique(groups[order], return_index=True)
+    for group, members in zip(present, np.split(order, starts[1:]), strict=True):
+        table = tables[group][tables[group] > 0]
+        yield members, table, len(table) // 2
+
+
 def _index_bits(codebook_size: int) -> int:
     """log2 K; ValueError unless K is a power of two in the range that is supported."""
     if not MIN_CODEBOOK <= codebook_size <= MAX_CODEBOOK or codebook_size & (codebook_size - 1):
@@ -185,10 +272,8 @@ def _range_decode(section: bytes, count: int, table: np.ndarray) -> np.ndarray:
             f"the base section is too short for {count} indices ({len(section)} bytes): "
             "the file is damaged, or belongs to other weights"
         )
-    words = np.frombuffer(section.ljust(-(-len(section) // _WORD_BYTES) * _WORD_BYTES, b"\0"), dtype=">u4")
-    decoder = constriction.stream.queue.RangeDecoder(words.astype(np.uint32))
     try:
-        symbols = decoder.decode(_coder_model(table), count)
+        symbols = _decoder(section).decode(_coder_model(table), count)
     except AssertionError:  # constriction's exception for a string outside the coder's interval
         symbols = None
     # Other strings decode as well: with bytes too many, say. Accepting only the encoder's own keeps one file per code.
@@ -197,6 +282,11 @@ def _range_decode(section: bytes, count: int, table: np.ndarray) -> np.ndarray:
             "the base section is no string that an encoder writes: the file is damaged, or belongs to other weights"
         )
     return symbols.astype(np.int64)
+
+
+def _decoder(section: bytes) -> constriction.stream.queue.RangeDecoder:
+    words = np.frombuffer(section.ljust(-(-len(section) // _WORD_BYTES) * _WORD_BYTES, b"\0"), dtype=">u4")
+    return constriction.stream.queue.RangeDecoder(words.astype(np.uint32))
 
 
 def _coder_model(table: np.ndarray) -> constriction.stream.model.Categorical:

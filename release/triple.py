@@ -9,18 +9,23 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from models.codec import Codec, CodecParams
+from models.codec import Codec
+from models.records import CodecParams
+from models.residual_hyperprior import ResidualTables
 from utils import checkpoints
 from utils.config import build, load_mapping, to_mapping
 from utils.errors import CheckpointError
 
 OURS = "diffo"
 NAMES = {"unet": "ema_model_{}.pth", "vq_base": "vq_model_{}.pth.tar", "autoencoder": "GT_vq_model_{}.pth.tar"}
+NETWORKS = (*NAMES, "residual")
+RATE_MODEL = "rate_model."  # densities of the residual codec: training's alone, tables take their place
 RELEASES = Path(__file__).resolve().parents[1] / "weights"
 SMALL = RELEASES / "tiny"
 ABOUT = "release.json"
@@ -66,13 +71,19 @@ class Triple:
                 raise CheckpointError(f"{path}: " + (NEVER_PUBLISHED if published else "no such checkpoint"))
 
 
-def save_triple(triple: Triple, states: dict[str, dict[str, Tensor]], params: CodecParams, table=None) -> None:
+def save_triple(
+    triple: Triple,
+    states: dict[str, dict[str, Tensor]],
+    params: CodecParams,
+    table: np.ndarray | None = None,
+    residual_tables: ResidualTables | None = None,
+) -> None:
     """Write the three files.
 
     Args:
-        states: state dicts under `unet`, `vq_base`, `autoencoder`.
+        states: state dicts under `unet`, `vq_base`, `autoencoder` and, where there is one, `residual`.
         params: sizes, schedule and rate modulation.
-        table: integer frequencies of the base indices, int32 (K,), at release.
+        table: integer frequencies of the base indices, int32 (K,), at release. residual_tables: those of the residual.
     """
     for network in ("autoencoder", "unet"):
         checkpoints.save(getattr(triple, network), {"state_dict": states[network]})
@@ -81,6 +92,10 @@ def save_triple(triple: Triple, states: dict[str, dict[str, Tensor]], params: Co
         "digests": {network: checkpoints.digest(states[network]) for network in ("autoencoder", "unet")},
         "base_table": None if table is None else torch.from_numpy(np.asarray(table, dtype=np.int32)),
     }
+    if "residual" in states:
+        state = {key: value for key, value in states["residual"].items() if not key.startswith(RATE_MODEL)}
+        tables = vars(residual_tables) if residual_tables else {}
+        ours["residual"] = {"state_dict": state, "tables": {key: torch.from_numpy(t) for key, t in tables.items()}}
     checkpoints.save(triple.vq_base, {"state_dict": states["vq_base"], OURS: ours})
 
 
@@ -92,6 +107,10 @@ def fingerprint(codec: Codec, digests: dict[str, str]) -> bytes:
     tensors = dict(codec.vq_base.state_dict())
     if codec.base_table is not None:
         tensors[f"{OURS}.base_table"] = torch.from_numpy(codec.base_table)
+    if codec.residual is not None:
+        tensors |= {f"{OURS}.residual.{key}": value for key, value in codec.residual.state_dict().items()}
+        tables = vars(codec.residual.tables) if codec.residual.tables else {}
+        tensors |= {f"{OURS}.residual.tables.{key}": torch.from_numpy(table) for key, table in tables.items()}
     rate = codec.rate
     tensors[f"{OURS}.rate"] = torch.tensor([rate.c, rate.eta_min, rate.eta_max])
     # Shapes do not tell everything: into how many groups a normalisation divides its channels, the windows, the noise.
@@ -132,17 +151,41 @@ def load_triple(triple: Triple, config: str | Path | None = None, device: str | 
             )
     if ours and ours["base_table"] is not None:
         codec.base_table = ours["base_table"].numpy()
+    if codec.residual is not None:
+        _load_residual(codec, ours, triple.vq_base)
     codec.fingerprint = fingerprint(codec, digests)
     return codec.eval().requires_grad_(False).to(device)
 
 
-def meaning(params: CodecParams) -> dict[str, dict]:
-    """What of the parameters decides how the weights decode: all but what only training uses, and the rate's rule."""
+def _load_residual(codec: Codec, ours: dict | None, path: Path) -> None:
+    if not ours or "residual" not in ours:
+        raise CheckpointError(f"{path}: has no residual codec, which the configuration asks for (networks.residual)")
+    stored = ours["residual"]
+    checkpoints.load_strictly(codec.residual, stored["state_dict"], path)
+    tables = {key: table.numpy() for key, table in stored["tables"].items()}
+    codec.residual.freeze(ResidualTables(**tables) if tables else None)
+
+
+def meaning(params: CodecParams) -> dict[str, Any]:
+    """What of the parameters decides how the weights decode: all but what only training uses, and the rate's rule.
+
+    What came later is there only where it is used, so that the fingerprints of older releases stay.
+    """
     mapping = to_mapping(params)
     del mapping["rate"]
+    later = CodecParams.__dataclass_fields__
+    for key in ("residual", "adapter", "detail_branch", "perceptual_branch"):
+        if mapping[key] == later[key].default:
+            del mapping[key]
     for key in ("decay", "epsilon", "revive_below"):
         del mapping["vq_base"][key]
     return mapping
+
+
+def flat(mapping: dict[str, Any]) -> dict[str, Any]:
+    """One level of keys: {"a": {"b": 1}} -> {"a.b": 1}."""
+    items = ((key, value if isinstance(value, dict) else None, value) for key, value in mapping.items())
+    return {f"{key}.{k}" if inner else key: v for key, inner, value in items for k, v in (inner or {"": value}).items()}
 
 
 def _params(ours: dict | None, config: str | Path | None, path: Path) -> CodecParams:
@@ -155,12 +198,11 @@ def _params(ours: dict | None, config: str | Path | None, path: Path) -> CodecPa
     params = build(CodecParams, load_mapping(config).get("networks", {}), f"{config}: networks")
     if stored is None:
         return params
-    theirs, own = meaning(params), meaning(stored)
+    theirs, own = flat(meaning(params)), flat(meaning(stored))
     differing = [
-        f"{network}.{key} {theirs[network][key]} for {own[network][key]}"
-        for network in own
-        for key in own[network]
-        if theirs[network][key] != own[network][key]
+        f"{key} {theirs.get(key)} for {own.get(key)}"
+        for key in dict.fromkeys([*own, *theirs])
+        if theirs.get(key) != own.get(key)
     ]
     if differing:
         more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""

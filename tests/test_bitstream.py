@@ -42,7 +42,7 @@ def test_golden_file_pins_the_format():
 def test_any_picture_round_trips(picture):
     data = pack(picture)
     assert unpack(data) == picture
-    assert len(data) == picture.header_bytes + len(picture.base)
+    assert len(data) == picture.header_bytes + sum(picture.section_bytes.values()) + picture.check_bytes
 
 
 @quick
@@ -95,7 +95,7 @@ def test_every_extension_is_refused():
 )
 def test_header_sizes(height, width, base_bytes, expected):
     picture = CodedPicture(height, width, b"abcd", bytes(base_bytes), False)
-    assert picture.header_bytes == expected
+    assert picture.header_bytes + picture.check_bytes == expected
     assert len(pack(picture)) == expected + base_bytes
 
 

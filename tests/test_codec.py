@@ -1,6 +1,7 @@
 """The whole codec with tiny random networks: files, decoding from bytes alone, and the training pass."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,8 +9,9 @@ import torch
 
 from models import bitstream, diffusion, entropy_coding
 from models.autoencoder import AutoencoderParams
-from models.codec import Codec, CodecParams, Draws, Sampling, portable_noise
+from models.codec import Codec, portable_noise
 from models.diffusion import DiffusionParams, RateParams
+from models.records import CodecParams, Draws, Sampling
 from models.unet import ResBlock, UNetParams
 from models.vq_base import VQBaseParams
 from training.config import CodecStageParams, TrainConfig
@@ -100,7 +102,8 @@ def test_a_picture_comes_back_in_its_size(codec, size):
 @torch.no_grad()
 def test_the_file_holds_the_indices_of_the_latent(codec, size):
     image = picture(*size)
-    file, k = codec.read(codec.compress(image))
+    contents = codec.read(codec.compress(image))
+    file, k = contents.file, contents.k[0]
     assert (file.height, file.width, file.fingerprint) == (*size, codec.fingerprint) and file.fixed_length
     expected = codec.vq_base.indices(codec.to_latent(to_signed(image)[None]))[0]
     assert torch.equal(k, expected) and k.dtype == torch.int64
@@ -111,7 +114,8 @@ def test_the_file_holds_the_indices_of_the_latent(codec, size):
 def test_decoding_is_the_equations(codec):
     """x~ = y + kappa sqrt(eta) eps, x^ = U(x~ / sqrt(1 + kappa^2 eta), t(eta), z_q), X^ = D(x^), written out."""
     data = codec.compress(picture(40, 70))
-    file, k = codec.read(data)
+    contents = codec.read(data)
+    file, k = contents.file, contents.k[0]
     z_q = codec.vq_base.quantize.embedding.weight[k].permute(2, 0, 1)[None]
     y = codec.vq_base.decoder(codec.vq_base.post_quant_conv(z_q))
     noise = np.random.RandomState(bitstream.noise_seed(file.base)).standard_normal((D, 3, 5)).astype(np.float32)
@@ -185,10 +189,12 @@ def test_a_picture_that_is_not_finite_is_refused(codec, monkeypatch):
 def test_a_table_shortens_the_file_and_keeps_the_indices(codec, with_table):
     image = picture(250, 333)
     data = with_table.compress(image)
-    file, k = with_table.read(data)
+    contents = with_table.read(data)
+    file, k = contents.file, contents.k
     assert not file.fixed_length
     with_table.base_table, table = None, with_table.base_table
-    fixed, expected = with_table.read(with_table.compress(image))
+    plain = with_table.read(with_table.compress(image))
+    fixed, expected = plain.file, plain.k
     assert torch.equal(k, expected) and len(file.base) < len(fixed.base)
     with_table.base_table = table
     # A range-coded file has a rate of its own, and with it a noise level of its own.
@@ -230,7 +236,7 @@ def test_what_sampling_changes(codec):
     def differs(other):
         return not torch.equal(other.decoded.image, plain.decoded.image)
 
-    same = Traced(codec, data, Sampling(eta=eta, seed=bitstream.noise_seed(codec.read(data)[0].base), ddim=False))
+    same = Traced(codec, data, Sampling(eta=eta, seed=bitstream.noise_seed(codec.read(data).file.base), ddim=False))
     assert not differs(same) and torch.equal(same.calls[0][0], plain.calls[0][0])
 
     louder = Traced(codec, data, Sampling(eta=0.9))
@@ -249,7 +255,7 @@ def test_what_sampling_changes(codec):
 
 @torch.no_grad()
 def y_of(codec, data):
-    return codec.vq_base.reconstruct(codec.vq_base.rows(codec.read(data)[1][None]))
+    return codec.vq_base.reconstruct(codec.vq_base.rows(codec.read(data).k))
 
 
 @torch.no_grad()
@@ -257,8 +263,8 @@ def test_several_steps(codec):
     """Sampling(steps=2) runs the schedule's own levels on the file's own noise; DDIM draws once, ancestral per step."""
     data = codec.compress(picture(64, 48))
     schedule = codec.schedule.spaced(2)
-    seed = bitstream.noise_seed(codec.read(data)[0].base)
-    z_q, y = codec.vq_base.rows(codec.read(data)[1][None]), y_of(codec, data)
+    seed = bitstream.noise_seed(codec.read(data).file.base)
+    z_q, y = codec.vq_base.rows(codec.read(data).k), y_of(codec, data)
     images = {}
     for ddim in (True, False):
         traced = Traced(codec, data, Sampling(steps=2, ddim=ddim))
@@ -287,27 +293,29 @@ def test_parts_that_do_not_fit_are_refused():
 # Training -----------------------------------------------------------------------------------------------------------
 
 
-def draws(t, eta, shape, seed=0):
+def draws(codec, t, eta, shape, seed=0):
+    """Draws whose noise level at the last step is eta, or the published one where eta is NaN."""
     noise = torch.randn(len(t), *shape, generator=torch.Generator().manual_seed(seed))
-    return Draws(torch.tensor(t), torch.tensor(eta, dtype=torch.float64), noise)
+    spread = torch.tensor(eta, dtype=torch.float64) / codec.rate.eta(codec.nominal_bpp)
+    return Draws(torch.tensor(t), spread, noise)
 
 
 def test_noisy_input(codec):
     """Per sample: the decoder's own input where eta is given at the last step, the published one elsewhere."""
     x, y = torch.randn(2, 4, D, 2, 3, generator=torch.Generator().manual_seed(1))
-    given = draws([3, 3, 1, 0], [0.5, math.nan, 0.5, math.nan], (D, 2, 3))
-    x_t, eta = codec.noisy_input(x, y, given)
+    given = draws(codec, [3, 3, 1, 0], [0.5, math.nan, 0.5, math.nan], (D, 2, 3))
+    x_t, eta = codec.noisy_input(x, y, torch.zeros(4), given)
     etas = codec.schedule.etas
-    assert eta.tolist() == [0.5, etas[3], etas[1], etas[0]]
+    assert eta.tolist() == pytest.approx([0.5, etas[3], etas[1], etas[0]], abs=1e-15)
     torch.testing.assert_close(x_t[0], y[0] + 2 * math.sqrt(0.5) * given.noise[0])
     for i, t in ((1, 3), (2, 1), (3, 0)):
         published = x[i] + etas[t] * (y[i] - x[i]) + 2 * math.sqrt(etas[t]) * given.noise[i]
         torch.testing.assert_close(x_t[i], published.float(), rtol=0, atol=1e-6)
-    everywhere = draws([3, 2, 1, 0], [math.nan] * 4, (D, 2, 3))
+    everywhere = draws(codec, [3, 2, 1, 0], [math.nan] * 4, (D, 2, 3))
     expected = diffusion.q_sample(codec.schedule, x, y, everywhere.t, everywhere.noise)
-    assert torch.equal(codec.noisy_input(x, y, everywhere)[0], expected)
+    assert torch.equal(codec.noisy_input(x, y, torch.zeros(4), everywhere)[0], expected)
     # At the decoder's own input the original does not enter.
-    other, _ = codec.noisy_input(-x, y, given)
+    other, _ = codec.noisy_input(-x, y, torch.zeros(4), given)
     assert torch.equal(other[0], x_t[0]) and not torch.equal(other[1], x_t[1])
 
 
@@ -317,12 +325,13 @@ def test_training_sees_what_the_decoder_sees(codec):
     image = picture(64, 48)
     data = codec.compress(image)
     traced = Traced(codec, data)
-    noise = next(portable_noise(bitstream.noise_seed(codec.read(data)[0].base), torch.zeros(1, D, 4, 3)))
-    out = codec(to_signed(image)[None], Draws(torch.tensor([3]), torch.tensor([traced.decoded.eta]).double(), noise))
+    noise = next(portable_noise(bitstream.noise_seed(codec.read(data).file.base), torch.zeros(1, D, 4, 3)))
+    given = replace(draws(codec, [3], [traced.decoded.eta], (D, 4, 3)), noise=noise)
+    out = codec(to_signed(image)[None], given)
     difference = to_uint8(out.image[0]).int() - traced.decoded.image.int()
     assert difference.abs().max() <= 1 and difference.bool().float().mean() < 0.001
-    assert out.x.shape == out.y.shape == out.x_hat.shape == (1, D, 4, 3)
-    torch.testing.assert_close(out.y, y_of(codec, data), rtol=0, atol=1e-5)
+    assert out.x.shape == out.y_hat.shape == out.x_hat.shape == (1, D, 4, 3)
+    torch.testing.assert_close(out.y_hat, y_of(codec, data), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("eta", [math.nan, 0.4], ids=["published", "decoder"])

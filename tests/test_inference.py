@@ -63,7 +63,7 @@ def test_round_trip_writes_what_it_says(pictures, weights, tmp_path, capsys):
     for row, name, (width, height) in zip(rows, ("a", "deep/b"), ((64, 48), (33, 70)), strict=True):
         size = (out / f"{name}.dfo").stat().st_size
         assert int(row["bytes"]) == size
-        assert int(row["header_bits"]) + int(row["base_bits"]) == 8 * size
+        assert int(row["header_bits"]) + int(row["base_bits"]) + int(row["check_bits"]) == 8 * size
         assert float(row["bpp"]) == pytest.approx(8 * size / (width * height))
         assert levels(out / f"{name}.png").shape == (height, width, 3)
     assert json.loads((out / "metrics.json").read_text())["pictures"][0]["picture"] == "a.png"
@@ -115,7 +115,7 @@ def test_inspect_needs_no_weights(pictures, weights, tmp_path, capsys):
     status, text, _ = call(capsys, "--mode", "inspect", "-i", tmp_path / "out" / "a.dfo", "--json")
     facts = json.loads(text)
     assert status == 0 and (facts["width"], facts["height"], facts["version"]) == (64, 48, 1)
-    assert facts["header_bits"] + facts["base_bits"] == 8 * facts["bytes"]
+    assert facts["header_bits"] + facts["base_bits"] + facts["check_bits"] == 8 * facts["bytes"]
     status, text, _ = call(capsys, "--mode", "inspect", "-i", tmp_path / "out")
     assert status == 0 and facts["weights"] in text
 

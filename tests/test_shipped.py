@@ -29,7 +29,8 @@ def test_golden_files_decode_to_the_same_indices(path):
     """A file of a release, and the SHA-256 of its indices as little-endian int64 in row order."""
     expected = json.loads(path.with_suffix(".json").read_text())
     codec = load_codec(RELEASES / expected["release"])
-    picture, k = codec.read(path.read_bytes())
+    contents = codec.read(path.read_bytes())
+    picture, k = contents.file, contents.k[0]
     assert [picture.height, picture.width] == expected["size"]
     assert hashlib.sha256(k.numpy().astype("<i8").tobytes()).hexdigest() == expected["indices_sha256"]
     assert codec.decompress(path.read_bytes()).shape == (3, *expected["size"])
@@ -70,7 +71,7 @@ def test_thread_count_does_not_change_decoded_indices(codec):
         decoded = []
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            decoded.append((codec.read(data)[1], codec.decompress(data).int()))
+            decoded.append((codec.read(data).k, codec.decompress(data).int()))
     finally:
         torch.set_num_threads(before)
     (first, one), (second, two) = decoded

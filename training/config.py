@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from datapipe.pictures import DataParams
-from models.codec import CodecParams
+from models.records import CodecParams
 from utils.config import build, load_mapping
 
 RUN_CONFIG = "config.yaml"  # the resolved configuration, in the run's folder
@@ -94,17 +94,31 @@ class CodecStageParams(StageParams):
         forward: input of the last step: `published` (x_t = x + eta (y - x) + noise, which still holds 36 % of the
             original) or `decoder` (what the decoder starts from, with eta within a factor 2 of the rate's).
         last_step_share: probability of t = T-1; None draws all steps alike, as published.
+        shift: False drops the shift towards y^ from the published forward process (the paper's VQ-residual training).
+        rate_weights: lambda_g at the first and the last level of the residual, geometric in between.
+        base_only_share: of samples that are trained at level 0.
         distortion_weight, perceptual_weight, commitment: w_d, w_p and beta. chroma_weight: as in stage `gt`.
     """
 
     iterations: int = 60_000
     optim: OptimParams = field(default_factory=OptimParams)
     forward: Literal["published", "decoder"] = "published"
+    shift: bool = True
     last_step_share: float | None = None
     distortion_weight: float = 0.8
     chroma_weight: float = 0.0
     perceptual_weight: float = 0.2
     commitment: float = 0.25
+    rate_weights: tuple[float, ...] = (1.0, 0.05)
+    base_only_share: float = 0.2
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(
+            len(self.rate_weights) == 2 and min(self.rate_weights) > 0,
+            f"rate_weights {self.rate_weights}: two, above 0",
+        )
+        require(0 <= self.base_only_share < 1, f"base_only_share {self.base_only_share}: in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -114,6 +128,7 @@ class TrainConfig:
     Attributes:
         name: folder of the run, below --save_dir. seed: of initial weights, data order and noise, from 0.
         stages: run in this order. autoencoder: GT checkpoint to start from; without it, stage gt comes first.
+        vq_base, unet: checkpoints whose published parameters stage codec starts from; without them, from nothing.
         networks: sizes, schedule and rate modulation.
         save_every: iterations between checkpoints. picture_every: between TensorBoard pictures.
     """
@@ -122,6 +137,8 @@ class TrainConfig:
     seed: int = 0
     stages: tuple[Literal["gt", "codec"], ...] = ("gt", "codec")
     autoencoder: str | None = None
+    vq_base: str | None = None
+    unet: str | None = None
     networks: CodecParams = field(default_factory=CodecParams)
     data: DataParams = field(default_factory=DataParams)
     gt: GtParams = field(default_factory=GtParams)

@@ -15,7 +15,7 @@ from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 from datapipe.pictures import DRAWS, REVIVAL, generator
-from models.codec import CELL, Codec, Draws
+from models.codec import Codec
 from models.losses import (
     PatchDiscriminator,
     adaptive_weight,
@@ -25,6 +25,7 @@ from models.losses import (
     hinge_discriminator,
     hinge_generator,
 )
+from models.records import CELL, Draws
 from models.vq_base import perplexity
 from training.config import CodecStageParams, GtParams, OptimParams, TrainConfig
 from training.perceptual import perceptual_term
@@ -45,12 +46,22 @@ def parallel(network: nn.Module) -> nn.Module:
 
 
 class Optimiser:
-    """AdamW with its learning-rate schedule, a function of the step alone."""
+    """AdamW with its learning-rate schedule, a function of the step alone.
 
-    def __init__(self, parameters: Iterable[nn.Parameter], params: OptimParams, iterations: int):
-        self.parameters = [p for p in parameters if p.requires_grad]
+    Quantiles (CompressAI's auxiliary loss) are a group of their own: constant learning rate, no decay, no clipping,
+    and they stay out of the gradient's norm.
+    """
+
+    QUANTILE_LR = 1e-3
+
+    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], params: OptimParams, iterations: int):
+        named = [(name, p) for name, p in parameters if p.requires_grad]
+        self.parameters = [p for name, p in named if not name.endswith(".quantiles")]
+        quantiles = [p for name, p in named if name.endswith(".quantiles")]
         self.params, self.iterations = params, iterations
         self.adamw = torch.optim.AdamW(self.parameters, params.lr, params.betas, weight_decay=params.weight_decay)
+        if quantiles:
+            self.adamw.add_param_group({"params": quantiles, "lr": self.QUANTILE_LR, "weight_decay": 0.0})
 
     def lr(self, step: int) -> float:
         p = self.params
@@ -71,8 +82,7 @@ class Optimiser:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.params.clip or math.inf)
         if not norm.isfinite():
             raise NotFinite(f"step {step}: the gradient is not finite; nothing was updated with it")
-        for group in self.adamw.param_groups:
-            group["lr"] = self.lr(step)
+        self.adamw.param_groups[0]["lr"] = self.lr(step)
         self.adamw.step()
         return norm.item()
 
@@ -101,14 +111,14 @@ class GtStage:
         self.distortion = F.l1_loss if p.distortion == "l1" else distortion
         self.perceptual = perceptual_term(p.perceptual)
         self.ema = Ema(self.network, p.ema)
-        self.optimiser = Optimiser(self.network.parameters(), p.optim, p.iterations)
+        self.optimiser = Optimiser(self.network.named_parameters(), p.optim, p.iterations)
         self.model = parallel(self.network)
         self.discriminator = (
             PatchDiscriminator().to(device, self.network.decoder.last_layer.dtype) if p.adversarial_weight else None
         )
         if self.discriminator:
             self.critic = parallel(self.discriminator)
-            self.critic_optimiser = Optimiser(self.discriminator.parameters(), p.optim, p.iterations)
+            self.critic_optimiser = Optimiser(self.discriminator.named_parameters(), p.optim, p.iterations)
 
     def step(self, image: Tensor, positions: Tensor, step: int) -> tuple[dict[str, float], list[Tensor]]:
         """One update; returns the scalars to log and the rows of pictures to show."""
@@ -182,9 +192,9 @@ class GtStage:
 
 
 class CodecStage:
-    """Stage `codec`: L = w_d |X - X^|^2 + w_p LPIPS(X, X^) + beta |sg(z_q) - VQ-E(x)|^2 (DiffO, Eq. 10).
+    """Stage `codec`: L = w_d |X - X^|^2 + w_p LPIPS(X, X^) + beta |sg(z_q) - VQ-E(x)|^2 + lambda_g R (DiffO, Eq. 10).
 
-    Averages of the assigned vectors replace Eq. 10's code-book term.
+    Averages of the assigned vectors replace Eq. 10's code-book term; R is the residual's rate in bits per pixel.
     """
 
     name = "codec"
@@ -195,15 +205,18 @@ class CodecStage:
         codec.train()
         codec.autoencoder.eval().requires_grad_(False)
         self.trained = nn.ModuleDict({"vq_base": codec.vq_base, "unet": codec.unet})
+        if codec.residual:
+            self.trained["residual"] = codec.residual
         self.perceptual = perceptual_term(p.perceptual)
         self.ema = Ema(self.trained, p.ema)
-        self.optimiser = Optimiser(codec.parameters(), p.optim, p.iterations)
+        self.optimiser = Optimiser(codec.named_parameters(), p.optim, p.iterations)
         self.model = parallel(codec)
 
     def step(self, image: Tensor, positions: Tensor, step: int) -> tuple[dict[str, float], list[Tensor]]:
         """One update; returns the scalars to log and the rows of pictures to show."""
         p = self.params
-        out = self.model(image, self.draws(positions, image.shape[2:]))
+        draws = self.draws(positions, image.shape[2:])
+        out = self.model(image, draws)
         terms = {
             "distortion": distortion(out.image, image),
             "perceptual": self.perceptual(out.image, image),
@@ -217,9 +230,15 @@ class CodecStage:
         if p.chroma_weight:
             terms["chroma"] = chroma_distortion(out.image, image)
             loss = loss + p.chroma_weight * terms["chroma"]
+        if out.auxiliary is not None:
+            terms["rate"] = (self.rate_weight(draws.level) * out.residual_bpp).mean()  # lambda_g R
+            terms["auxiliary"] = out.auxiliary
+            loss = loss + terms["rate"] + terms["auxiliary"]
         finite(terms, self.name, step)
         logs = {"loss": loss.item(), "grad_norm": self.optimiser.step(loss, step), "lr": self.optimiser.lr(step)}
         logs |= self._move_codebook(out.base, step)
+        if draws.level is not None:
+            logs |= self._rates(draws.level, out.residual_bpp)
         self.ema.update(self.trained)
         return logs | {name: term.item() for name, term in terms.items()}, [image, out.image.detach()]
 
@@ -228,8 +247,8 @@ class CodecStage:
         params, latent = self.codec.params, [side // CELL for side in size]
         shape = (params.autoencoder.embed_dim, *latent)
         last = params.diffusion.steps - 1
-        centre = self.codec.rate.eta(self.codec.nominal_bpp)
-        t, eta, noise = [], [], []
+        residual = self.codec.residual
+        t, spread, noise, level, uniform = [], [], [], [], []
         for position in positions.tolist():
             random = generator(self.seed, DRAWS, position)
             share = self.params.last_step_share
@@ -237,14 +256,36 @@ class CodecStage:
                 t.append(int(random.integers(0, last + 1)))
             else:
                 t.append(last if last == 0 or random.random() < share else int(random.integers(0, last)))
-            own = min(centre * 2 ** random.uniform(-1, 1), 1.0)  # log-uniform within a factor 2
-            eta.append(own if self.params.forward == "decoder" else math.nan)
+            factor = 2 ** random.uniform(-1, 1)  # log-uniform within a factor 2
+            spread.append(factor if self.params.forward == "decoder" else math.nan)
             noise.append(torch.from_numpy(random.standard_normal(shape, dtype=np.float32)))
+            if residual:
+                sent = random.random() >= self.params.base_only_share
+                level.append(random.uniform(1, residual.params.levels) if sent else 0.0)
+                numbers = random.random(residual.noise_size(*latent), dtype=np.float32) - 0.5
+                uniform.append(torch.from_numpy(numbers))
         return Draws(
             torch.tensor(t, device=self.device),
-            torch.tensor(eta, device=self.device, dtype=torch.float64),
+            torch.tensor(spread, device=self.device, dtype=torch.float64),
             torch.stack(noise).to(self.device),
+            torch.tensor(level, device=self.device, dtype=torch.float64) if residual else None,
+            torch.stack(uniform).to(self.device) if uniform else None,
+            self.params.shift,
         )
+
+    def rate_weight(self, level: Tensor) -> Tensor:
+        """lambda_g of levels (N,), geometric from the first level's to the last's."""
+        first, last = self.params.rate_weights
+        share = (level.clamp(min=1) - 1) / (self.codec.params.residual.levels - 1)
+        return first * (last / first) ** share
+
+    def _rates(self, level: Tensor, residual_bpp: Tensor) -> dict[str, float]:
+        """Mean rate of this rank's samples at every whole level, for the log."""
+        nearest = level.round()
+        return {
+            f"bpp_level_{int(g)}": self.codec.nominal_bpp + residual_bpp[nearest == g].detach().mean().item()
+            for g in nearest.unique().tolist()
+        }
 
     def _move_codebook(self, base, step: int) -> dict[str, float]:
         """Averages over all ranks, then unused codes start anew at vectors of this batch, alike on every rank."""
@@ -266,10 +307,10 @@ class CodecStage:
 
     def states(self) -> dict[str, dict[str, Tensor]]:
         """What the checkpoints of this stage hold: averaged state dicts by network."""
-        average = {"autoencoder": self.codec.autoencoder.state_dict(), "vq_base": {}, "unet": {}}
+        average = {"autoencoder": self.codec.autoencoder.state_dict()}
         for key, value in self.ema.average.items():
             network, name = key.split(".", 1)
-            average[network][name] = value
+            average.setdefault(network, {})[name] = value
         return average
 
     def state_dict(self) -> dict:

@@ -2,7 +2,8 @@
 
 import hashlib
 import pickle
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -21,20 +22,42 @@ def save(path: str | Path, content: dict) -> None:
         torch.save(content, temporary)
 
 
-def read(path: str | Path) -> dict:
+class Placeholder:
+    """Stands for an object that a checkpoint names and nobody needs: takes whatever is given to it, keeps nothing."""
+
+    def __new__(cls, *args, **kwargs):
+        return super().__new__(cls)
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+def read(path: str | Path, inert: Sequence[str] = ()) -> dict:
     """A checkpoint's dictionary, on the CPU; code in it is refused, never run.
 
+    Args:
+        inert: packages, or full names of classes and functions, that the file may name; each of them becomes a
+            `Placeholder`. Nothing of them is imported or called.
     Raises:
-        CheckpointError: missing, not a checkpoint, or with anything but tensors and plain values in it.
+        CheckpointError: missing, not a checkpoint, or with anything else than tensors and plain values in it.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
+    named = _globals_of(path)
+    known = [name for name in named if any(name == own or name.startswith(f"{own}.") for own in inert)]
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([(Placeholder, name) for name in known]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        refused = [name for name in named if name not in known]
+        told = f" ({_first(refused)})" if refused else ""
         raise CheckpointError(
-            f"{path}: refused, it holds more than tensors and plain values (code would run on loading), or is no checkpoint"
+            f"{path}: refused, it holds more than tensors and plain values{told}, so that code would run on loading, "
+            "or is no checkpoint"
         ) from error
     except Exception as error:  # a damaged file makes the unpickler raise almost anything, at times without a message
         told = (str(error).splitlines() or [type(error).__name__])[0]
@@ -42,6 +65,18 @@ def read(path: str | Path) -> dict:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: a checkpoint holds a dictionary, this one a {type(content).__name__}")
     return content
+
+
+def _globals_of(path: Path) -> list[str]:
+    """Classes and functions that a checkpoint names beyond those of plain tensors; none where that cannot be told."""
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # the format before PyTorch 1.6, or a damaged file: loading will tell
+        return []
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 def parameters_of(content: Mapping) -> tuple[dict[str, Tensor], list[str]]:
@@ -55,6 +90,12 @@ def parameters_of(content: Mapping) -> tuple[dict[str, Tensor], list[str]]:
     state = {str(key).removeprefix("module."): value for key, value in entries if isinstance(value, Tensor)}
     dropped = [k for k in state if k.split(".")[-1] in DERIVED or k.startswith("loss.")]
     return {k: v for k, v in state.items() if k not in dropped}, dropped
+
+
+def told_by_group(dropped: Sequence[str]) -> list[str]:
+    """Keys that `parameters_of` left out, counted by what they are: "loss.* (45 tensors)", "attn_mask (9 tensors)"."""
+    groups = Counter("loss.*" if key.startswith("loss.") else key.split(".")[-1] for key in dropped)
+    return [f"{group} ({count} tensor{'s' * (count > 1)})" for group, count in groups.items()]
 
 
 def load_strictly(network: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
@@ -72,11 +113,7 @@ def load_strictly(network: nn.Module, state: Mapping[str, Tensor], path: str | P
     ]
     problems = [("missing", missing), ("surplus", surplus), ("other shape", shaped)]
     if any(keys for _, keys in problems):
-        told = "; ".join(
-            f"{what}: {', '.join(keys[:SHOWN])}" + (f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else "")
-            for what, keys in problems
-            if keys
-        )
+        told = "; ".join(f"{what}: {_first(keys)}" for what, keys in problems if keys)
         raise CheckpointError(f"{path}: does not fit the configuration. {told}")
     network.load_state_dict(dict(state), strict=True)
 

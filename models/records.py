@@ -1,0 +1,153 @@
+"""What the codec is built from, takes and gives: sizes, random draws, results of training and coding."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+from models.autoencoder import AutoencoderParams
+from models.bitstream import LATENT_STRIDE, CodedPicture
+from models.diffusion import DiffusionParams, RateParams
+from models.residual_hyperprior import ResidualParams, Symbols
+from models.unet import UNetParams
+from models.vq_base import BaseCode, VQBaseParams
+
+CELL = LATENT_STRIDE  # pixels per latent position along each side
+
+
+@dataclass(frozen=True)
+class CodecParams:
+    """All that decides what the weights mean. The defaults are the published ones.
+
+    Attributes:
+        residual: the residual codec; None leaves it out (the paper's pure-VQ mode).
+        adapter: input of the denoiser: `published`, U(x~, t, z_q), or `difference`, the paper's U(x~ - y^, t, y^).
+        detail_branch: False puts 0 for y^ in x~. perceptual_branch: False puts 0 for lq (the paper's Figs. 4 and 10).
+    """
+
+    autoencoder: AutoencoderParams = field(default_factory=AutoencoderParams)
+    vq_base: VQBaseParams = field(default_factory=VQBaseParams)
+    unet: UNetParams = field(default_factory=UNetParams)
+    diffusion: DiffusionParams = field(default_factory=DiffusionParams)
+    rate: RateParams = field(default_factory=RateParams)
+    residual: ResidualParams | None = None
+    adapter: Literal["published", "difference"] = "published"
+    detail_branch: bool = True
+    perceptual_branch: bool = True
+
+    def __post_init__(self):
+        ae, vq, unet = self.autoencoder, self.vq_base, self.unet
+        difference = self.adapter == "difference"
+        lq, name = (ae.embed_dim, "autoencoder") if difference else (vq.embed_dim, "vq_base")
+        for left, right, what in [
+            (ae.downsampling, CELL, "autoencoder.ch_mult must have five levels (downsampling by 16)"),
+            (len(vq.ch_mult), 1, "vq_base.ch_mult must have one level (one index per latent position)"),
+            (vq.in_channels, ae.embed_dim, "vq_base.in_channels must equal autoencoder.embed_dim"),
+            (unet.latent_channels, ae.embed_dim, "unet.latent_channels must equal autoencoder.embed_dim"),
+            (unet.condition_channels, lq, f"unet.condition_channels must equal {name}.embed_dim"),
+        ]:
+            if left != right:
+                raise ValueError(f"{what}: {left} is not {right}")
+        # A 1x1 latent has one value per channel, and a normalisation over a single value is undefined. (The UNet pads.)
+        for name, width, groups in [("autoencoder", ae.ch * ae.ch_mult[-1], ae.groups), ("vq_base", vq.ch, vq.groups)]:
+            if width < 2 * groups:
+                raise ValueError(f"{name}.groups {groups}: at least two channels a group are needed at latent size")
+
+
+@dataclass(frozen=True)
+class CodecOutput:
+    """What one training pass knows.
+
+    Attributes:
+        x, y_hat, x_hat: latent, what the decoder knows of it, and prediction, N x d x h x w.
+        image: prediction D(x_hat), N x 3 x H x W, unclamped.
+        base: indices, codes and code-book statistics.
+        residual_bpp: rate of the residual per sample, in bits per pixel, (N,); 0 at level 0 and without a residual.
+        auxiliary: CompressAI's loss of the quantiles, a scalar; None without a residual codec.
+    """
+
+    x: Tensor
+    y_hat: Tensor
+    x_hat: Tensor
+    image: Tensor
+    base: BaseCode
+    residual_bpp: Tensor
+    auxiliary: Tensor | None
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random numbers of a training pass, one entry per sample.
+
+    Attributes:
+        t: steps, int64 (N,). spread: factor on the noise level that the rate gives, float (N,); used at the last step
+        only, NaN where the published forward process is meant. noise: standard normal, N x d x h x w.
+        level: of the residual, float (N,), 0 for none, else 1 to L. uniform: in [-1/2, 1/2), (N,
+        `residual.noise_size(h, w)`). Both None without a residual codec.
+        shift: False drops the shift towards y^ from the published forward process.
+    """
+
+    t: Tensor
+    spread: Tensor
+    noise: Tensor
+    level: Tensor | None = None
+    uniform: Tensor | None = None
+    shift: bool = True
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the decoder denoises. The default is the codec's: one step, noise level from the rate, seed from the file.
+
+    Attributes:
+        steps: None for the single step; otherwise how many of the schedule's steps to run.
+        ddim: deterministic steps instead of ancestral ones, where there are several.
+        eta: noise level of the single step in (0, 1]; None takes it from the rate.
+        seed: of the noise; None takes it from the base section.
+    """
+
+    steps: int | None = None
+    ddim: bool = True
+    eta: float | None = None
+    seed: int | None = None
+
+    def __post_init__(self):
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps {self.steps}: at least 1, or None for the single step")
+        if self.eta is not None and not 0 < self.eta <= 1:
+            raise ValueError(f"eta {self.eta}: in (0, 1], or None to take it from the rate")
+
+
+ONE_STEP = Sampling()
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A decoded picture, uint8 (3, H, W), and the noise level eta it was made with."""
+
+    image: Tensor
+    eta: float
+
+
+@dataclass(frozen=True)
+class Analysed:
+    """A picture after the image encoder: everything that its files of all levels are written from.
+
+    Attributes:
+        file: the base-only file. k: int64 1 x h x w. y: 1 x d x h x w.
+        s: g_a(x - y, y), 1 x M x h x w; None without a residual codec.
+    """
+
+    file: CodedPicture
+    k: Tensor
+    y: Tensor
+    s: Tensor | None
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A parsed file: header and sections, indices k (int64 1 x h x w) and, above level 0, n_z and n."""
+
+    file: CodedPicture
+    k: Tensor
+    symbols: Symbols | None

@@ -1,0 +1,335 @@
+"""Latent residual r = x - y <-> integers: a mean-scale hyperprior (Minnen et al. 2018) with gains per level.
+
+    s = g_a(x - y, y)         s_g = gain_g s             z = h_a(s_g)          n_z = round(z - median)
+    i = h_s(n_z, k)           index of the table of sigma: integers in, integers out
+    mu = m_s(n_z, k, y)       n = round(s_g - mu)        s^ = n + mu           r^ = g_s(s^ / gain_g, y)
+
+Level g is real, from 1 to L; between two levels the gains are interpolated geometrically (Cui et al. 2021), so that
+one model has a continuous range of rates. In a file it is one byte, 1 to 255. Axes: N batch, d latent channels,
+M channels of s, C_z channels of z, h and w latent rows and columns.
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.integers import (
+    ACTIVATION_UNIT,
+    IntegerConv,
+    IntegerEmbedding,
+    bounded,
+    floor_through,
+    rectified,
+    round_through,
+)
+
+HYPER_STRIDE = 4  # latent positions per position of z, along each side
+LEVEL_CODES = 255
+HYPER_REACH = 15  # |n_z| at most: 16 n_z must stay an activation
+SYMBOL_REACH = 31  # |n| at most
+SCALES = 48  # tables, for sigma from SCALE_MIN up by SCALE_STEP each
+SCALE_MIN, SCALE_STEP = 0.11, 1.112
+_INDEX_UNIT = 4  # activation units per table index
+_FIRST_INDEX = 16  # of an untrained network
+
+
+@dataclass(frozen=True)
+class ResidualParams:
+    """Size of the residual codec.
+
+    Attributes:
+        channels: M, of s. width: of the hidden layers. blocks: residual blocks in g_a and in g_s.
+        hyper_channels: C_z, of z. scale_width: of the integer network. code_width: of the index embedding in m_s.
+        levels: L, at least 2. first_gain, last_gain: gains that training starts from, geometric in between.
+    """
+
+    channels: int = 192
+    width: int = 192
+    blocks: int = 2
+    hyper_channels: int = 64
+    scale_width: int = 48
+    code_width: int = 32
+    levels: int = 6
+    first_gain: float = 0.3
+    last_gain: float = 1.5
+
+    def __post_init__(self):
+        if self.levels < 2:
+            raise ValueError(f"levels {self.levels}: at least 2")
+        if not 0 < self.first_gain < self.last_gain:
+            raise ValueError(f"gains {self.first_gain} to {self.last_gain}: above 0, the smaller first")
+        sizes = (self.channels, self.width, self.hyper_channels, self.scale_width, self.code_width)
+        if min(*sizes, self.blocks) < 1:
+            raise ValueError("channels, width, blocks, hyper_channels, scale_width, code_width: at least 1")
+
+
+@dataclass(frozen=True)
+class ResidualTables:
+    """Integer frequencies, int32, centred on the symbol 0; 0 where a symbol is never coded, else rows sum to 2^16.
+
+    Attributes:
+        hyper: of n_z, by level and channel, (L, C_z, 2 * HYPER_REACH + 1).
+        symbols: of n, by index i, (SCALES, 2 * SYMBOL_REACH + 1).
+    """
+
+    hyper: np.ndarray
+    symbols: np.ndarray
+
+    def reach(self, table: str) -> np.ndarray:
+        """Largest symbol of every table of `hyper` or `symbols`."""
+        return (np.count_nonzero(getattr(self, table), axis=-1) - 1) // 2
+
+
+@dataclass(frozen=True)
+class Symbols:
+    """What one picture's residual sections hold: hyper n_z (C_z, h', w'), residual n and its table index i, (M, h, w).
+
+    All int64 arrays.
+    """
+
+    hyper: np.ndarray
+    residual: np.ndarray
+    index: np.ndarray
+
+
+@dataclass(frozen=True)
+class ResidualOutput:
+    """A training pass: r_hat, N x d x h x w; bits of z and of s per sample, (N,) each."""
+
+    r_hat: Tensor
+    hyper_bits: Tensor
+    residual_bits: Tensor
+
+
+def level_of(code: int, levels: int) -> float:
+    """Level g in [1, L] of the byte that a file holds, 1 to 255."""
+    return 1 + (code - 1) / (LEVEL_CODES - 1) * (levels - 1)
+
+
+def node_of(code: int, levels: int) -> int:
+    """The nearest whole level, counted from 0: its hyper tables serve."""
+    return ((code - 1) * (levels - 1) * 2 + LEVEL_CODES - 1) // (2 * (LEVEL_CODES - 1))
+
+
+def hyper_size(h: int, w: int) -> tuple[int, int]:
+    """Rows and columns of z for a latent of h x w."""
+    return -(-h // HYPER_STRIDE), -(-w // HYPER_STRIDE)
+
+
+class Block(nn.Module):
+    """x + conv(silu(conv(silu(x)))); no normalisation, which would hide the gain."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(F.silu(self.conv1(F.silu(x))))
+
+
+class Transform(nn.Module):
+    """a -> P a + f(a, y), with P a 1x1 convolution and f a small network that starts at zero."""
+
+    def __init__(self, in_channels: int, y_channels: int, out_channels: int, width: int, blocks: int):
+        super().__init__()
+        self.linear = nn.Conv2d(in_channels, out_channels, 1)
+        nn.init.orthogonal_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+        self.conv_in = nn.Conv2d(in_channels + y_channels, width, 3, padding=1)
+        self.blocks = nn.Sequential(*(Block(width) for _ in range(blocks)))
+        self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
+        nn.init.zeros_(self.conv_out.weight)
+        nn.init.zeros_(self.conv_out.bias)
+
+    def forward(self, a: Tensor, y: Tensor) -> Tensor:
+        h = self.blocks(self.conv_in(torch.cat([a, y], dim=1)))
+        return self.linear(a) + self.conv_out(F.silu(h))
+
+
+class HyperAnalysis(nn.Module):
+    """h_a: N x M x h x w -> N x C_z x ceil(h/4) x ceil(w/4), padded by edge values."""
+
+    def __init__(self, channels: int, width: int, hyper_channels: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, width, 3, stride=2, padding=1)
+        self.conv2 = nn.Conv2d(width, hyper_channels, 3, stride=2, padding=1)
+
+    def forward(self, s: Tensor) -> Tensor:
+        bottom, right = -s.shape[2] % HYPER_STRIDE, -s.shape[3] % HYPER_STRIDE
+        s = F.pad(s, (0, right, 0, bottom), mode="replicate")
+        return self.conv2(F.silu(self.conv1(s)))
+
+
+class ScaleNetwork(nn.Module):
+    """h_s: n_z and k, both integers, -> i in [0, SCALES), an integer network (codec.md section 2)."""
+
+    def __init__(self, params: ResidualParams, codebook_size: int):
+        super().__init__()
+        width = params.scale_width
+        self.hyper = IntegerConv(params.hyper_channels, width, 3)
+        self.code = IntegerEmbedding(codebook_size, width)
+        self.hidden = IntegerConv(width, width, 3)
+        self.out = IntegerConv(width, params.channels, 1)
+
+    def forward(self, n_z: Tensor, k: Tensor) -> Tensor:
+        """N x C_z x h' x w' (a float tensor of integers) and int64 N x h x w -> N x M x h x w, integers."""
+        a = enlarged(self.hyper(n_z * ACTIVATION_UNIT), k.shape[1:])
+        a = rectified(a + self.code(k))
+        a = rectified(self.hidden(a))
+        return floor_through(bounded(self.out(a) / _INDEX_UNIT + _FIRST_INDEX, 0, SCALES - 1))
+
+
+class MeanNetwork(nn.Module):
+    """m_s: n_z, k and y -> mu, N x M x h x w. It may be float: n is coded relative to it."""
+
+    def __init__(self, params: ResidualParams, y_channels: int, codebook_size: int):
+        super().__init__()
+        p = params
+        self.code = nn.Embedding(codebook_size, p.code_width)
+        self.conv_in = nn.Conv2d(p.hyper_channels + p.code_width + y_channels, p.width, 3, padding=1)
+        self.block = Block(p.width)
+        self.conv_out = nn.Conv2d(p.width, p.channels, 3, padding=1)
+        nn.init.zeros_(self.conv_out.weight)
+        nn.init.zeros_(self.conv_out.bias)
+
+    def forward(self, n_z: Tensor, k: Tensor, y: Tensor) -> Tensor:
+        code = self.code(k).permute(0, 3, 1, 2)
+        h = self.conv_in(torch.cat([enlarged(n_z, k.shape[1:]), code, y], dim=1))
+        return self.conv_out(F.silu(self.block(h)))
+
+
+def enlarged(n_z: Tensor, size: tuple[int, int]) -> Tensor:
+    """Every position of z repeated over the latent positions it stands for, cropped to h x w."""
+    full = n_z.repeat_interleave(HYPER_STRIDE, dim=2).repeat_interleave(HYPER_STRIDE, dim=3)
+    return full[:, :, : size[0], : size[1]]
+
+
+class ResidualHyperprior(nn.Module):
+    """The residual codec. `forward` trains; `symbols` and `restore` code.
+
+    Attributes:
+        tables: integer tables, built at release; None before.
+        rate_model: densities, while training; None in released weights.
+    """
+
+    def __init__(self, params: ResidualParams, latent_channels: int, codebook_size: int):
+        super().__init__()
+        p, d = params, latent_channels
+        self.params = params
+        self.analysis = Transform(d, d, p.channels, p.width, p.blocks)  # g_a
+        self.synthesis = Transform(p.channels, d, d, p.width, p.blocks)  # g_s
+        self.hyper_analysis = HyperAnalysis(p.channels, p.width, p.hyper_channels)  # h_a
+        self.scale_network = ScaleNetwork(p, codebook_size)  # h_s
+        self.mean_network = MeanNetwork(p, d, codebook_size)  # m_s
+        nodes = torch.linspace(math.log(p.first_gain), math.log(p.last_gain), p.levels)
+        self.log_gain = nn.Parameter(nodes[:, None].repeat(1, p.channels))
+        self.register_buffer("median", torch.zeros(p.hyper_channels))
+        self.tables: ResidualTables | None = None
+        self.rate_model: nn.Module | None = None
+        self._exact: tuple[ScaleNetwork] | None = None  # in a tuple, so that no cast and no state dict finds it
+
+    def train_rates(self) -> None:
+        """Add the densities that training needs."""
+        from models.rate_model import RateModel  # CompressAI takes seconds to import: never for coding
+
+        self.rate_model = RateModel(self.params.hyper_channels).to(self.log_gain)
+
+    def freeze(self, tables: ResidualTables | None) -> None:
+        """Fix the integers: tables, and the integer network in float64 on the CPU, whatever becomes of the module."""
+        self.tables = tables
+        self._exact = (copy.deepcopy(self.scale_network).double().cpu().requires_grad_(False),)
+
+    # Steps shared by training, coding and decoding ------------------------------------------------------------------
+
+    def gain(self, level: Tensor) -> Tensor:
+        """gain_g of levels (N,) in [1, L]: N x M x 1 x 1."""
+        position = level.clamp(1, self.params.levels) - 1
+        low = position.floor().clamp(max=self.params.levels - 2).long()
+        share = (position - low).to(self.log_gain.dtype)[:, None]
+        log_gain = self.log_gain[low] * (1 - share) + self.log_gain[low + 1] * share
+        return log_gain.exp()[:, :, None, None]
+
+    def centred(self, s_g: Tensor) -> Tensor:
+        """z - median: N x C_z x h' x w'."""
+        return self.hyper_analysis(s_g) - self.median.view(1, -1, 1, 1)
+
+    # Training -------------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, y: Tensor, k: Tensor, level: Tensor, noise: Tensor) -> ResidualOutput:
+        """One training pass: rates with uniform noise, reconstruction with rounding (Minnen and Singh 2020).
+
+        Args:
+            x, y: N x d x h x w. k: int64 N x h x w. level: (N,) in [1, L].
+            noise: uniform in [-1/2, 1/2), (N, size), as many numbers as s and z have.
+        """
+        self.median = self.rate_model.median
+        gain = self.gain(level)
+        s_g = gain * self.analysis(x - y, y)  # N M h w
+        z = self.centred(s_g)  # N C_z h' w'
+        with torch.autocast(x.device.type, enabled=False):
+            s_g, z = s_g.to(self.log_gain.dtype), z.to(self.log_gain.dtype)
+            n_z = round_through(bounded(z, -HYPER_REACH, HYPER_REACH))
+            sigma = SCALE_MIN * SCALE_STEP ** self.scale_network(n_z, k)
+        mu = self.mean_network(n_z, k, y).to(s_g.dtype)
+        noise_s, noise_z = noise.split([s_g[0].numel(), z[0].numel()], dim=1)
+        with torch.autocast(x.device.type, enabled=False):
+            noisy_z = z + self.median.view(1, -1, 1, 1) + noise_z.view_as(z)
+            hyper_bits, residual_bits = self.rate_model(noisy_z, s_g + noise_s.view_as(s_g), mu, sigma)
+        s_hat = round_through(s_g - mu) + mu
+        return ResidualOutput(self.synthesis(s_hat / gain, y), hyper_bits, residual_bits)
+
+    def noise_size(self, h: int, w: int) -> int:
+        """How many uniform numbers a sample's training pass takes."""
+        return self.params.channels * h * w + self.params.hyper_channels * math.prod(hyper_size(h, w))
+
+    # Coding ---------------------------------------------------------------------------------------------------------
+
+    def symbols(self, s: Tensor, y: Tensor, k: Tensor, code: int, tables: ResidualTables | None = None) -> Symbols:
+        """What the encoder sends at a level.
+
+        Args:
+            s: g_a(x - y, y), 1 x M x h x w. y: 1 x d x h x w. k: int64 1 x h x w. code: level, 1 to 255.
+            tables: symbols are clamped to them; None (before there are any) clamps to the largest reach.
+        """
+        s_g = self.gain(self._level(code, s.device)) * s
+        z = self.centred(s_g)[0].double().cpu().round().numpy().astype(np.int64)  # C_z h' w'
+        reach = (
+            HYPER_REACH if tables is None else tables.reach("hyper")[node_of(code, self.params.levels), :, None, None]
+        )
+        n_z = np.clip(z, -reach, reach)
+        index = self.table_index(n_z, k)
+        mu = self._mean(n_z, k, y)
+        n = (s_g - mu)[0].double().cpu().round().numpy().astype(np.int64)  # M h w
+        reach = SYMBOL_REACH if tables is None else tables.reach("symbols")[index]
+        return Symbols(n_z, np.clip(n, -reach, reach), index)
+
+    def table_index(self, n_z: np.ndarray, k: Tensor) -> np.ndarray:
+        """i = h_s(n_z, k), exactly: int64 (C_z, h', w') and 1 x h x w -> int64 (M, h, w)."""
+        with torch.autocast("cpu", enabled=False):
+            return self._exact[0](torch.from_numpy(n_z)[None].double(), k.cpu())[0].long().numpy()
+
+    def hyper_coding(self, shape: tuple[int, int, int], code: int) -> tuple[np.ndarray, np.ndarray]:
+        """Group of every symbol of n_z, flattened, and the tables of the groups."""
+        channels = np.arange(shape[0]).repeat(shape[1] * shape[2])
+        return channels, self.tables.hyper[node_of(code, self.params.levels)]
+
+    def residual_coding(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Group of every symbol of n, flattened, and the tables of the groups."""
+        return index.ravel(), self.tables.symbols
+
+    def restore(self, n_z: np.ndarray, n: np.ndarray, k: Tensor, y: Tensor, code: int) -> Tensor:
+        """r^ from decoded integers and y: 1 x d x h x w."""
+        s_hat = torch.from_numpy(n)[None].to(y) + self._mean(n_z, k, y)
+        return self.synthesis(s_hat / self.gain(self._level(code, y.device)), y)
+
+    def _mean(self, n_z: np.ndarray, k: Tensor, y: Tensor) -> Tensor:
+        return self.mean_network(torch.from_numpy(n_z)[None].to(y), k.to(y.device), y)
+
+    def _level(self, code: int, device: torch.device) -> Tensor:
+        return torch.tensor([level_of(code, self.params.levels)], device=device, dtype=torch.float64)
