@@ -17,6 +17,7 @@ import yaml
 from tqdm import tqdm
 
 from datapipe.pictures import Pictures, stream
+from datapipe.sources import data_options, open_source
 from models.codec import Codec
 from release.triple import NAMES, NETWORKS, Triple, save_triple
 from training.config import RUN_CONFIG, TrainConfig, load_config
@@ -38,7 +39,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--save_dir", default="runs", metavar="DIR", help="the run's folder is made in it")
     parser.add_argument("--steps", type=int, metavar="T", help="steps of the diffusion schedule")
     parser.add_argument("--resume", metavar="RUN", help="go on with this run folder, with its own configuration")
-    parser.add_argument("--data", metavar="DIR", help="training pictures, sub-folders included")
+    parser.add_argument("--data", metavar="PATH", help="training pictures: folder, .txt list, or .tar shards")
     parser.add_argument("--iterations", type=int, metavar="N", help="iterations of every stage")
     parser.add_argument("--save_every", type=int, metavar="N", help="iterations between checkpoints")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
@@ -58,12 +59,12 @@ def configure(args: argparse.Namespace) -> tuple[TrainConfig, Path]:
             raise ConfigError(f"{args.resume}: not a run folder (no {RUN_CONFIG} in it)")
     options = {
         "networks.diffusion.steps": args.steps,
-        "data.folder": args.data,
         "gt.iterations": args.iterations,
         "codec.iterations": args.iterations,
         "save_every": args.save_every,
     }
     options = {key: value for key, value in options.items() if value is not None}
+    options |= data_options(args.data) if args.data else {}
     config = load_config(str(path or "configs/config.yaml"), args.overrides, options)
     for stage in config.stages:
         perceptual_term(getattr(config, stage).perceptual)  # missing weights are told now, not after the first stage
@@ -91,6 +92,10 @@ class Trainer:
                 state, dropped = checkpoints.parameters_of(checkpoints.read(path))
                 checkpoints.load_strictly(getattr(self.codec, name), state, path)
                 self.log.say(f"{name} from {path}, without {len(dropped)} other entries")
+        self.source = open_source(config.data.folder, config.data.txt_file_path, config.data.shards)
+        counts = distributed.gather_objects(len(self.source))
+        if len(set(counts)) > 1:
+            raise ConfigError(f"{self.source.name}: ranks find different numbers of pictures there: {counts}")
 
     def run(self) -> None:
         first, step, state = self._resume()
@@ -108,12 +113,11 @@ class Trainer:
         stage = STAGES[name](self.config, self.codec, self.device)
         if state:
             stage.load_state_dict(state)
-        pictures = Pictures(self.config.data, params.crop_size, self.config.seed)
+        pictures = Pictures(self.config.data, params.crop_size, self.config.seed, self.source)
         world = distributed.world_size()
         self.log.say(
-            f"stage {name}: iterations {start} to {params.iterations}, {len(pictures.files)} pictures from "
-            f"{self.config.data.folder or 'the demo photographs (no folder was named)'}, "
-            f"batch {params.batch_size} x {world}, {self.device}"
+            f"stage {name}: iterations {start} to {params.iterations}, {len(self.source)} pictures from "
+            f"{self.source.name}, batch {params.batch_size} x {world}, {self.device}"
         )
         batches = iter(stream(pictures, params.batch_size, distributed.rank(), world, start))
         bar = tqdm(
@@ -133,12 +137,18 @@ class Trainer:
             bar.set_postfix(loss=f"{logs['loss']:.4f}", refresh=False)
             if step % self.config.picture_every == 0:
                 self.log.pictures(name, step, rows)
+                self._tell_unreadable()
             if (step + 1) % self.config.save_every == 0 and step + 1 < params.iterations:
                 self._save(stage, step + 1)
         if name == "gt":
             count = -(-params.statistics // (params.batch_size * world))
             stage.finish(itertools.islice(stream(pictures, params.batch_size, distributed.rank(), world, 0), count))
+        self._tell_unreadable()
         self._save(stage, params.iterations)
+
+    def _tell_unreadable(self) -> None:
+        for line in self.source.unreadable_lines():
+            self.log.say(line)
 
     def _save(self, stage, step: int) -> None:
         """Published names for the weights, and everything needed to go on, written last."""

@@ -8,6 +8,7 @@ import json
 import sys
 from pathlib import Path
 
+from datapipe.sources import data_options
 from release.making import COUNTED, require_empty, write_release
 from release.tables import count
 from release.triple import NAMES, Triple, load_triple
@@ -23,7 +24,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("run", type=Path, help="run folder of main_diffusion_train_vq.py")
     parser.add_argument("out", type=Path, help="release folder, for instance weights/mine")
     parser.add_argument("--iteration", type=int, metavar="N", help="of the checkpoint (default: the newest)")
-    parser.add_argument("--data", metavar="DIR", help="training pictures (default: the run's)")
+    parser.add_argument("--data", metavar="PATH", help="training pictures as for training (default: the run's)")
     parser.add_argument(
         "--crops", type=positive, default=COUNTED, metavar="N", help=f"crops to count (default {COUNTED})"
     )
@@ -42,7 +43,7 @@ def newest(folder: Path) -> int:
 
 def release(args: argparse.Namespace) -> None:
     require_empty(args.out)
-    config = load_config(str(args.run / RUN_CONFIG), values={"data.folder": args.data} if args.data else {})
+    config = load_config(str(args.run / RUN_CONFIG), values=data_options(args.data) if args.data else {})
     iteration = newest(args.run / "ema_ckpts") if args.iteration is None else args.iteration
     codec = load_triple(Triple.of(args.run / "ema_ckpts", iteration))
     notes = count(codec, config, args.crops).install(codec)

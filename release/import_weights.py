@@ -14,6 +14,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from datapipe.sources import data_options
 from models.autoencoder import Autoencoder
 from models.codec import Codec
 from release.making import COUNTED, require_empty, write_release
@@ -54,7 +55,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     diffo.add_argument("--vqckpt", type=Path, required=True, metavar="FILE", help="vq_model_<it>.pth.tar")
     diffo.add_argument("--GT_vqckpt", type=Path, required=True, metavar="FILE", help="GT_vq_model_<it>.pth.tar")
     diffo.add_argument("out", type=Path, help="release folder, for instance weights/published")
-    diffo.add_argument("--data", metavar="DIR", help="pictures to count indices on, for shorter files (default: none)")
+    diffo.add_argument("--data", metavar="PATH", help="pictures to count indices on, for shorter files (default: none)")
     diffo.add_argument("--crops", type=positive, default=COUNTED, metavar="N", help=f"to count (default {COUNTED})")
     diffo.set_defaults(work=import_diffo)
     return parser.parse_args(argv)
@@ -97,7 +98,7 @@ def import_vqgan(args: argparse.Namespace) -> None:
 
 def import_diffo(args: argparse.Namespace) -> None:
     require_empty(args.out)
-    config = load_config(args.config, values={"data.folder": args.data})
+    config = load_config(args.config, values=data_options(args.data) if args.data else {})
     paths = {"unet": args.ckpt, "vq_base": args.vqckpt, "autoencoder": args.GT_vqckpt}
     contents = {network: checkpoints.read(path) for network, path in paths.items()}
     if OURS in contents["vq_base"]:

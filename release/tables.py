@@ -1,6 +1,7 @@
 """Counts on pictures -> the integer tables of a release. Built once; loading builds none."""
 
 import math
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -112,6 +113,8 @@ def count(codec: Codec, config: TrainConfig, crops: int, batch: int = 8) -> Coun
                 for code in _codes(codec.residual.params.levels, config.seed, position):
                     node = node_of(code, codec.residual.params.levels)
                     counts.add(codec.residual.symbols(s[one], y[one], k[one], code), node)
+    for line in pictures.source.unreadable_lines():
+        print(line, file=sys.stderr)
     return counts
 
 

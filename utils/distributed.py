@@ -2,6 +2,7 @@
 
 import os
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -81,6 +82,15 @@ def gather_samples(batch: Tensor) -> Tensor:
     parts = [torch.empty_like(batch) for _ in range(world_size())]
     dist.all_gather(parts, batch.contiguous())
     return torch.stack(parts, dim=1).flatten(0, 1)
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """What every rank passed, in the order of ranks; small picklable values only."""
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def barrier() -> None:
