@@ -2,6 +2,7 @@
 
 python reproduce.py weights                                      fetch the weights of LPIPS and DISTS once, online
 python reproduce.py eta --data VAL --held_out PICTURES -o OUT    sweep and fit the noise level of the one step (Fig. 5)
+python reproduce.py rates --data kodak -o OUT                    code the pictures at several qualities: table and curves
 """
 
 import argparse
@@ -14,6 +15,7 @@ import numpy as np
 from utils.commandline import answer, positive
 from utils.errors import DiffoError
 
+QUALITIES = ("0", "0.4", "20", "40", "60", "80", "100")
 LEVELS = (0, 1, 64, 128, 192, 255)
 
 
@@ -34,6 +36,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     eta.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
     eta.add_argument("--store", type=Path, metavar="DIR", help="write a release with the fitted c, in a new folder")
     eta.set_defaults(work=fit_eta)
+    rates = what.add_parser("rates", help="code pictures at several qualities of one model")
+    rates.add_argument("--weights", type=Path, metavar="DIR", help="release folder (default: the small one that ships)")
+    rates.add_argument("--data", type=Path, required=True, metavar="DIR", help="pictures, for instance Kodak")
+    rates.add_argument("-o", "--out_path", type=Path, required=True, metavar="DIR", help="for files, tables and curves")
+    rates.add_argument("--qualities", nargs="+", default=QUALITIES, metavar="Q", help="default: " + " ".join(QUALITIES))
+    rates.add_argument("--metrics", nargs="+", default=["fsim", "nlpd"], metavar="NAME", help="default: fsim nlpd")
+    rates.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
+    rates.set_defaults(work=measure_rates)
     return parser.parse_args(argv)
 
 
@@ -75,6 +85,33 @@ def fit_eta(args: argparse.Namespace) -> None:
     if args.store:
         with_rate(codec, rate, weights, args.store)
         print(f"wrote {args.store}, with c = {rate.c:.4g}")
+
+
+def measure_rates(args: argparse.Namespace) -> None:
+    """One run of inference.py per quality; then the means in rates.csv and one chart per metric."""
+    import inference
+    from coding.report import TABLES, aligned_table, write_rows
+    from utils.curves import Curve, chart
+
+    rows = []
+    for quality in args.qualities:
+        folder = args.out_path / f"quality_{quality}"
+        options = ["-i", args.data, "-o", folder, "--quality", quality, "--one_step", "--ddim", "--overwrite"]
+        options += ["--device", args.device, "--metrics", *args.metrics]
+        options += ["--weights", args.weights] if args.weights else []
+        status = inference.run(inference.parse([str(option) for option in options]))
+        if status:
+            raise DiffoError(f"--quality {quality}: not every picture could be coded; the errors are above")
+        rows.append({"quality": quality} | json.loads((folder / TABLES[1]).read_text())["mean"])
+        rows[-1].pop("picture")
+    write_rows(rows, args.out_path / "rates.csv")
+    for metric in ("psnr", "ms_ssim", *args.metrics):
+        points = [(row["bpp"], row[metric]) for row in rows if row.get(metric) is not None]
+        if points:
+            x, y = zip(*points, strict=True)
+            title = f"{metric} by rate, one model, mean of {args.data.name}"
+            chart([Curve(metric, x, y)], args.out_path / f"{metric}.png", "bits per pixel (files)", metric, title)
+    print(aligned_table(rows))
 
 
 def photographs(folder: Path, limit: int | None) -> list[Path]:

@@ -11,6 +11,7 @@ from utils.files import atomic_write
 
 # column -> (heading in the printed table, format)
 COLUMNS = {
+    "quality": ("quality", "s"),
     "picture": ("picture", "s"),
     "width": ("width", "d"),
     "height": ("height", "d"),
@@ -74,9 +75,14 @@ def mean_row(rows: list[Row]) -> Row:
 
 def text_table(rows: list[Row]) -> str:
     """The rows and their mean as aligned text."""
+    return aligned_table([*rows, mean_row(rows)])
+
+
+def aligned_table(rows: list[Row]) -> str:
+    """Rows as aligned text under the columns' headings."""
     names = [name for name in columns_of(rows) if name not in FILES_ONLY]
     lines = [[COLUMNS.get(name, (name,))[0] for name in names]]
-    lines += [[_cell(name, row.get(name)) for name in names] for row in [*rows, mean_row(rows)]]
+    lines += [[_cell(name, row.get(name)) for name in names] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     aligned = [
         "  ".join(
@@ -89,14 +95,18 @@ def text_table(rows: list[Row]) -> str:
 
 def write_tables(rows: list[Row], folder: Path, about: dict) -> None:
     """metrics.csv (one line per picture) and metrics.json (the same, their mean, and how they were made)."""
-    names = columns_of(rows)
-    text = io.StringIO()
-    table = csv.DictWriter(text, names, restval="", extrasaction="ignore", lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
-    atomic_write(folder / TABLES[0], text.getvalue().encode())
+    write_rows(rows, folder / TABLES[0])
     content = {"about": about, "mean": mean_row(rows), "pictures": rows}
     atomic_write(folder / TABLES[1], (json.dumps(_plain(content), indent=1) + "\n").encode())
+
+
+def write_rows(rows: list[Row], path: Path) -> None:
+    """The rows as CSV."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, columns_of(rows), restval="", extrasaction="ignore", lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    atomic_write(path, text.getvalue().encode())
 
 
 def _cell(name: str, value: str | int | float | None) -> str:
