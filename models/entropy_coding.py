@@ -186,7 +186,7 @@ def encode_symbols(symbols: np.ndarray, groups: np.ndarray, tables: np.ndarray) 
     """
     encoder = constriction.stream.queue.RangeEncoder()
     for members, model, reach in _runs(groups, tables):
-        values = symbols[members] + reach
+        values = symbols[members].astype(np.int64) + reach
         if values.min() < 0 or values.max() > 2 * reach:
             raise ValueError(f"a symbol lies outside its table's -{reach} to {reach}")
         encoder.encode(values.astype(np.int32), model)
@@ -194,7 +194,7 @@ def encode_symbols(symbols: np.ndarray, groups: np.ndarray, tables: np.ndarray) 
 
 
 def decode_symbols(section: bytes, groups: np.ndarray, tables: np.ndarray, what: str) -> np.ndarray:
-    """Inverse of `encode_symbols`: (count,) int16. Of all strings, exactly those that the encoder writes are accepted.
+    """Inverse of `encode_symbols`: (count,) int8, int16 for wide tables. Accepts exactly what the encoder writes.
 
     Memory beside the result does not grow with the count, and a string that cannot last is given up early.
 
@@ -209,7 +209,7 @@ def decode_symbols(section: bytes, groups: np.ndarray, tables: np.ndarray, what:
     if _least_bits(groups, tables) > 8 * len(section) + 1:
         raise BitstreamError(damaged)
     decoder, again = _decoder(section), constriction.stream.queue.RangeEncoder()
-    symbols = np.empty(len(groups), dtype=np.int16)
+    symbols = np.empty(len(groups), dtype=np.int8 if tables.shape[1] < 128 else np.int16)
     try:
         for members, model, reach in _runs(groups, tables):
             values = decoder.decode(model, len(members))
@@ -238,7 +238,8 @@ def _runs(groups: np.ndarray, tables: np.ndarray):
 
 def _least_bits(groups: np.ndarray, tables: np.ndarray) -> float:
     """Cost of the most likely symbol everywhere."""
-    counts = [np.count_nonzero(groups == group) for group in range(len(tables))]
+    starts = range(0, len(groups), _RUN)
+    counts = sum(np.bincount(groups[start : start + _RUN], minlength=len(tables)) for start in starts)
     return float(np.dot(counts, PRECISION - np.log2(tables.max(axis=1))))
 
 
