@@ -27,6 +27,7 @@ from models.integers import (
     rectified,
     round_through,
 )
+from utils.precision import without_autocast
 
 HYPER_STRIDE = 4  # latent positions per position of z, along each side
 LEVEL_CODES = 255
@@ -280,13 +281,13 @@ class ResidualHyperprior(nn.Module):
         gain = self.gain(level)
         s_g = gain * self.analysis(x - y, y)  # N M h w
         z = self.centred(s_g)  # N C_z h' w'
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             s_g, z = s_g.to(self.log_gain.dtype), z.to(self.log_gain.dtype)
             n_z = round_through(bounded(z, -HYPER_REACH, HYPER_REACH))
             sigma = SCALE_MIN * SCALE_STEP ** self.scale_network(n_z, k)
         mu = self.mean_network(n_z, k, y).to(s_g.dtype)
         noise_s, noise_z = noise.split([s_g[0].numel(), z[0].numel()], dim=1)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             noisy_z = z + self.median.view(1, -1, 1, 1) + noise_z.view_as(z)
             hyper_bits, residual_bits = self.rate_model(noisy_z, s_g + noise_s.view_as(s_g), mu, sigma)
         s_hat = round_through(s_g - mu) + mu

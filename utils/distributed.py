@@ -93,6 +93,20 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
+def on_any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether it is true on some rank; every rank asks, and waits for the others."""
+    return all_reduce_sum(torch.tensor(float(flag), device=device)).item() > 0
+
+
 def barrier() -> None:
     if world_size() > 1:
         dist.barrier()
+
+
+def gather_objects(value):
+    """The plain values of all ranks, by rank."""
+    if world_size() == 1:
+        return [value]
+    parts = [None] * world_size()
+    dist.all_gather_object(parts, value)
+    return parts
