@@ -177,7 +177,7 @@ def _with_path(path: Path, error: Exception) -> str:
 def run(args: argparse.Namespace) -> int:
     streams = args.mode in ("decompress", "inspect")
     if args.demo:
-        from datapipe.pictures import demo_photographs
+        from datapipe.sources import demo_photographs
 
         files = [(path, Path(path.name)) for path in demo_photographs()]
     else:

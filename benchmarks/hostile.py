@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from benchmarks import mutations
-from datapipe.pictures import demo_photographs
+from datapipe.sources import demo_photographs
 from models.bitstream import CodedResidual, pack, unpack
 from models.codec import Codec
 from models.entropy_coding import encode_indices, encode_symbols

@@ -101,12 +101,3 @@ def on_any_rank(flag: bool, device: torch.device) -> bool:
 def barrier() -> None:
     if world_size() > 1:
         dist.barrier()
-
-
-def gather_objects(value):
-    """The plain values of all ranks, by rank."""
-    if world_size() == 1:
-        return [value]
-    parts = [None] * world_size()
-    dist.all_gather_object(parts, value)
-    return parts
