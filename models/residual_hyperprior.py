@@ -37,6 +37,7 @@ SCALES = 48  # tables, for sigma from SCALE_MIN up by SCALE_STEP each
 SCALE_MIN, SCALE_STEP = 0.11, 1.112
 _INDEX_UNIT = 4  # activation units per table index
 _FIRST_INDEX = 16  # of an untrained network
+_TILE, _RIM = 32, 2  # of h_s, in positions of z: the rim's outer half sees padding in place of its neighbours
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class ResidualParams:
     channels: int = 192
     width: int = 192
     blocks: int = 2
-    hyper_channels: int = 64
+    hyper_channels: int = 48
     scale_width: int = 48
     code_width: int = 32
     levels: int = 6
@@ -90,7 +91,7 @@ class ResidualTables:
 class Symbols:
     """What one picture's residual sections hold: hyper n_z (C_z, h', w'), residual n and its table index i, (M, h, w).
 
-    All int64 arrays.
+    All arrays of integers; small ones, because a picture may be large.
     """
 
     hyper: np.ndarray
@@ -211,6 +212,13 @@ def enlarged(n_z: Tensor, size: tuple[int, int]) -> Tensor:
     return full[:, :, : size[0], : size[1]]
 
 
+def _tile(start: int) -> tuple[slice, slice, slice]:
+    """A tile of z from `start` along one side: positions of z with the rim, of the latent with it, and without."""
+    first, end = max(0, start - _RIM), start + _TILE + _RIM
+    inner = slice(HYPER_STRIDE * start, HYPER_STRIDE * (start + _TILE))
+    return slice(first, end), slice(HYPER_STRIDE * first, HYPER_STRIDE * end), inner
+
+
 class ResidualHyperprior(nn.Module):
     """The residual codec. `forward` trains; `symbols` and `restore` code.
 
@@ -311,13 +319,26 @@ class ResidualHyperprior(nn.Module):
         return Symbols(n_z, np.clip(n, -reach, reach), index)
 
     def table_index(self, n_z: np.ndarray, k: Tensor) -> np.ndarray:
-        """i = h_s(n_z, k), exactly: int64 (C_z, h', w') and 1 x h x w -> int64 (M, h, w)."""
+        """i = h_s(n_z, k), exactly: integers (C_z, h', w') and 1 x h x w -> uint8 (M, h, w).
+
+        Tile by tile, each with the rim that its convolutions see: the same integers, in memory that a picture's size
+        does not decide.
+        """
+        hyper, k = torch.from_numpy(n_z)[None], k.cpu()
+        index = np.empty((self.params.channels, *k.shape[1:]), dtype=np.uint8)
         with torch.autocast("cpu", enabled=False):
-            return self._exact[0](torch.from_numpy(n_z)[None].double(), k.cpu())[0].long().numpy()
+            for top in range(0, hyper.shape[2], _TILE):
+                for left in range(0, hyper.shape[3], _TILE):
+                    (z_rows, rows, inner_rows), (z_columns, columns, inner_columns) = _tile(top), _tile(left)
+                    tile = self._exact[0](hyper[:, :, z_rows, z_columns].double(), k[:, rows, columns])[0].byte()
+                    _, h, w = index[:, inner_rows, inner_columns].shape
+                    at_row, at_column = inner_rows.start - rows.start, inner_columns.start - columns.start
+                    index[:, inner_rows, inner_columns] = tile[:, at_row : at_row + h, at_column : at_column + w]
+        return index
 
     def hyper_coding(self, shape: tuple[int, int, int], code: int) -> tuple[np.ndarray, np.ndarray]:
         """Group of every symbol of n_z, flattened, and the tables of the groups."""
-        channels = np.arange(shape[0]).repeat(shape[1] * shape[2])
+        channels = np.arange(shape[0], dtype=np.uint16).repeat(shape[1] * shape[2])
         return channels, self.tables.hyper[node_of(code, self.params.levels)]
 
     def residual_coding(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,9 @@ import json
 import sys
 from pathlib import Path
 
-from release.making import COUNTED, count_indices, require_empty, write_release
+from datapipe.sources import data_options
+from release.making import COUNTED, require_empty, write_release
+from release.tables import count
 from release.triple import NAMES, Triple, load_triple
 from training.checkpointing import BEST
 from training.config import RUN_CONFIG, load_config
@@ -25,7 +27,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--iteration", metavar="N", help="of the checkpoint, or `best` by validation (default: the newest)"
     )
-    parser.add_argument("--data", metavar="DIR", help="training pictures (default: the run's)")
+    parser.add_argument("--data", metavar="PATH", help="training pictures as for training (default: the run's)")
     parser.add_argument(
         "--crops", type=positive, default=COUNTED, metavar="N", help=f"crops to count (default {COUNTED})"
     )
@@ -62,10 +64,11 @@ def chosen(run: Path, iteration: str | None) -> int:
 
 def release(args: argparse.Namespace) -> None:
     require_empty(args.out)
-    config = load_config(str(args.run / RUN_CONFIG), values={"data.folder": args.data} if args.data else {})
+    config = load_config(str(args.run / RUN_CONFIG), values=data_options(args.data) if args.data else {})
     iteration = chosen(args.run, args.iteration)
     codec = load_triple(Triple.of(args.run / "ema_ckpts", iteration))
-    about = write_release(args.out, iteration, codec, config, count_indices(codec, config, args.crops))
+    notes = count(codec, config, args.crops).install(codec)
+    about = write_release(args.out, iteration, codec, config, **notes)
     print(json.dumps(about, indent=1))
 
 

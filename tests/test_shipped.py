@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from datapipe.pictures import demo_photographs
+from datapipe.sources import demo_photographs
 from models.entropy_coding import fixed_length_bytes
 from release import load_codec
 from release.triple import ABOUT, RELEASES, SMALL, releases

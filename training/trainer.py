@@ -11,6 +11,7 @@ import yaml
 from tqdm import tqdm
 
 from datapipe.pictures import Pictures, stream
+from datapipe.sources import open_source
 from models.codec import Codec
 from release.triple import NAMES, NETWORKS
 from training.checkpointing import Checkpoints, Point
@@ -66,6 +67,10 @@ class Trainer:
                 state, dropped = checkpoints.parameters_of(checkpoints.read(path))
                 checkpoints.load_strictly(getattr(self.codec, name), state, path)
                 self.log.say(f"{name} from {path}, without {len(dropped)} other entries")
+        self.source = open_source(config.data.folder, config.data.txt_file_path, config.data.shards)
+        counts = distributed.gather_objects(len(self.source))
+        if len(set(counts)) > 1:
+            raise ConfigError(f"{self.source.name}: ranks find different numbers of pictures there: {counts}")
 
     def run(self) -> None:
         first, step, state = self._resume()
@@ -83,12 +88,11 @@ class Trainer:
         stage = STAGES[name](self.config, self.codec, self.device)
         if state:
             stage.load_state_dict(state)
-        pictures = Pictures(self.config.data, params.crop_size, self.config.seed)
+        pictures = Pictures(self.config.data, params.crop_size, self.config.seed, self.source)
         rank, world = distributed.rank(), distributed.world_size()
         self.log.say(
-            f"stage {name}: iterations {start} to {params.iterations}, {len(pictures.files)} pictures from "
-            f"{self.config.data.folder or 'the demo photographs (no folder was named)'}, "
-            f"batch {params.batch_size} x {world}, {self.device}"
+            f"stage {name}: iterations {start} to {params.iterations}, {len(self.source)} pictures from "
+            f"{self.source.name}, batch {params.batch_size} x {world}, {self.device}"
         )
         batches = iter(stream(pictures, params.batch_size, rank, world, start))
         steps = range(start, params.iterations)
@@ -103,6 +107,7 @@ class Trainer:
         if name == "gt":
             count = -(-params.statistics // (params.batch_size * world))
             stage.finish(itertools.islice(stream(pictures, params.batch_size, rank, world, 0), count))
+        self._tell_unreadable()
         self._save(stage, params.iterations)
 
     def _step(self, stage, step: int, batches: Iterator) -> float:
@@ -118,7 +123,12 @@ class Trainer:
         self.log.step(stage.name, step, logs)
         if step % self.config.picture_every == 0:
             self.log.pictures(stage.name, step, rows)
+            self._tell_unreadable()
         return logs["loss"]
+
+    def _tell_unreadable(self) -> None:
+        for line in self.source.unreadable_lines():
+            self.log.say(line)
 
     def _validate(self, stage, done: int) -> bool:
         """Score the averaged weights when it is time; True if they are the best so far, and so must be saved."""
