@@ -58,7 +58,9 @@ class Trainer:
                 smallest = MS_SSIM_MIN_SIDE if getattr(config, name).perceptual == "ms_ssim" else CELL
                 self.validation[name] = Validation(config.validation, device, smallest)
         self.checkpoints = Checkpoints(folder, config.stages, config.keep_last)
-        self.best: dict | None = None  # "stage", "step" and "loss" of the best checkpoint by validation
+        # "stage", "step" and "loss" of the best weights by validation, and of those of them that are on the disk
+        self.best: dict | None = None
+        self.saved_best: dict | None = None
         self.log = RunLog(folder, distributed.is_main(), patient=config.on_full_disk == "continue")
         for name in NAMES:
             if path := getattr(config, name):
@@ -160,7 +162,9 @@ class Trainer:
             except DiskFull as error:
                 full = error
         if not distributed.on_any_rank(full is not None, self.device):
+            self.saved_best = self.best
             return
+        self.best = self.saved_best
         told = f"stage {stage.name}, iteration {step} is not saved: {full or 'see the main process'}"
         if self.config.on_full_disk == "stop":
             raise DiskFull(
@@ -186,17 +190,18 @@ class Trainer:
         if (self.folder / OLD_STATE).exists():
             raise CheckpointError(f"{self.folder}: an older version's run ({OLD_STATE}); go on with that version")
         saved, refused = self.checkpoints.newest()
-        for reason in refused:
+        for reason in refused.values():
             self.log.say(f"passed over: {reason}")
-        distributed.barrier()  # every rank has read before anything is removed
+        distributed.barrier()  # every rank has read before anything is moved
         if distributed.is_main():
+            self.checkpoints.set_aside(refused)
             self.checkpoints.remove_unfinished()
         if saved is None:
             self.log.keep_until(stages[0], 0, stages)
             return 0, 0, None
         where = f"{self.folder}, {saved['stage']} {saved['step']}"
         checkpoints.load_strictly(self.codec, saved["codec"], where)
-        self.best = saved["best"]
+        self.best = self.saved_best = saved["best"]
         index, step, state = stages.index(saved["stage"]), saved["step"], saved["training"]
         self.log.keep_until(saved["stage"], step, stages)
         if step >= getattr(self.config, saved["stage"]).iterations:  # that stage is done
