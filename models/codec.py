@@ -90,13 +90,16 @@ class Codec(nn.Module):
         return self.autoencoder.decode(x_hat)
 
     def denoiser_inputs(self, y_hat: Tensor, z_q: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
-        """(y^, lq, centre) as the branches and the adapter are set: what x~ starts from, the condition, the origin."""
+        """(y^, lq, centre) as the branches and the adapter are set: what x~ starts from, the condition, the origin.
+
+        A branch that is off is 0 times its tensor: its parameters still take part in every step, as DDP expects.
+        """
         difference = self.params.adapter == "difference"
         lq = y_hat if difference else z_q
         if not self.params.perceptual_branch:
-            lq = torch.zeros_like(lq)
+            lq = 0.0 * lq
         if not self.params.detail_branch:
-            y_hat = torch.zeros_like(y_hat)
+            y_hat = 0.0 * y_hat
         return y_hat, lq, y_hat if difference else 0.0
 
     # Training -------------------------------------------------------------------------------------------------------

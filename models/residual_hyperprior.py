@@ -51,7 +51,7 @@ class ResidualParams:
     channels: int = 192
     width: int = 192
     blocks: int = 2
-    hyper_channels: int = 64
+    hyper_channels: int = 48  # the sums of the integer network stay exact up to 56
     scale_width: int = 48
     code_width: int = 32
     levels: int = 6
