@@ -124,13 +124,14 @@ class Codec(nn.Module):
         if self.residual is None:
             return y, torch.zeros(len(x), device=x.device)
         sent = draws.level > 0
-        out = self.residual(x, y, k, draws.level, draws.uniform)
+        with torch.autocast(x.device.type, enabled=False):
+            out = self.residual(x, y, k, draws.level, draws.uniform)
         bits = torch.where(sent, out.hyper_bits + out.residual_bits, 0.0)
         return y + sent.to(y.dtype).view(-1, 1, 1, 1) * out.r_hat, bits / (CELL**2 * k[0].numel())
 
     def noisy_input(self, x: Tensor, y_hat: Tensor, residual_bpp: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         """x_t and its noise level, per sample: q(x_t | x, y^) as published, or the decoder's own input y^ + noise."""
-        target = y_hat if draws.shift else x
+        target = y_hat if draws.shift else x + 0.0 * y_hat  # without the shift, VQ-D still takes part in the step
         published = diffusion.q_sample(self.schedule, x, target, draws.t, draws.noise)
         scheduled = torch.from_numpy(self.schedule.etas).to(draws.t.device)[draws.t]
         own = ~draws.spread.isnan() & (draws.t == len(self.schedule) - 1)

@@ -16,6 +16,7 @@ from models.vq_base import perplexity
 from training.config import CodecStageParams, TrainConfig
 from training.optimiser import Optimiser, finite, parallel
 from training.perceptual import perceptual_term
+from training.speed import Speed
 from utils import distributed
 from utils.ema import Ema
 
@@ -31,6 +32,8 @@ class CodecStage:
     def __init__(self, config: TrainConfig, codec: Codec, device: torch.device):
         p: CodecStageParams = config.codec
         self.params, self.seed, self.device, self.codec = p, config.seed, device, codec
+        self.speed = Speed(config.speed, device)
+        self.speed.prepare(codec)
         codec.train()
         codec.autoencoder.eval().requires_grad_(False)
         self.trained = nn.ModuleDict({"vq_base": codec.vq_base, "unet": codec.unet})
@@ -38,14 +41,15 @@ class CodecStage:
             self.trained["residual"] = codec.residual
         self.perceptual = perceptual_term(p.perceptual)
         self.ema = Ema(self.trained, p.ema)
-        self.optimiser = Optimiser(codec.named_parameters(), p.optim, p.iterations)
+        self.optimiser = Optimiser(codec.named_parameters(), p.optim, p.iterations, self.speed.fused_adamw)
         self.model = parallel(codec)
 
     def step(self, image: Tensor, positions: Tensor, step: int) -> tuple[dict[str, float], list[Tensor]]:
         """One update; returns the scalars to log and the rows of pictures to show."""
         p = self.params
         draws = self.draws(positions, image.shape[2:])
-        out = self.model(image, draws)
+        with self.speed.autocast():
+            out = self.model(image, draws)
         terms = {
             "distortion": distortion(out.image, image),
             "perceptual": self.perceptual(out.image, image),

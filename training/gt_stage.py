@@ -23,6 +23,7 @@ from models.losses import (
 from training.config import GtParams, TrainConfig
 from training.optimiser import Optimiser, finite, parallel
 from training.perceptual import perceptual_term
+from training.speed import Speed
 from utils import distributed
 from utils.ema import Ema
 
@@ -36,26 +37,32 @@ class GtStage:
         p: GtParams = config.gt
         self.params, self.seed, self.device, self.codec = p, config.seed, device, codec
         self.network = codec.autoencoder
+        self.speed = Speed(config.speed, device)
+        self.speed.prepare(self.network)
         self.network.train().requires_grad_(True)
         if hasattr(self.network, "quantize"):
             self.network.quantize.requires_grad_(False)
         self.distortion = F.l1_loss if p.distortion == "l1" else distortion
         self.perceptual = perceptual_term(p.perceptual)
         self.ema = Ema(self.network, p.ema)
-        self.optimiser = Optimiser(self.network.named_parameters(), p.optim, p.iterations)
+        self.optimiser = Optimiser(self.network.named_parameters(), p.optim, p.iterations, self.speed.fused_adamw)
         self.model = parallel(self.network)
         self.discriminator = (
             PatchDiscriminator().to(device, self.network.decoder.last_layer.dtype) if p.adversarial_weight else None
         )
         if self.discriminator:
+            self.speed.prepare(self.discriminator)
             self.critic = parallel(self.discriminator)
-            self.critic_optimiser = Optimiser(self.discriminator.named_parameters(), p.optim, p.iterations)
+            self.critic_optimiser = Optimiser(
+                self.discriminator.named_parameters(), p.optim, p.iterations, self.speed.fused_adamw
+            )
 
     def step(self, image: Tensor, positions: Tensor, step: int) -> tuple[dict[str, float], list[Tensor]]:
         """One update; returns the scalars to log and the rows of pictures to show."""
         p = self.params
         adversarial = self.discriminator is not None and step >= p.adversarial_start
-        restored = self.model(image)  # X^ = D(E(X))
+        with self.speed.autocast():
+            restored = self.model(image)  # X^ = D(E(X))
         terms = {
             "distortion": self.distortion(restored, image),
             "perceptual": self.perceptual(restored, image),
@@ -70,7 +77,8 @@ class GtStage:
         finite(terms, self.name, step)
         logs = {"loss": loss.item(), "grad_norm": self.optimiser.step(loss, step), "lr": self.optimiser.lr(step)}
         if adversarial:
-            scores = self.critic(torch.cat([image, restored.detach()]))
+            with self.speed.autocast():
+                scores = self.critic(torch.cat([image, restored.detach()]))
             terms["discriminator"] = hinge_discriminator(*scores.chunk(2))
             finite(terms, self.name, step)
             self.critic_optimiser.step(terms["discriminator"], step)
@@ -80,7 +88,8 @@ class GtStage:
     def _judged(self, image: Tensor) -> Tensor:
         """The discriminator's logits with its weights held constant: gradients reach the image alone."""
         weights = {name: weight.detach() for name, weight in self.discriminator.named_parameters()}
-        return functional_call(self.discriminator, weights, (image,))
+        with self.speed.autocast():
+            return functional_call(self.discriminator, weights, (image,))
 
     def _lambda(self, reconstruction: Tensor, adversarial: Tensor) -> Tensor:
         last = self.network.decoder.last_layer

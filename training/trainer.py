@@ -14,6 +14,7 @@ from datapipe.pictures import Pictures, stream
 from models.codec import Codec
 from release.triple import NAMES, NETWORKS, Triple, save_triple
 from training.config import RUN_CONFIG, TrainConfig
+from training.speed import Speed
 from training.stages import STAGES
 from utils import checkpoints, distributed
 from utils.config import to_mapping
@@ -30,6 +31,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, folder: Path, device: torch.device):
         self.config, self.folder, self.device = config, folder, device
         self.log = RunLog(folder, distributed.is_main())
+        Speed(config.speed, device).settle()
         torch.manual_seed(config.seed)  # initial weights, alike on every rank
         try:
             self.codec = Codec(config.networks).to(device)
@@ -64,7 +66,7 @@ class Trainer:
         self.log.say(
             f"stage {name}: iterations {start} to {params.iterations}, {len(pictures.files)} pictures from "
             f"{self.config.data.folder or 'the demo photographs (no folder was named)'}, "
-            f"batch {params.batch_size} x {world}, {self.device}"
+            f"batch {params.batch_size} x {world}, {self.device}, {stage.speed}"
         )
         batches = iter(stream(pictures, params.batch_size, distributed.rank(), world, start))
         bar = tqdm(
