@@ -9,12 +9,15 @@ import argparse
 import sys
 from pathlib import Path
 
+from training.checkpointing import is_run
 from training.config import RUN_CONFIG, TrainConfig, load_config
+from training.dry_run import dry_run
 from training.perceptual import perceptual_term
-from training.trainer import STATE, Trainer
+from training.trainer import Trainer
 from utils import distributed
 from utils.commandline import answer
 from utils.errors import ConfigError
+from utils.precision import deterministic
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -26,6 +29,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", metavar="DIR", help="training pictures, sub-folders included")
     parser.add_argument("--iterations", type=int, metavar="N", help="iterations of every stage")
     parser.add_argument("--save_every", type=int, metavar="N", help="iterations between checkpoints")
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="print configuration, parameter counts and an estimate of memory, and stop",
+    )
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for instance codec.optim.lr=1e-4")
     args = parser.parse_intermixed_args(argv)
@@ -50,18 +58,23 @@ def configure(args: argparse.Namespace) -> tuple[TrainConfig, Path]:
     }
     options = {key: value for key, value in options.items() if value is not None}
     config = load_config(str(path or "configs/config.yaml"), args.overrides, options)
+    folder = Path(args.resume) if args.resume else Path(args.save_dir) / config.name
+    if args.dry_run:
+        return config, folder
     for stage in config.stages:
         perceptual_term(getattr(config, stage).perceptual)  # missing weights are told now, not after the first stage
-    folder = Path(args.resume) if args.resume else Path(args.save_dir) / config.name
-    if not args.resume and (folder / STATE).exists():
+    if not args.resume and is_run(folder):
         raise ConfigError(f"{folder}: a run is there already; go on with --resume {folder}, or choose another name=...")
     return config, folder
 
 
 def train(args: argparse.Namespace) -> None:
-    device = distributed.local_device(args.device)
     config, folder = configure(args)
-    with distributed.process_group(device):
+    if args.dry_run:
+        print(dry_run(config))
+        return
+    device = distributed.local_device(args.device)
+    with deterministic(config.deterministic), distributed.process_group(device):
         Trainer(config, folder, device).run()
 
 

@@ -4,9 +4,10 @@ Parameter names follow the published state dicts, so that public VQGAN weights l
 Axes: N batch, C channels, H and W rows and columns of a feature map.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from utils.precision import without_autocast
 
 AUTOENCODER_NORM_EPS = 1e-6  # the UNet's normalisation uses 1e-5
 
@@ -180,7 +181,7 @@ def nearest_codes(z: Tensor, codebook: Tensor) -> Tensor:
     Returns:
         indices, int64 (M,): argmin_j |z|^2 + |v_j|^2 - 2 z.v_j, in the code book's precision whatever the autocast.
     """
-    with torch.autocast(z.device.type, enabled=False):
+    with without_autocast(z.device):
         z = z.to(codebook.dtype)
         distance = z.square().sum(1, keepdim=True) + codebook.square().sum(1) - 2 * z @ codebook.t()  # M K
     return distance.argmin(1)

@@ -28,7 +28,7 @@ from models.unet import UNet
 from models.vq_base import VQBase
 from utils.errors import BitstreamError, CheckpointError
 from utils.images import to_signed, to_uint8
-from utils.precision import full_precision
+from utils.precision import full_precision, without_autocast
 
 MAX_PIXELS = 100_000_000
 
@@ -124,7 +124,7 @@ class Codec(nn.Module):
         if self.residual is None:
             return y, torch.zeros(len(x), device=x.device)
         sent = draws.level > 0
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             out = self.residual(x, y, k, draws.level, draws.uniform)
         bits = torch.where(sent, out.hyper_bits + out.residual_bits, 0.0)
         return y + sent.to(y.dtype).view(-1, 1, 1, 1) * out.r_hat, bits / (CELL**2 * k[0].numel())

@@ -138,7 +138,7 @@ class VQBase(nn.Module):
 
     def _statistics(self, vectors: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         codebook = self.quantize.embedding.weight
-        counts = torch.bincount(k, minlength=self.quantize.size).to(codebook.dtype)
+        counts = codebook.new_zeros(len(codebook)).index_add_(0, k, codebook.new_ones(len(k)))
         sums = torch.zeros_like(codebook).index_add_(0, k, vectors.to(codebook.dtype))
         return counts, sums
 

@@ -1,12 +1,17 @@
-"""Two processes with batch b train as one with batch 2b: in float64, to 1e-9 of each tensor's largest entry."""
+"""Two processes with batch b train as one with batch 2b, whole or in micro-batches, with all parts of the codec.
+
+In float64, to 1e-9 of each tensor's largest entry.
+"""
 
 import socket
+from functools import cache
 
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
 
 from models.codec import Codec
+from release.triple import NETWORKS
 from tests.commands import NANO
 from training.config import load_config
 from training.stages import STAGES
@@ -15,48 +20,97 @@ from utils import distributed
 RELATIVE = 1e-9
 ZERO = 1e-15  # some gradients are rounding alone: the bias of the keys cancels in any softmax
 STEPS, BATCH, SIZE = 3, 4, 48
+RESIDUAL = "{channels: 8, width: 8, blocks: 1, hyper_channels: 4, scale_width: 8, code_width: 4, levels: 3}"
+OVERRIDES = (
+    # AdamW divides by |g| + 1e-8: where a gradient is nearly nothing, the step is its rounding times lr / 1e-8.
+    "gt.optim.lr=1e-4",
+    "codec.optim.lr=1e-4",
+    "gt.adversarial_start=1",
+    "gt.adversarial_weight=0.5",
+    "gt.chroma_weight=1.0",
+    "codec.chroma_weight=1.0",
+    "networks.adapter=difference",
+    f"networks.residual={RESIDUAL}",
+)
 
 
-def train(name: str, world: int, rank: int) -> dict[str, torch.Tensor]:
-    """A few steps on this rank's share of fixed batches; the state afterwards, with gradients of the last step."""
-    overrides = ["gt.adversarial_start=1", "gt.adversarial_weight=0.5"]
-    config = load_config(str(NANO), overrides)
+def new_stage(name: str, *overrides: str):
+    """A stage on networks of random weights, in float64."""
+    config = load_config(str(NANO), [*OVERRIDES, *overrides])
     torch.manual_seed(0)
     codec = Codec(config.networks).double()
+    codec.residual.train_rates()
     torch.manual_seed(1)
-    stage = STAGES[name](config, codec, torch.device("cpu"))
+    return STAGES[name](config, codec, torch.device("cpu"))
+
+
+def state_of(stage) -> dict[str, torch.Tensor]:
+    """Networks, their averages, and the gradients of the last step."""
+    state = {key: value.clone() for key, value in stage.codec.state_dict().items()}
+    if stage.name == "gt":
+        state |= {f"discriminator.{key}": value.clone() for key, value in stage.discriminator.state_dict().items()}
+    gradients = {f"grad.{k}": p.grad.clone() for k, p in stage.codec.named_parameters() if p.grad is not None}
+    return state | gradients | {f"ema.{k}": v.clone() for k, v in stage.ema.average.items()}
+
+
+def train(name: str, world: int, rank: int, microbatch: int | None) -> tuple[dict[str, torch.Tensor], list[dict]]:
+    """A few steps on this rank's share of fixed batches; the state afterwards, and what was logged."""
+    stage = new_stage(name, f"{name}.microbatch={microbatch or 'null'}")
     images = torch.rand(STEPS, BATCH, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    logs = []
     for step in range(STEPS):
         mine = torch.arange(rank, BATCH, world)
-        stage.step(images[step, mine] * 2 - 1, step * BATCH + mine, step)
-    state = {key: value.clone() for key, value in codec.state_dict().items()}
-    if name == "gt":
-        state |= {f"discriminator.{key}": value.clone() for key, value in stage.discriminator.state_dict().items()}
-    gradients = {f"grad.{k}": p.grad.clone() for k, p in codec.named_parameters() if p.grad is not None}
-    return state | gradients | {f"ema.{k}": v.clone() for k, v in stage.ema.average.items()}
+        logs.append(stage.step(images[step, mine] * 2 - 1, step * BATCH + mine, step)[0])
+    return state_of(stage), logs
+
+
+@cache
+def alone(name: str) -> tuple[dict[str, torch.Tensor], list[dict]]:
+    return train(name, 1, 0, None)
 
 
 def worker(rank: int, world: int, port: int, name: str, path: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-    state = train(name, world, rank)
-    torch.save(state, f"{path}/{rank}.pt")
+    torch.save([train(name, world, rank, microbatch) for microbatch in (None, 1)], f"{path}/{rank}.pt")
     torch.distributed.destroy_process_group()
+
+
+def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys() and any(key.startswith("grad.") for key in expected)
+    for key, value in expected.items():
+        if value.numel():
+            error = (found[key] - value).abs().max().item()
+            assert error <= RELATIVE * value.abs().max().item() + ZERO, f"{key}: {error:.1e}"
 
 
 @pytest.mark.parametrize("name", ["gt", "codec"])
 def test_two_processes_train_as_one(name, tmp_path):
+    """With the batch whole, and with micro-batches of one."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     multiprocessing.spawn(worker, args=(2, port, name, str(tmp_path)), nprocs=2)
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
-    alone = train(name, 1, 0)
-    assert alone.keys() == ranks[0].keys() and any(key.startswith("grad.") for key in alone)
-    for key, value in alone.items():
-        assert torch.equal(ranks[0][key], ranks[1][key]), f"{key} differs between the ranks"
-        error = (ranks[0][key] - value).abs().max().item()
-        assert error <= RELATIVE * value.abs().max().item() + ZERO, f"{key}: {error:.1e}"
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    for (state, logs), (other, _) in zip(first, second, strict=True):
+        assert all(torch.equal(other[key], value) for key, value in state.items()), "the ranks differ"
+        assert_equal(state, alone(name)[0])
+        assert_logs_equal(logs, alone(name)[1])
+
+
+@pytest.mark.parametrize("name", ["gt", "codec"])
+def test_micro_batches_train_as_the_whole(name):
+    """Of unequal sizes: three and one."""
+    state, logs = train(name, 1, 0, 3)
+    assert_equal(state, alone(name)[0])
+    assert_logs_equal(logs, alone(name)[1])
+
+
+def assert_logs_equal(found: list[dict], expected: list[dict]) -> None:
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.keys() == theirs.keys()
+        for key, value in theirs.items():
+            assert ours[key] == pytest.approx(value, rel=1e-9, abs=1e-12), key
 
 
 def test_unlaunched_is_a_world_of_one():
@@ -66,12 +120,48 @@ def test_unlaunched_is_a_world_of_one():
     assert torch.equal(distributed.all_reduce_mean(samples.clone()), samples)
 
 
-def test_every_trainable_tensor_is_in_one_optimiser_and_frozen_parts_stay_frozen():
-    config = load_config(str(NANO))
-    codec = Codec(config.networks)
-    stage = STAGES["codec"](config, codec, torch.device("cpu"))
-    codec.train()
-    trainable = {id(p) for p in codec.parameters() if p.requires_grad}
-    optimised = [id(p) for p in stage.optimiser.parameters]
-    assert len(optimised) == len(set(optimised)) and set(optimised) == trainable
-    assert not any(p.requires_grad for p in codec.autoencoder.parameters())
+@pytest.mark.parametrize("name", ["gt", "codec"])
+def test_every_trainable_tensor_is_in_one_group_and_gets_a_gradient(name):
+    stage = new_stage(name, "gt.adversarial_start=0")
+    trainable = {id(p): key for key, p in stage.trained.named_parameters() if p.requires_grad}
+    groups = [p for group in stage.optimiser.adamw.param_groups for p in group["params"]]
+    assert len(groups) == len(trainable) and {id(p) for p in groups} == trainable.keys()
+    image = torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2 - 1
+    stage.step(image, torch.arange(2), 0)
+    assert all(p.grad is not None for p in groups)
+    assert [p for p in stage.codec.parameters() if p.grad is not None and id(p) not in trainable] == []
+    if name == "gt":
+        owned = stage.critic_optimiser.adamw.param_groups[0]["params"]
+        assert {id(p) for p in owned} == {id(p) for p in stage.discriminator.parameters()}
+        assert all(p.grad is not None for p in owned)
+    else:
+        quantiles = [key for key in trainable.values() if key.endswith("quantiles")]
+        assert quantiles and len(stage.optimiser.adamw.param_groups[1]["params"]) == len(quantiles)
+
+
+def test_frozen_parts_stay_frozen_and_validation_moves_nothing():
+    stage = new_stage("codec")
+    stage.codec.train()
+    frozen = {key: value.clone() for key, value in stage.codec.autoencoder.state_dict().items()}
+    image = torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2 - 1
+    book = stage.codec.vq_base.quantize.embedding.weight.clone()
+    stage.step(image, torch.arange(2), 0)
+    assert all(torch.equal(value, frozen[key]) for key, value in stage.codec.autoencoder.state_dict().items())
+    assert not torch.equal(stage.codec.vq_base.quantize.embedding.weight, book)
+    before = state_of(stage)
+    with stage.ema.applied(stage.trained):
+        assert torch.equal(stage.codec.unet.conv_in_extended.weight, stage.ema.average["unet.conv_in_extended.weight"])
+        stage.evaluate(image[:1], 0)
+    after = state_of(stage)
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+
+
+@pytest.mark.parametrize("name", ["gt", "codec"])
+def test_averages_cover_all_that_is_released(name):
+    stage = new_stage(name)
+    released = stage.states()
+    assert set(released) == ({"autoencoder"} if name == "gt" else set(NETWORKS))
+    for network, state in released.items():
+        assert state.keys() == getattr(stage.codec, network).state_dict().keys()
+    trained = {key for key, p in stage.trained.named_parameters() if p.requires_grad}
+    assert trained <= stage.ema.average.keys()

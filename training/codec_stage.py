@@ -3,6 +3,7 @@ backward, averages. What a stage knows: see training/gt_stage.py.
 """
 
 import math
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -11,14 +12,37 @@ from torch import Tensor, nn
 from datapipe.pictures import DRAWS, REVIVAL, generator
 from models.codec import Codec
 from models.losses import chroma_distortion, commitment, distortion
-from models.records import CELL, Draws
+from models.records import CELL, CodecOutput, Draws
 from models.vq_base import perplexity
 from training.config import CodecStageParams, TrainConfig
-from training.optimiser import Optimiser, finite, parallel
+from training.optimiser import Optimiser, accumulate, averaged, micro_batches, parallel, synchronised
 from training.perceptual import perceptual_term
 from training.speed import Speed
+from training.validation import Evaluated
 from utils import distributed
 from utils.ema import Ema
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a step keeps of a micro-batch after its backward pass, all without gradient.
+
+    Attributes:
+        z: N x d_q x h x w. counts, sums: of the code book, (K,) and (K, d_q). image: N x 3 x H x W.
+        level, bpp: of the residual, (N,); level is None without a residual codec.
+    """
+
+    z: Tensor
+    counts: Tensor
+    sums: Tensor
+    image: Tensor
+    level: Tensor | None
+    bpp: Tensor
+
+    @classmethod
+    def of(cls, out: CodecOutput, draws: Draws) -> "Seen":
+        base = out.base
+        return cls(base.z.detach(), base.counts, base.sums, out.image.detach(), draws.level, out.residual_bpp.detach())
 
 
 class CodecStage:
@@ -45,11 +69,36 @@ class CodecStage:
         self.model = parallel(codec)
 
     def step(self, image: Tensor, positions: Tensor, step: int) -> tuple[dict[str, float], list[Tensor]]:
-        """One update; returns the scalars to log and the rows of pictures to show."""
+        """One update; returns the scalars to log and the rows of pictures to show.
+
+        Raises:
+            NotFinite: a term or the gradient is not; nothing was updated.
+        """
+        parts = micro_batches(len(image), self.params.microbatch)
+        terms, seen = {}, []
+        self.optimiser.zero_grad()
+        for part in parts:
+            draws = self.draws(positions[part], image.shape[2:])
+            with synchronised(self.model, part is parts[-1]):
+                with self.speed.autocast():
+                    out = self.model(image[part], draws)
+                own = self.losses(out, image[part], draws)
+                if out.auxiliary is not None:  # of no sample: the shares of the micro-batches add up to one of it
+                    own["loss"] = own["loss"] + own["auxiliary"]
+                share = len(out.image) / len(image)
+                (share * own["loss"]).backward()
+            accumulate(terms, own, share)
+            seen.append(Seen.of(out, draws))
+        logs = averaged(terms, self.name, step)
+        logs |= {"grad_norm": self.optimiser.clip(self.name, step), "lr": self.optimiser.lr(step)}
+        self.optimiser.update(step)
+        logs |= self._move_codebook(seen, step) | self._rates(seen)
+        self.ema.update(self.trained)
+        return logs, [image, torch.cat([s.image for s in seen])]
+
+    def losses(self, out: CodecOutput, image: Tensor, draws: Draws) -> dict[str, Tensor]:
+        """The terms of Eq. 10, means over the pictures given, and `loss`, their weighted sum without the auxiliary one."""
         p = self.params
-        draws = self.draws(positions, image.shape[2:])
-        with self.speed.autocast():
-            out = self.model(image, draws)
         terms = {
             "distortion": distortion(out.image, image),
             "perceptual": self.perceptual(out.image, image),
@@ -66,14 +115,8 @@ class CodecStage:
         if out.auxiliary is not None:
             terms["rate"] = (self.rate_weight(draws.level) * out.residual_bpp).mean()  # lambda_g R
             terms["auxiliary"] = out.auxiliary
-            loss = loss + terms["rate"] + terms["auxiliary"]
-        finite(terms, self.name, step)
-        logs = {"loss": loss.item(), "grad_norm": self.optimiser.step(loss, step), "lr": self.optimiser.lr(step)}
-        logs |= self._move_codebook(out.base, step)
-        if draws.level is not None:
-            logs |= self._rates(draws.level, out.residual_bpp)
-        self.ema.update(self.trained)
-        return logs | {name: term.item() for name, term in terms.items()}, [image, out.image.detach()]
+            loss = loss + terms["rate"]
+        return terms | {"loss": loss}
 
     def draws(self, positions: Tensor, size: tuple[int, int]) -> Draws:
         """t, eta and noise of every sample, from its position in the stream alone."""
@@ -112,19 +155,23 @@ class CodecStage:
         share = (level.clamp(min=1) - 1) / (self.codec.params.residual.levels - 1)
         return first * (last / first) ** share
 
-    def _rates(self, level: Tensor, residual_bpp: Tensor) -> dict[str, float]:
-        """Mean rate of this rank's samples at every whole level, for the log."""
-        nearest = level.round()
-        return {
-            f"bpp_level_{int(g)}": self.codec.nominal_bpp + residual_bpp[nearest == g].detach().mean().item()
-            for g in nearest.unique().tolist()
-        }
+    def _rates(self, seen: list[Seen]) -> dict[str, float]:
+        """Mean rate of all ranks' samples at every whole level, for the log."""
+        if seen[0].level is None:
+            return {}
+        rates = torch.cat([torch.stack([s.level.round(), s.bpp.double()], dim=1) for s in seen])
+        by_level: dict[float, list[float]] = {}
+        for level, bpp in sorted(distributed.gather_samples(rates).tolist()):
+            by_level.setdefault(level, []).append(bpp)
+        nominal = self.codec.nominal_bpp
+        return {f"bpp_level_{level:.0f}": nominal + sum(bpp) / len(bpp) for level, bpp in by_level.items()}
 
-    def _move_codebook(self, base, step: int) -> dict[str, float]:
-        """Averages over all ranks, then unused codes start anew at vectors of this batch, alike on every rank."""
+    def _move_codebook(self, seen: list[Seen], step: int) -> dict[str, float]:
+        """Averages over the whole batch of all ranks, then unused codes start anew at its vectors, alike on every rank."""
         book = self.codec.vq_base.quantize
-        counts, sums = distributed.all_reduce_sum(base.counts), distributed.all_reduce_sum(base.sums)
-        vectors = distributed.gather_samples(base.z.detach()).permute(0, 2, 3, 1).flatten(0, 2)
+        counts = distributed.all_reduce_sum(torch.stack([s.counts for s in seen]).sum(0))
+        sums = distributed.all_reduce_sum(torch.stack([s.sums for s in seen]).sum(0))
+        vectors = distributed.gather_samples(torch.cat([s.z for s in seen])).permute(0, 2, 3, 1).flatten(0, 2)
         order = generator(self.seed, REVIVAL, step).permutation(len(vectors))
         vectors = vectors[torch.from_numpy(order).to(vectors.device)]
         if step > 0:
@@ -134,6 +181,33 @@ class CodecStage:
         for name in ("weight", "cluster_size", "embed_avg"):
             self.ema.average[f"vq_base.quantize.embedding.{name}"][revived] = getattr(book.embedding, name)[revived]
         return {"perplexity": perplexity(counts).item(), "revived": float(len(revived))}
+
+    @torch.no_grad()
+    def evaluate(self, image: Tensor, position: int) -> Evaluated:
+        """One picture of validation, 1 x 3 x H x W, sides multiples of 16, with the weights as they are.
+
+        It is decoded as a file is, in one step from y^ and noise that belongs to the position, from the base alone and
+        at the highest level. Rates are the model's: the base at fixed length, the residual by its densities.
+        """
+        levels = [0.0] if self.codec.residual is None else [0.0, float(self.codec.residual.params.levels)]
+        image = image.expand(len(levels), -1, -1, -1)
+        draws = self.draws(torch.full((len(levels),), position), image.shape[2:])
+        draws = replace(
+            draws,
+            t=torch.full_like(draws.t, self.codec.params.diffusion.steps - 1),
+            spread=torch.ones_like(draws.spread),
+            level=None if draws.level is None else draws.level.new_tensor(levels),
+        )
+        out = self.codec(image, draws)
+        bpp = (self.codec.nominal_bpp + out.residual_bpp.double()).tolist()
+        shown = {f"_level_{g:.0f}": (out.image[i : i + 1], bpp[i]) for i, g in enumerate(levels)}
+        return Evaluated(self.losses(out, image, draws)["loss"].item(), shown)
+
+    def rehearse(self, image: Tensor) -> Tensor:
+        """The loss of a micro-batch, for what its backward pass would need."""
+        draws = self.draws(torch.arange(len(image), device="cpu"), image.shape[2:])
+        terms = self.losses(self.codec(image, draws), image, draws)
+        return terms["loss"] + terms.get("auxiliary", 0)
 
     def finish(self, batches) -> None:
         """Nothing is left to do: the averaged weights are the result."""

@@ -22,12 +22,15 @@ class StageParams:
     """What both stages have.
 
     Attributes:
-        batch_size: crops per process and step. crop_size: pixels, a multiple of 16. ema: decay of the averaged weights.
+        batch_size: crops per process and step. microbatch: crops that are on the device at once; a step adds up the
+            gradients of as many micro-batches as it takes. None takes the whole batch.
+        crop_size: pixels, a multiple of 16. ema: decay of the averaged weights.
         perceptual: `lpips`, `ms_ssim` (crops above 160 pixels) or `none`.
     """
 
     iterations: int
     batch_size: int = 8
+    microbatch: int | None = None
     crop_size: int = 256
     ema: float = 0.999
     perceptual: Literal["lpips", "ms_ssim", "none"] = "lpips"
@@ -35,6 +38,7 @@ class StageParams:
     def __post_init__(self):
         require(self.iterations >= 1, f"iterations {self.iterations}: at least 1")
         require(self.batch_size >= 1, f"batch_size {self.batch_size}: at least 1")
+        require(self.microbatch is None or self.microbatch >= 1, f"microbatch {self.microbatch}: at least 1, or null")
         require(self.crop_size >= 16 and self.crop_size % 16 == 0, f"crop_size {self.crop_size}: a multiple of 16")
         require(0 <= self.ema < 1, f"ema {self.ema}: in [0, 1)")
         small = self.perceptual == "ms_ssim" and self.crop_size <= 160
@@ -123,6 +127,27 @@ class CodecStageParams(StageParams):
 
 
 @dataclass(frozen=True)
+class ValidationParams:
+    """Scores on pictures that are not trained on, with the averaged weights; the best checkpoint is chosen by them.
+
+    Attributes:
+        folder: pictures, sub-folders included; None leaves validation out. limit: pictures taken, in order of name.
+        every: iterations between validations. crop: side of the square from the middle that is scored, in pixels, a
+            multiple of 16; None takes whole pictures, cut to multiples of 16.
+    """
+
+    folder: str | None = None
+    limit: int = 24
+    every: int = 1000
+    crop: int | None = None
+
+    def __post_init__(self):
+        require(self.limit >= 1 and self.every >= 1, f"limit {self.limit}, every {self.every}: at least 1")
+        good = self.crop is None or (self.crop >= 16 and self.crop % 16 == 0)
+        require(good, f"crop {self.crop}: a multiple of 16, or null")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Everything a run depends on; it is written beside the run's results.
 
@@ -132,6 +157,10 @@ class TrainConfig:
         vq_base, unet: checkpoints whose published parameters stage codec starts from; without them, from nothing.
         networks: sizes, schedule and rate modulation.
         save_every: iterations between checkpoints. picture_every: between TensorBoard pictures.
+        keep_last: newest checkpoints that are kept; the best one by validation stays besides.
+        on_full_disk: `stop`, or `continue` without what could not be written, which is said each time.
+        deterministic: on CUDA, only algorithms that give the same bits every time, so that a resumed run is exact there
+            too; it costs speed. On a CPU runs are exact at the same number of threads and processes anyway.
     """
 
     name: str = "diffo"
@@ -145,8 +174,12 @@ class TrainConfig:
     gt: GtParams = field(default_factory=GtParams)
     codec: CodecStageParams = field(default_factory=CodecStageParams)
     speed: SpeedParams = field(default_factory=SpeedParams)
+    validation: ValidationParams = field(default_factory=ValidationParams)
     save_every: int = 5000
     picture_every: int = 500
+    keep_last: int = 3
+    on_full_disk: Literal["stop", "continue"] = "stop"
+    deterministic: bool = False
 
     def __post_init__(self):
         allowed = [("gt",), ("gt", "codec")] + ([("codec",)] if self.autoencoder else [])
@@ -157,6 +190,10 @@ class TrainConfig:
         )
         require(self.seed >= 0, f"seed {self.seed}: from 0 up")
         require(self.save_every >= 1 and self.picture_every >= 1, "save_every, picture_every: at least 1")
+        require(self.keep_last >= 1, f"keep_last {self.keep_last}: at least 1")
+        ms_ssim = any(getattr(self, stage).perceptual == "ms_ssim" for stage in self.stages)
+        small = ms_ssim and self.validation.crop is not None and self.validation.crop <= 160
+        require(not small, f"validation.crop {self.validation.crop}: perceptual ms_ssim needs crops above 160 pixels")
         require(bool(self.name) and "/" not in self.name, f"name {self.name!r}: one folder name")
 
 

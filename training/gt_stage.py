@@ -21,9 +21,10 @@ from models.losses import (
     hinge_generator,
 )
 from training.config import GtParams, TrainConfig
-from training.optimiser import Optimiser, finite, parallel
+from training.optimiser import Optimiser, accumulate, averaged, micro_batches, parallel, synchronised
 from training.perceptual import perceptual_term
 from training.speed import Speed
+from training.validation import Evaluated
 from utils import distributed
 from utils.ema import Ema
 
@@ -36,19 +37,19 @@ class GtStage:
     def __init__(self, config: TrainConfig, codec: Codec, device: torch.device):
         p: GtParams = config.gt
         self.params, self.seed, self.device, self.codec = p, config.seed, device, codec
-        self.network = codec.autoencoder
+        self.trained = codec.autoencoder
         self.speed = Speed(config.speed, device)
-        self.speed.prepare(self.network)
-        self.network.train().requires_grad_(True)
-        if hasattr(self.network, "quantize"):
-            self.network.quantize.requires_grad_(False)
+        self.speed.prepare(self.trained)
+        self.trained.train().requires_grad_(True)
+        if hasattr(self.trained, "quantize"):
+            self.trained.quantize.requires_grad_(False)
         self.distortion = F.l1_loss if p.distortion == "l1" else distortion
         self.perceptual = perceptual_term(p.perceptual)
-        self.ema = Ema(self.network, p.ema)
-        self.optimiser = Optimiser(self.network.named_parameters(), p.optim, p.iterations, self.speed.fused_adamw)
-        self.model = parallel(self.network)
+        self.ema = Ema(self.trained, p.ema)
+        self.optimiser = Optimiser(self.trained.named_parameters(), p.optim, p.iterations, self.speed.fused_adamw)
+        self.model = parallel(self.trained)
         self.discriminator = (
-            PatchDiscriminator().to(device, self.network.decoder.last_layer.dtype) if p.adversarial_weight else None
+            PatchDiscriminator().to(device, self.trained.decoder.last_layer.dtype) if p.adversarial_weight else None
         )
         if self.discriminator:
             self.speed.prepare(self.discriminator)
@@ -58,11 +59,43 @@ class GtStage:
             )
 
     def step(self, image: Tensor, positions: Tensor, step: int) -> tuple[dict[str, float], list[Tensor]]:
-        """One update; returns the scalars to log and the rows of pictures to show."""
+        """One update; returns the scalars to log and the rows of pictures to show.
+
+        Raises:
+            NotFinite: a term or the gradient is not; nothing was updated.
+        """
+        adversarial = self.discriminator is not None and step >= self.params.adversarial_start
+        parts = micro_batches(len(image), self.params.microbatch)
+        weight = self._first_pass(image, parts) if adversarial and len(parts) > 1 else None
+        terms, rows = {}, []
+        self.optimiser.zero_grad()
+        for part in parts:
+            with synchronised(self.model, part is parts[-1]):
+                with self.speed.autocast():
+                    restored = self.model(image[part])  # X^ = D(E(X))
+                own = self.losses(restored, image[part], adversarial)
+                if adversarial:
+                    weight = self._weight(self._last_gradients(own)) if weight is None else weight
+                    own["loss"] = own["loss"] + weight * own["adversarial"]
+                share = len(restored) / len(image)
+                (share * own["loss"]).backward()
+            accumulate(terms, own, share)
+            rows.append(restored.detach())
+        if adversarial:
+            terms["discriminator"] = self._judge(image, torch.cat(rows), parts)
+        logs = averaged(terms, self.name, step)
+        logs |= {"grad_norm": self.optimiser.clip(self.name, step), "lr": self.optimiser.lr(step)}
+        if adversarial:
+            logs |= {"adversarial_weight": weight.item()}
+            logs |= {"discriminator_grad_norm": self.critic_optimiser.clip(self.name, step)}
+            self.critic_optimiser.update(step)
+        self.optimiser.update(step)
+        self.ema.update(self.trained)
+        return logs, [image, torch.cat(rows)]
+
+    def losses(self, restored: Tensor, image: Tensor, adversarial: bool) -> dict[str, Tensor]:
+        """The terms, means over the pictures given, and `loss`, their weighted sum without the adversarial one."""
         p = self.params
-        adversarial = self.discriminator is not None and step >= p.adversarial_start
-        with self.speed.autocast():
-            restored = self.model(image)  # X^ = D(E(X))
         terms = {
             "distortion": self.distortion(restored, image),
             "perceptual": self.perceptual(restored, image),
@@ -73,17 +106,7 @@ class GtStage:
             loss = loss + p.chroma_weight * terms["chroma"]
         if adversarial:
             terms["adversarial"] = hinge_generator(self._judged(restored))
-            loss = loss + p.adversarial_weight * self._lambda(loss, terms["adversarial"]) * terms["adversarial"]
-        finite(terms, self.name, step)
-        logs = {"loss": loss.item(), "grad_norm": self.optimiser.step(loss, step), "lr": self.optimiser.lr(step)}
-        if adversarial:
-            with self.speed.autocast():
-                scores = self.critic(torch.cat([image, restored.detach()]))
-            terms["discriminator"] = hinge_discriminator(*scores.chunk(2))
-            finite(terms, self.name, step)
-            self.critic_optimiser.step(terms["discriminator"], step)
-        self.ema.update(self.network)
-        return logs | {name: term.item() for name, term in terms.items()}, [image, restored.detach()]
+        return terms | {"loss": loss}
 
     def _judged(self, image: Tensor) -> Tensor:
         """The discriminator's logits with its weights held constant: gradients reach the image alone."""
@@ -91,26 +114,67 @@ class GtStage:
         with self.speed.autocast():
             return functional_call(self.discriminator, weights, (image,))
 
-    def _lambda(self, reconstruction: Tensor, adversarial: Tensor) -> Tensor:
-        last = self.network.decoder.last_layer
-        gradients = [torch.autograd.grad(term, last, retain_graph=True)[0] for term in (reconstruction, adversarial)]
-        return adaptive_weight(*(distributed.all_reduce_mean(g) for g in gradients))
+    def _judge(self, image: Tensor, restored: Tensor, parts: list[slice]) -> Tensor:
+        """The discriminator's loss; its gradient is accumulated, and applied with the others."""
+        total: dict[str, Tensor] = {}
+        self.critic_optimiser.zero_grad()
+        for part in parts:
+            with synchronised(self.critic, part is parts[-1]):
+                with self.speed.autocast():
+                    scores = self.critic(torch.cat([image[part], restored[part]]))
+                term = hinge_discriminator(*scores.chunk(2))
+                share = len(image[part]) / len(image)
+                (share * term).backward()
+            accumulate(total, {"discriminator": term}, share)
+        return total["discriminator"]
+
+    def _first_pass(self, image: Tensor, parts: list[slice]) -> Tensor:
+        """The adversarial weight of a batch in pieces: it needs the whole batch before the first backward pass."""
+        gradients = 0
+        for part in parts:
+            with synchronised(self.model, last=False):
+                with self.speed.autocast():
+                    restored = self.model(image[part])
+                own = self.losses(restored, image[part], adversarial=True)
+            gradients = gradients + len(image[part]) / len(image) * self._last_gradients(own)
+        return self._weight(gradients)
+
+    def _last_gradients(self, terms: dict[str, Tensor]) -> Tensor:
+        """Gradients of the reconstruction's loss and of the adversarial term at the decoder's last layer, stacked."""
+        last = self.trained.decoder.last_layer
+        terms = (terms["loss"], terms["adversarial"])
+        return torch.stack([torch.autograd.grad(term, last, retain_graph=True)[0] for term in terms])
+
+    def _weight(self, gradients: Tensor) -> Tensor:
+        """w_a lambda, from the gradients of all ranks."""
+        return self.params.adversarial_weight * adaptive_weight(*distributed.all_reduce_mean(gradients))
+
+    @torch.no_grad()
+    def evaluate(self, image: Tensor, position: int) -> Evaluated:
+        """One picture of validation, 1 x 3 x H x W, with the weights as they are."""
+        restored = self.trained(image)
+        return Evaluated(self.losses(restored, image, adversarial=False)["loss"].item(), {"": (restored, None)})
+
+    def rehearse(self, image: Tensor) -> Tensor:
+        """The loss of a micro-batch, with the adversarial term, for what its backward pass would need."""
+        terms = self.losses(self.trained(image), image, self.discriminator is not None)
+        return terms["loss"] + terms.get("adversarial", 0)
 
     @torch.no_grad()
     def finish(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Keep the averaged weights and fold the latent's statistics into them (codec.md section 4)."""
-        self.ema.copy_to(self.network)
-        self.network.eval()
+        self.ema.copy_to(self.trained)
+        self.trained.eval()
         moments, seen = 0, 0
         for image, _ in batches:
-            x = self.network.encode(image.to(self.device)).double()
+            x = self.trained.encode(image.to(self.device)).double()
             moments = moments + torch.stack([x.sum((0, 2, 3)), x.square().sum((0, 2, 3))])
             seen += x.numel() // x.shape[1]
         moments = distributed.all_reduce_sum(moments) / (seen * distributed.world_size())
         mean = moments[0]
         std = (moments[1] - mean.square()).clamp(min=1e-8).sqrt()
-        self.network.fold_statistics(mean.float(), std.float())
-        self.ema = Ema(self.network, self.params.ema)
+        self.trained.fold_statistics(mean.float(), std.float())
+        self.ema = Ema(self.trained, self.params.ema)
 
     def states(self) -> dict[str, dict[str, Tensor]]:
         """What the checkpoints of this stage hold: averaged state dicts by network."""

@@ -1,7 +1,8 @@
-"""What both stages update with: parameter groups, schedule, gradients over ranks, and refusal of what is not finite."""
+"""What both stages update with: micro-batches, gradients over ranks, parameter groups, and refusal of what is not finite."""
 
 import math
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,36 @@ def parallel(network: nn.Module) -> nn.Module:
     if distributed.world_size() == 1:
         return network
     return DistributedDataParallel(network, forward_sync_buffers=False)
+
+
+def micro_batches(size: int, largest: int | None) -> list[slice]:
+    """A batch of `size` samples in pieces of at most `largest`; None leaves it whole."""
+    largest = largest or size
+    return [slice(start, min(start + largest, size)) for start in range(0, size, largest)]
+
+
+def synchronised(model: nn.Module, last: bool) -> AbstractContextManager:
+    """Around forward and backward: only the last micro-batch of a step sends the gradients to the other ranks."""
+    return nullcontext() if last or distributed.world_size() == 1 else model.no_sync()
+
+
+def accumulate(total: dict[str, Tensor], terms: dict[str, Tensor], share: float) -> None:
+    """Add the terms of a micro-batch, weighted by its share of the batch; the gradient is left out."""
+    for name, term in terms.items():
+        total[name] = total.get(name, 0) + share * term.detach()
+
+
+def averaged(terms: dict[str, Tensor], stage: str, step: int) -> dict[str, float]:
+    """Means of scalars over the ranks.
+
+    Raises:
+        NotFinite: names the first term that is not a finite number, on every rank alike.
+    """
+    values = distributed.all_reduce_mean(torch.stack([term.double() for term in terms.values()])).tolist()
+    for name, value in zip(terms, values, strict=True):
+        if not math.isfinite(value):
+            raise NotFinite(f"stage {stage}, step {step}: the term {name} is not finite; nothing was updated with it")
+    return dict(zip(terms, values, strict=True))
 
 
 class Optimiser:
@@ -54,26 +85,20 @@ class Optimiser:
         end = p.lr if p.lr_end is None else p.lr_end
         return end + (p.lr - end) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
-    def step(self, loss: Tensor, step: int) -> float:
-        """Backward, clip, update; returns the gradient's norm before clipping.
+    def zero_grad(self) -> None:
+        self.adamw.zero_grad(set_to_none=True)
+
+    def clip(self, stage: str, step: int) -> float:
+        """Clip the accumulated gradient; returns its norm before.
 
         Raises:
-            NotFinite: the gradient is not; it is the same on all ranks, and nothing was updated with it.
+            NotFinite: it is not finite, which all ranks see alike.
         """
-        self.adamw.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.params.clip or math.inf)
-        if not norm.isfinite():
-            raise NotFinite(f"step {step}: the gradient is not finite; nothing was updated with it")
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.params.clip or math.inf).item()
+        if not math.isfinite(norm):
+            raise NotFinite(f"stage {stage}, step {step}: the gradient is not finite; nothing was updated with it")
+        return norm
+
+    def update(self, step: int) -> None:
         self.adamw.param_groups[0]["lr"] = self.lr(step)
         self.adamw.step()
-        return norm.item()
-
-
-def finite(terms: dict[str, Tensor], stage: str, step: int) -> None:
-    """Raise NotFinite naming the first term that is not a number, on every rank alike."""
-    values = torch.stack([term.detach().float() for term in terms.values()])
-    bad = distributed.all_reduce_sum((~values.isfinite()).float())
-    for name, count in zip(terms, bad.tolist(), strict=True):
-        if count:
-            raise NotFinite(f"stage {stage}, step {step}: the term {name} is not finite; nothing was updated with it")

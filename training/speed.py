@@ -7,7 +7,7 @@ network gives its result in the precision of its input.
 
 import ctypes
 import platform
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -67,16 +67,18 @@ class Speed:
     """A block `speed`, decided for a device.
 
     Attributes:
-        bfloat16, channels_last, fused_adamw, keep_memory: what `auto` came to.
+        bfloat16, compile, channels_last, fused_adamw, keep_memory: what is done.
     """
 
     def __init__(self, params: SpeedParams, device: torch.device):
         self.params, self.device = params, device
         cuda = device.type == "cuda"
+        real = device.type != "meta"  # shapes alone are neither rounded nor compiled
         auto = params.precision == "auto"
-        self.bfloat16 = has_bfloat16(device) if auto else params.precision == "bfloat16"
+        self.bfloat16 = real and (has_bfloat16(device) if auto else params.precision == "bfloat16")
+        self.compile = real and params.compile
         self.channels_last = _decided(params.channels_last, True)
-        self.fused_adamw = _decided(params.fused_adamw, True)
+        self.fused_adamw = real and _decided(params.fused_adamw, True)
         self.keep_memory = _decided(params.keep_memory, not cuda) and platform.libc_ver()[0] == "glibc"
 
     def settle(self) -> None:
@@ -97,17 +99,21 @@ class Speed:
             for module in network.modules():
                 if isinstance(module, (ResnetBlock, AttnBlock, Stage)):
                     _checkpoint(module)
-        if self.params.compile:
+        if self.compile:
             for module in _large_networks(network):
                 module.compile()
 
     def autocast(self) -> AbstractContextManager:
         """Surrounds the networks' forward pass."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
+        return torch.autocast(self.device.type, torch.bfloat16) if self.bfloat16 else nullcontext()
+
+    def eager(self) -> AbstractContextManager:
+        """Around pictures of many sizes, for each of which a network would be compiled again."""
+        return torch.compiler.set_stance("force_eager") if self.compile else nullcontext()
 
     def __str__(self) -> str:
-        on = [name for name in ("channels_last", "fused_adamw", "keep_memory") if getattr(self, name)]
-        on += [name for name in ("tf32", "compile", "checkpointing") if getattr(self.params, name)]
+        on = [name for name in ("channels_last", "fused_adamw", "keep_memory", "compile") if getattr(self, name)]
+        on += [name for name in ("tf32", "checkpointing") if getattr(self.params, name)]
         return ", ".join(["bfloat16" if self.bfloat16 else "float32", *on])
 
 

@@ -3,7 +3,7 @@
 import itertools
 import sys
 import time
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -12,17 +12,38 @@ from tqdm import tqdm
 
 from datapipe.pictures import Pictures, stream
 from models.codec import Codec
-from release.triple import NAMES, NETWORKS, Triple, save_triple
+from release.triple import NAMES, NETWORKS
+from training.checkpointing import Checkpoints, Point
 from training.config import RUN_CONFIG, TrainConfig
+from training.optimiser import NotFinite
 from training.speed import Speed
 from training.stages import STAGES
+from training.validation import CELL, Validation
 from utils import checkpoints, distributed
 from utils.config import to_mapping
-from utils.errors import CheckpointError, ConfigError
+from utils.errors import CheckpointError, ConfigError, DiffoError, DiskFull
 from utils.files import atomic_write
 from utils.logging import RunLog
+from utils.metrics import MS_SSIM_MIN_SIDE
 
-STATE = "training_state.pth"
+FAILED = "failed_state.pth"
+OLD_STATE = "training_state.pth"  # of runs before checkpoints were kept by number
+
+
+def new_codec(config: TrainConfig) -> Codec:
+    """A codec with the densities that training needs, initial weights from the seed.
+
+    Raises:
+        ConfigError: sizes that do not fit together.
+    """
+    torch.manual_seed(config.seed)  # alike on every rank
+    try:
+        codec = Codec(config.networks)
+        if codec.residual:
+            codec.residual.train_rates()
+    except ValueError as error:
+        raise ConfigError(f"networks: these sizes do not fit together ({error})") from error
+    return codec
 
 
 class Trainer:
@@ -30,15 +51,16 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, folder: Path, device: torch.device):
         self.config, self.folder, self.device = config, folder, device
-        self.log = RunLog(folder, distributed.is_main())
         Speed(config.speed, device).settle()
-        torch.manual_seed(config.seed)  # initial weights, alike on every rank
-        try:
-            self.codec = Codec(config.networks).to(device)
-            if self.codec.residual:
-                self.codec.residual.train_rates()
-        except ValueError as error:
-            raise ConfigError(f"networks: these sizes do not fit together ({error})") from error
+        self.codec = new_codec(config).to(device)
+        self.validation: dict[str, Validation] = {}
+        if config.validation.folder:
+            for name in config.stages:
+                smallest = MS_SSIM_MIN_SIDE if getattr(config, name).perceptual == "ms_ssim" else CELL
+                self.validation[name] = Validation(config.validation, device, smallest)
+        self.checkpoints = Checkpoints(folder, config.stages, config.keep_last)
+        self.best: dict | None = None  # "stage", "step" and "loss" of the best checkpoint by validation
+        self.log = RunLog(folder, distributed.is_main(), patient=config.on_full_disk == "continue")
         for name in NAMES:
             if path := getattr(config, name):
                 state, dropped = checkpoints.parameters_of(checkpoints.read(path))
@@ -62,72 +84,115 @@ class Trainer:
         if state:
             stage.load_state_dict(state)
         pictures = Pictures(self.config.data, params.crop_size, self.config.seed)
-        world = distributed.world_size()
+        rank, world = distributed.rank(), distributed.world_size()
         self.log.say(
             f"stage {name}: iterations {start} to {params.iterations}, {len(pictures.files)} pictures from "
             f"{self.config.data.folder or 'the demo photographs (no folder was named)'}, "
             f"batch {params.batch_size} x {world}, {self.device}, {stage.speed}"
         )
-        batches = iter(stream(pictures, params.batch_size, distributed.rank(), world, start))
-        bar = tqdm(
-            range(start, params.iterations),
-            initial=start,
-            total=params.iterations,
-            desc=name,
-            disable=not distributed.is_main(),
-            mininterval=1.0,
-        )
-        for step in bar:
-            began = time.perf_counter()
-            image, positions = next(batches)
-            logs, rows = stage.step(image.to(self.device, non_blocking=True), positions, step)
-            logs["pictures_per_second"] = params.batch_size * world / (time.perf_counter() - began)
-            self.log.step(name, step, logs)
-            bar.set_postfix(loss=f"{logs['loss']:.4f}", refresh=False)
-            if step % self.config.picture_every == 0:
-                self.log.pictures(name, step, rows)
-            if (step + 1) % self.config.save_every == 0 and step + 1 < params.iterations:
-                self._save(stage, step + 1)
+        batches = iter(stream(pictures, params.batch_size, rank, world, start))
+        steps = range(start, params.iterations)
+        shown = dict(initial=start, total=params.iterations, desc=name, mininterval=1.0)
+        for step in (bar := tqdm(steps, disable=not distributed.is_main(), **shown)):
+            loss = self._step(stage, step, batches)
+            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+            done = step + 1
+            better = self._validate(stage, done)
+            if done < params.iterations and (better or done % self.config.save_every == 0):
+                self._save(stage, done)
         if name == "gt":
             count = -(-params.statistics // (params.batch_size * world))
-            stage.finish(itertools.islice(stream(pictures, params.batch_size, distributed.rank(), world, 0), count))
+            stage.finish(itertools.islice(stream(pictures, params.batch_size, rank, world, 0), count))
         self._save(stage, params.iterations)
 
+    def _step(self, stage, step: int, batches: Iterator) -> float:
+        """One update and what is logged of it; returns the loss."""
+        began = time.perf_counter()
+        image, positions = next(batches)
+        try:
+            logs, rows = stage.step(image.to(self.device, non_blocking=True), positions, step)
+        except NotFinite as error:
+            raise self._failed(stage, step, error) from error
+        pictures = stage.params.batch_size * distributed.world_size()
+        logs["pictures_per_second"] = pictures / (time.perf_counter() - began)
+        self.log.step(stage.name, step, logs)
+        if step % self.config.picture_every == 0:
+            self.log.pictures(stage.name, step, rows)
+        return logs["loss"]
+
+    def _validate(self, stage, done: int) -> bool:
+        """Score the averaged weights when it is time; True if they are the best so far, and so must be saved."""
+        last = done == stage.params.iterations
+        if stage.name not in self.validation or not (last or done % self.config.validation.every == 0):
+            return False
+        with stage.speed.eager():
+            scores, rows = self.validation[stage.name].run(stage)
+        self.log.validation(stage.name, done, scores, rows)
+        better = not self.best or self.best["stage"] != stage.name or scores["loss"] < self.best["loss"]
+        if better:
+            self.best = {"stage": stage.name, "step": done, "loss": scores["loss"]}
+        return better
+
+    def _state(self, stage) -> dict:
+        return {"codec": self.codec.state_dict(), "training": stage.state_dict(), "best": self.best}
+
     def _save(self, stage, step: int) -> None:
-        """Published names for the weights, and everything needed to go on, written last."""
+        """Write a checkpoint, then remove those that need not stay; every rank waits for it.
+
+        Raises:
+            DiskFull: unless the configuration says to go on.
+        """
+        full: DiskFull | None = None
         if distributed.is_main():
             raw = {n: getattr(self.codec, n).state_dict() for n in NETWORKS if getattr(self.codec, n) is not None}
-            for sub, prefix, states in [("ckpts", "", raw), ("ema_ckpts", "ema_", stage.states())]:
-                triple = Triple.of(self.folder / sub, step)
-                triple = replace(triple, unet=triple.unet.with_name(f"{prefix}model_{step}.pth"))
-                triple.unet.parent.mkdir(exist_ok=True)
-                if stage.name == "gt":
-                    checkpoints.save(triple.autoencoder, {"state_dict": states["autoencoder"]})
-                else:
-                    save_triple(triple, states, self.config.networks)
-            state = {
-                "stage": stage.name,
-                "step": step,
-                "codec": self.codec.state_dict(),
-                "training": stage.state_dict(),
-            }
-            checkpoints.save(self.folder / STATE, state)
-            self.log.say(f"stage {stage.name}: saved iteration {step}")
-        distributed.barrier()
+            point, state = Point(stage.name, step), self._state(stage)
+            try:
+                self.checkpoints.save(point, raw, stage.states(), self.config.networks, state)
+                self.checkpoints.keep(self.best)
+                self.log.say(f"stage {stage.name}: saved iteration {step}")
+            except DiskFull as error:
+                full = error
+        if not distributed.on_any_rank(full is not None, self.device):
+            return
+        told = f"stage {stage.name}, iteration {step} is not saved: {full or 'see the main process'}"
+        if self.config.on_full_disk == "stop":
+            raise DiskFull(
+                f"{told}. Make room and go on with --resume {self.folder}, or set on_full_disk=continue to train on"
+            )
+        self.log.say(f"{told}; training goes on (on_full_disk: continue)")
+
+    def _failed(self, stage, step: int, error: NotFinite) -> DiffoError:
+        """Keep the state that a step failed in, apart from the checkpoints."""
+        path, told = self.folder / FAILED, ""
+        if distributed.is_main():
+            try:
+                about = {"stage": stage.name, "step": step, "failed": str(error)}
+                checkpoints.save(path, about | self._state(stage))
+            except DiskFull as full:
+                told = f" (not written: {full})"
+        going_on = f"; the last checkpoint is as it was (--resume {self.folder})" if self.checkpoints.points() else ""
+        return NotFinite(f"{error}. The state before that step is kept in {path}{told}{going_on}")
 
     def _resume(self) -> tuple[int, int, dict | None]:
         """Index of the stage to run first, its first step and its saved state."""
-        if not (self.folder / STATE).is_file():
-            self.log.keep_until(self.config.stages[0], 0, list(self.config.stages))
+        stages = list(self.config.stages)
+        if (self.folder / OLD_STATE).exists():
+            raise CheckpointError(f"{self.folder}: an older version's run ({OLD_STATE}); go on with that version")
+        saved, refused = self.checkpoints.newest()
+        for reason in refused:
+            self.log.say(f"passed over: {reason}")
+        distributed.barrier()  # every rank has read before anything is removed
+        if distributed.is_main():
+            self.checkpoints.remove_unfinished()
+        if saved is None:
+            self.log.keep_until(stages[0], 0, stages)
             return 0, 0, None
-        saved = checkpoints.read(self.folder / STATE)
-        if saved.get("stage") not in self.config.stages:
-            raise CheckpointError(f"{self.folder / STATE}: of a stage that the configuration does not have")
-        checkpoints.load_strictly(self.codec, saved["codec"], self.folder / STATE)
-        index, step, state = self.config.stages.index(saved["stage"]), saved["step"], saved["training"]
+        where = f"{self.folder}, {saved['stage']} {saved['step']}"
+        checkpoints.load_strictly(self.codec, saved["codec"], where)
+        self.best = saved["best"]
+        index, step, state = stages.index(saved["stage"]), saved["step"], saved["training"]
+        self.log.keep_until(saved["stage"], step, stages)
         if step >= getattr(self.config, saved["stage"]).iterations:  # that stage is done
             index, step, state = index + 1, 0, None
-        if index < len(self.config.stages):
-            self.log.keep_until(self.config.stages[index], step, list(self.config.stages))
-        self.log.say(f"resumed: {' '.join(sys.argv[1:])}")
+        self.log.say(f"resumed after {saved['stage']} {saved['step']}: {' '.join(sys.argv[1:])}")
         return index, step, state

@@ -17,9 +17,12 @@ SHOWN = 4  # differing keys that an error names
 
 
 def save(path: str | Path, content: dict) -> None:
-    """torch.save to a temporary name, then rename."""
-    with atomic_path(path) as temporary:
-        torch.save(content, temporary)
+    """torch.save to a temporary name, then rename. Raises DiffoError and DiskFull as `atomic_path`."""
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # PyTorch's own complaint hides what the disk said
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
 class Placeholder:

@@ -83,6 +83,20 @@ def gather_samples(batch: Tensor) -> Tensor:
     return torch.stack(parts, dim=1).flatten(0, 1)
 
 
+def on_any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether it is true on some rank; every rank asks, and waits for the others."""
+    return all_reduce_sum(torch.tensor(float(flag), device=device)).item() > 0
+
+
 def barrier() -> None:
     if world_size() > 1:
         dist.barrier()
+
+
+def gather_objects(value):
+    """The plain values of all ranks, by rank."""
+    if world_size() == 1:
+        return [value]
+    parts = [None] * world_size()
+    dist.all_gather_object(parts, value)
+    return parts

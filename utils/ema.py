@@ -1,5 +1,8 @@
 """Exponential moving average of a network's tensors."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +29,16 @@ class Ema:
 
     def copy_to(self, network: nn.Module) -> None:
         network.load_state_dict(self.average, strict=True)
+
+    @contextmanager
+    def applied(self, network: nn.Module) -> Iterator[None]:
+        """The averages in the place of the network's own tensors, which come back afterwards bit for bit."""
+        own = {key: value.detach().clone() for key, value in network.state_dict().items()}
+        self.copy_to(network)
+        try:
+            yield
+        finally:
+            network.load_state_dict(own, strict=True)
 
     def state_dict(self) -> dict:
         return {"updates": self.updates, "average": self.average}

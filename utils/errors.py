@@ -5,6 +5,10 @@ class DiffoError(Exception):
     """Something the user can mend: a file, an option, a checkpoint. The message names it and says what to do."""
 
 
+class DiskFull(DiffoError):
+    """A file that could not be written for want of room: disk, quota or largest size of a file."""
+
+
 class PictureError(DiffoError):
     """A picture that cannot be read, or is too small or too large to be coded."""
 

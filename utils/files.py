@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from utils.errors import DiffoError
+from utils.errors import DiffoError, DiskFull
 
 # What the disk, not the caller's code, can answer while a file is being written.
-_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_DISK_ERRORS = _FULL | {errno.EROFS, errno.EIO}
 
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
@@ -53,10 +54,21 @@ def _refuse_folder(error: OSError) -> None:
     raise DiffoError(f"{error.filename}: cannot be listed ({error.strerror})") from error
 
 
+def disk_is_full(error: OSError) -> bool:
+    """Whether it is for want of room: disk, quota or largest size of a file."""
+    return error.errno in _FULL
+
+
+def remove_leftovers(folder: str | os.PathLike[str]) -> None:
+    """Remove the temporary files that a killed process left in a folder; no other process may be writing there."""
+    for path in Path(folder).glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
 def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
     """Write `data` to `path`, replacing what is there; a reader sees the old file or the new one, never a part.
 
-    Raises DiffoError if the folder cannot be written (missing, no permission, disk full).
+    Raises DiffoError if the folder cannot be written (missing, no permission), DiskFull if there is no room.
     """
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
@@ -71,7 +83,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     block. On any error, an interrupt included, it is removed and `path` keeps its old content. A symbolic link at
     `path` stays one: the file that it names is replaced.
 
-    Raises DiffoError, naming the folder, if it is missing or cannot be written, and if `path` is a folder or a device.
+    Raises DiffoError, naming the folder, if it is missing or cannot be written, and if `path` is a folder or a device;
+    DiskFull if there is no room.
     The block's own errors pass unchanged, except those of the disk and of the temporary file.
     """
     target = Path(os.path.realpath(path))
@@ -120,4 +133,5 @@ def _as_write_error(path: str | os.PathLike[str], folder: Path) -> Iterator[None
 def _write_error(path: str | os.PathLike[str], folder: Path, error: OSError) -> DiffoError:
     if not folder.is_dir():
         return DiffoError(f"cannot write {path}: there is no folder {folder}")
-    return DiffoError(f"cannot write {path} in the folder {folder}: {error.strerror or error}")
+    kind = DiskFull if disk_is_full(error) else DiffoError
+    return kind(f"cannot write {path} in the folder {folder}: {error.strerror or error}")

@@ -1,34 +1,47 @@
-"""What a training run leaves behind: metrics.jsonl, TensorBoard events, a log file and one line per event."""
+"""What a training run leaves behind: JSON lines, TensorBoard events, a log file and one line per event."""
 
 import json
 import logging
 import math
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from utils.files import atomic_write, make_folder
+from utils.errors import DiskFull
+from utils.files import atomic_write, disk_is_full, make_folder
+
+METRICS, VALIDATION, TENSORBOARD = "metrics.jsonl", "validation.jsonl", "tensorboard"
 
 
 class RunLog:
-    """Written by the main process alone; on other ranks every call does nothing."""
+    """Written by the main process alone; on other ranks every call does nothing.
 
-    def __init__(self, folder: Path, main: bool):
-        self.main = main
+    Args:
+        patient: where the disk is full, say so once and go on without what cannot be written, instead of DiskFull.
+    """
+
+    def __init__(self, folder: Path, main: bool, patient: bool = False):
+        self.main, self.patient = main, patient
         if not main:
             return
         from torch.utils.tensorboard import SummaryWriter
 
         make_folder(folder)
         self.folder = folder
-        self.board = SummaryWriter(folder / "tensorboard")
+        self.full: set[str] = set()  # what has been said to be missing
+        self.board: SummaryWriter | None = SummaryWriter(folder / "tensorboard")
         self.logger = logging.getLogger("diffo.train")
         self.logger.setLevel(logging.INFO)
         self.logger.handlers.clear()
         self.logger.propagate = False
-        for handler in (logging.FileHandler(folder / "train.log"), logging.StreamHandler(sys.stderr)):
+        file = logging.FileHandler(folder / "train.log")
+        file.handleError = lambda record: None  # a full disk: the terminal has the message too
+        for handler in (file, logging.StreamHandler(sys.stderr)):
             handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
             self.logger.addHandler(handler)
 
@@ -37,37 +50,92 @@ class RunLog:
             self.logger.info(message)
 
     def keep_until(self, stage: str, step: int, stages: list[str]) -> None:
-        """Drop lines of metrics.jsonl at or after (stage, step): a resumed run writes them again."""
-        path = self.folder / "metrics.jsonl" if self.main else None
-        if path is None or not path.exists():
+        """Drop what the files say of iterations after `step`, those done, of a stage: a resumed run writes it again."""
+        if not self.main:
             return
-        order = {name: i for i, name in enumerate(stages)}  # a stage that is no longer run comes first
+        self._keep(METRICS, (stage, step - 1), stages)  # iterations are counted from 0, validations by those done
+        self._keep(VALIDATION, (stage, step), stages)
+
+    def _keep(self, name: str, last: tuple[str, int], stages: list[str]) -> None:
+        path = self.folder / name
+        if not path.exists():
+            return
+        order = {stage: i for i, stage in enumerate(stages)}  # a stage that is no longer run comes first
         kept = []
         for line in path.read_text().splitlines():
             try:
                 entry = json.loads(line)
             except json.JSONDecodeError:  # a line cut by the crash
                 continue
-            if (order.get(entry["stage"], -1), entry["step"]) < (order[stage], step):
+            if (order.get(entry["stage"], -1), entry["step"]) <= (order[last[0]], last[1]):
                 kept.append(line)
         atomic_write(path, "".join(f"{line}\n" for line in kept).encode())
 
     def step(self, stage: str, step: int, values: dict[str, float]) -> None:
-        """One line `{"stage", "step", "loss", ...}`, and the same scalars for TensorBoard."""
+        """One line `{"stage", "step", "loss", ...}` in metrics.jsonl, and the same scalars for TensorBoard."""
+        self._write(METRICS, stage, step, values)
+
+    def validation(self, stage: str, done: int, values: dict[str, float], rows: list[Tensor]) -> None:
+        """One line in validation.jsonl, after `done` iterations; scalars and pictures for TensorBoard."""
+        self.say(f"stage {stage}, iteration {done}: " + ", ".join(f"{k} {v:.4f}" for k, v in values.items()))
+        self._write(VALIDATION, stage, done, values, "validation/")
+        self.pictures(stage, done, rows, "validation/")
+
+    def _write(self, file: str, stage: str, step: int, values: dict[str, float], group: str = "") -> None:
         if not self.main:
             return
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({"stage": stage, "step": step} | values) + "\n")
-        for name, value in values.items():
-            if math.isfinite(value):
-                self.board.add_scalar(f"{stage}/{name}", value, step)
+        with self._told(file):
+            append_line(self.folder / file, json.dumps({"stage": stage, "step": step} | values))
+        with self._on_board() as board:
+            for name, value in values.items():
+                if math.isfinite(value):
+                    board.add_scalar(f"{stage}/{group}{name}", value, step)
 
-    def pictures(self, stage: str, step: int, rows: list[Tensor]) -> None:
+    def pictures(self, stage: str, step: int, rows: list[Tensor], group: str = "") -> None:
         """A grid, one row per tensor (N x 3 x H x W in [-1, 1]): originals above, results below."""
-        if self.main:
+        if self.main and rows:
             grid = torch.cat([torch.cat(list(row[:4]), dim=2) for row in rows], dim=1)
-            self.board.add_image(f"{stage}/pictures", ((grid.float() + 1) / 2).clamp(0, 1), step)
+            with self._on_board() as board:
+                board.add_image(f"{stage}/{group}pictures", ((grid.float() + 1) / 2).clamp(0, 1), step)
+
+    @contextmanager
+    def _on_board(self):
+        """TensorBoard; its writer does not survive a full disk, and is then left out until the run is resumed."""
+        if self.board is None:
+            return
+        try:
+            with self._told(TENSORBOARD):
+                yield self.board
+        finally:
+            if TENSORBOARD in self.full:
+                self.board = None
+
+    @contextmanager
+    def _told(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not disk_is_full(error):
+                raise
+            if not self.patient:
+                raise DiskFull(f"cannot write {what} in the folder {self.folder}: {error.strerror}") from error
+            if what not in self.full:
+                self.full.add(what)
+                self.say(f"{what}: {error.strerror}; training goes on, and what cannot be written is missing there")
 
     def close(self) -> None:
-        if self.main:
-            self.board.close()
+        if self.main and self.board:
+            with self._on_board() as board:
+                board.close()
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a file, or leave the file as it is. Raises OSError."""
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with open(path, "a") as file:
+            file.write(line + "\n")
+    except OSError:
+        with suppress(OSError):
+            os.truncate(path, size)
+        raise

@@ -1,0 +1,249 @@
+"""Runs that are killed, run out of disk or meet a loss that is not finite: what stays, and that they go on exactly."""
+
+import json
+import multiprocessing
+import os
+import random
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.commands import NANO, ROOT, photograph, run
+from training.checkpointing import Checkpoints, Point
+from utils import checkpoints
+from utils.errors import CheckpointError
+
+TRAIN = ROOT / "main_diffusion_train_vq.py"
+SETTINGS = ("save_every=1", "keep_last=2", "gt.iterations=6", "codec.iterations=6", "gt.statistics=2")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    for seed in range(5):
+        photograph(folder / f"{seed}.png", 90, 70, seed)
+    return folder
+
+
+def command(data: Path, save_dir: Path) -> list[str]:
+    validation = (f"validation.folder={data}", "validation.every=2", "validation.limit=2")
+    return ["--cfg_path", str(NANO), "--save_dir", str(save_dir), "--data", str(data), *SETTINGS, *validation]
+
+
+def train(args: list[str]) -> None:
+    """In a process of its own: the command, silent."""
+    torch.set_num_threads(1)
+    with open(os.devnull, "w") as nothing:
+        os.dup2(nothing.fileno(), 1)
+        os.dup2(nothing.fileno(), 2)
+    from main_diffusion_train_vq import main
+
+    sys.exit(main(args))
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """A server whose children have the command imported already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["main_diffusion_train_vq", "training.checkpointing", __name__])
+    return context
+
+
+@pytest.fixture(scope="module")
+def finished(data, processes, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    process = processes.Process(target=train, args=(command(data, folder),))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    return folder / "nano"
+
+
+def lines(folder: Path, name: str) -> list[dict]:
+    """Logged numbers without the times."""
+    found = [json.loads(line) for line in (folder / name).read_text().splitlines()]
+    return [{key: value for key, value in entry.items() if key != "pictures_per_second"} for entry in found]
+
+
+def kill_while_writing(process, folder: Path, chance: random.Random) -> bool:
+    """Kill -9 a run at some moment while it writes a checkpoint; False if it ended before."""
+    writes = chance.randrange(1, 25)
+    seen: set[Path] = set()
+    while process.is_alive():
+        seen.update(path for sub in ("ckpts", "ema_ckpts", "states") for path in (folder / sub).glob(".*.tmp"))
+        if len(seen) >= writes:
+            time.sleep(chance.random() * 0.004)
+            process.kill()
+            process.join()
+            return True
+    return False
+
+
+def test_killed_again_and_again_while_saving(data, processes, finished, tmp_path):
+    """A run that saves after every iteration, killed at random moments of saving, gives the trace of one left alone."""
+    chance = random.Random(0)
+    folder, args, kills = tmp_path / "nano", command(data, tmp_path), 0
+    for _ in range(60):
+        process = processes.Process(target=train, args=(args,))
+        process.start()
+        killed = kill_while_writing(process, folder, chance) if kills < 6 else process.join()
+        if any((folder / "states").glob("*.pth")):
+            args = ["--resume", str(folder)]
+        if not killed and process.exitcode == 0:
+            break
+        assert killed, f"exit status {process.exitcode}: {(folder / 'train.log').read_text()}"
+        kills += 1
+    assert kills >= 4
+    for name in ("metrics.jsonl", "validation.jsonl"):
+        assert lines(folder, name) == lines(finished, name)
+    assert tree(folder) == tree(finished)
+    for name in ("states/codec_6.pth", "ema_ckpts/vq_model_6.pth.tar", "ckpts/model_6.pth"):
+        assert (folder / name).read_bytes() == (finished / name).read_bytes(), name
+
+
+def tree(folder: Path) -> set[str]:
+    """Files of a run, hidden ones too, without the log's."""
+    files = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return {str(path) for path in files if path.parts[0] != "tensorboard"}
+
+
+def test_the_last_and_the_best_stay(finished):
+    best = json.loads((finished / "best.json").read_text())
+    scores = {
+        entry["step"]: entry["loss"] for entry in lines(finished, "validation.jsonl") if entry["stage"] == "codec"
+    }
+    assert set(scores) == {2, 4, 6} and best == {
+        "stage": "codec",
+        "step": min(scores, key=scores.get),
+        "loss": min(scores.values()),
+    }
+    kept = {f"codec_{step}" for step in (5, 6, best["step"])} | {"gt_6"}
+    assert {path.stem for path in (finished / "states").glob("*.pth")} == kept
+    weights = {path.name for path in (finished / "ema_ckpts").iterdir()}
+    steps = {5, 6, best["step"]}
+    assert weights == {
+        n.format(s) for s in steps for n in ("ema_model_{}.pth", "vq_model_{}.pth.tar", "GT_vq_model_{}.pth.tar")
+    }
+    assert {path.name for path in (finished / "ckpts").glob("model_*")} == {f"model_{step}.pth" for step in steps}
+
+
+def fake(folder: Path, steps: list[int], keep_last: int = 2) -> Checkpoints:
+    """Checkpoints of stage gt with small contents."""
+    kept = Checkpoints(folder, ["gt", "codec"], keep_last)
+    for step in steps:
+        weights = {"autoencoder": {"w": torch.full((2,), float(step))}}
+        kept.save(Point("gt", step), weights, weights, None, {"best": None})
+        kept.keep(None)
+    return kept
+
+
+def test_a_checkpoint_without_its_files_is_passed_over(tmp_path):
+    kept = fake(tmp_path, [1, 2, 3], keep_last=3)
+    (tmp_path / "ema_ckpts" / "GT_vq_model_3.pth.tar").unlink()
+    (tmp_path / "states" / "gt_2.pth").write_bytes(b"damaged")
+    state, refused = kept.newest()
+    assert state["step"] == 1 and len(refused) == 2
+    assert "GT_vq_model_3.pth.tar" in refused[0] and "gt_2.pth" in refused[1]
+    (tmp_path / "ckpts" / "GT_vq_model_1.pth.tar").write_bytes(b"short")
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        kept.newest()
+
+
+def test_what_a_killed_save_left_is_removed_and_nothing_else(tmp_path):
+    kept = fake(tmp_path, [1])
+    (tmp_path / "states" / ".gt_2.begun").touch()
+    (tmp_path / "ckpts" / "GT_vq_model_2.pth.tar").touch()
+    (tmp_path / "ckpts" / ".GT_vq_model_2.pth.tar.1.ab.tmp").touch()
+    (tmp_path / "ckpts" / "GT_vq_model_7.pth.tar").touch()  # the user's
+    (tmp_path / "states" / ".gt_1.begun").touch()  # killed between the state and the marker's removal
+    kept.remove_unfinished()
+    assert tree(tmp_path) == {
+        "ckpts/GT_vq_model_1.pth.tar",
+        "ckpts/GT_vq_model_7.pth.tar",
+        "ema_ckpts/GT_vq_model_1.pth.tar",
+        "states/gt_1.pth",
+    }
+    assert kept.newest()[0]["step"] == 1
+
+
+def small_disk(bytes: int):
+    """For a child process: no file may grow beyond this, which PyTorch meets as it meets a full disk."""
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (bytes, bytes))
+
+
+@pytest.mark.parametrize("setting", ["stop", "continue"])
+def test_a_full_disk(setting, data, finished, tmp_path):
+    """The states of nano are larger than 1 MB, its weights, metrics and events smaller."""
+    assert max(p.stat().st_size for p in (finished / "ema_ckpts").iterdir()) < 400_000
+    assert (finished / "states" / "codec_6.pth").stat().st_size > 400_000
+    args = [sys.executable, TRAIN, *command(data, tmp_path), f"on_full_disk={setting}", "gt.adversarial_weight=0"]
+    done = subprocess.run(
+        list(map(str, args)), cwd=ROOT, capture_output=True, text=True, preexec_fn=small_disk(400_000), timeout=300
+    )
+    folder = tmp_path / "nano"
+    assert "Traceback" not in done.stderr and "is not saved: cannot write" in done.stderr, done.stderr
+    assert "File too large" in done.stderr
+    left = tree(folder) - {"config.yaml", "metrics.jsonl", "validation.jsonl", "train.log"}
+    assert left == set()
+    if setting == "stop":
+        assert done.returncode == 1 and "on_full_disk=continue" in done.stderr.splitlines()[-1]
+        assert len(lines(folder, "metrics.jsonl")) == 1
+    else:
+        assert done.returncode == 0 and "training goes on" in done.stderr
+        assert len(lines(folder, "metrics.jsonl")) == 12
+
+
+def test_a_full_disk_leaves_no_half_line(tmp_path):
+    """Under a limit that the second line passes."""
+    code = """
+import json, resource, sys
+from pathlib import Path
+from utils.logging import RunLog
+resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+log = RunLog(Path(sys.argv[1]), True, patient=True)
+log.step("gt", 0, {"loss": 0.5})
+for step in range(1, 40):
+    log.step("gt", step, {"loss": 0.25, "more": "x" * 100 if step == 0 else float(step)} | {f"term{i}": 0.1 for i in range(40)})
+log.close()
+"""
+    done = run("-c", code, tmp_path)
+    entries = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert 1 <= len(entries) < 40 and done.stderr.count("metrics.jsonl: File too large; training goes on") == 1
+
+
+def test_a_loss_that_is_not_finite_keeps_the_state_and_the_last_checkpoint(data, tmp_path, capsys, monkeypatch):
+    from main_diffusion_train_vq import main
+    from training.codec_stage import CodecStage
+
+    losses, seen = CodecStage.losses, []
+
+    def broken(self, out, image, draws):
+        seen.append(1)
+        terms = losses(self, out, image, draws)
+        return terms | {"commitment": terms["commitment"] * float("nan")} if len(seen) == 4 else terms
+
+    monkeypatch.setattr(CodecStage, "losses", broken)
+    args = [
+        "--cfg_path",
+        str(NANO),
+        "--save_dir",
+        str(tmp_path),
+        "--data",
+        str(data),
+        "save_every=2",
+        "gt.iterations=1",
+    ]
+    assert main([*args, "gt.statistics=2", "gt.adversarial_weight=0"]) == 1
+    told = capsys.readouterr().err.splitlines()[-1]
+    folder = tmp_path / "nano"
+    assert "stage codec, step 3: the term commitment is not finite" in told and "failed_state.pth" in told
+    failed = checkpoints.read(folder / "failed_state.pth")
+    assert (failed["stage"], failed["step"]) == ("codec", 3) and "commitment" in failed["failed"]
+    assert all(value.isfinite().all() for value in failed["codec"].values() if value.is_floating_point())
+    assert Checkpoints(folder, ["gt", "codec"], 3).newest()[0]["step"] == 2
+    assert main(["--resume", str(folder)]) == 0  # with the fault gone

@@ -1,0 +1,106 @@
+"""What a configuration amounts to, told without training: settings, parameters, memory. Shapes alone, no data."""
+
+from dataclasses import replace
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from models.codec import Codec
+from release.triple import NETWORKS
+from training.config import TrainConfig
+from training.optimiser import micro_batches
+from training.perceptual import perceptual_term
+from training.stages import STAGES
+from training.trainer import new_codec
+from utils.config import to_mapping
+from utils.metrics import VGG16
+
+META = torch.device("meta")
+MIB = 2**20
+NOTE = """\
+Activations are the tensors that autograd keeps for the backward pass of one micro-batch, each counted once, from a
+forward pass on shapes alone. On top come temporaries of single operations, cuDNN's workspaces, CUDA's own few hundred
+MiB and, with several processes, the gradients once more (DDP's buckets)."""
+
+
+class Kept:
+    """Counts the bytes that autograd keeps for a backward pass: every storage once, those of `known` not at all."""
+
+    def __init__(self, known: list[Tensor]):
+        self.known = {t.untyped_storage()._cdata for t in known}
+        self.storages: dict[int, torch.UntypedStorage] = {}  # held, so that no other takes the place of one
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.known:
+            self.storages[storage._cdata] = storage
+        return tensor
+
+    @property
+    def bytes(self) -> int:
+        return sum(storage.nbytes() for storage in self.storages.values())
+
+
+def dry_run(config: TrainConfig) -> str:
+    """The report. Raises ConfigError for sizes that do not fit together."""
+    sections = [yaml.safe_dump(to_mapping(config), sort_keys=False)]
+    with META:
+        codec = new_codec(config).to(META)
+        for name in config.stages:
+            stage = STAGES[name](with_perceptual(config, name, "none"), codec, META)
+            stage.perceptual = perceptual_term(getattr(config, name).perceptual, untrained=True)
+            sections.append(f"stage {name}\n{counts(codec, stage)}\n\n{memory(stage)}\n")
+    missing = [n for n in config.stages if getattr(config, n).perceptual == "lpips"] if not VGG16.is_there() else []
+    told = (
+        [f"The VGG weights of LPIPS are not on disk: stage {' and '.join(missing)} would not start."] if missing else []
+    )
+    return "\n".join([*sections, NOTE, *told])
+
+
+def with_perceptual(config: TrainConfig, name: str, kind: str) -> TrainConfig:
+    return replace(config, **{name: replace(getattr(config, name), perceptual=kind)})
+
+
+def counts(codec: Codec, stage) -> str:
+    """Table of parameters per network: those that the stage trains, and the others."""
+    networks = {name: getattr(codec, name) for name in NETWORKS} | {
+        "discriminator": getattr(stage, "discriminator", None)
+    }
+    rows = [f"{'network':<16}{'trainable':>14}{'frozen':>14}"]
+    owned = {id(p) for p in stage.trained.parameters()} | {id(p) for p in parameters(networks["discriminator"])}
+    for name, network in networks.items():
+        if network is not None:
+            trained = sum(p.numel() for p in network.parameters() if p.requires_grad and id(p) in owned)
+            rows.append(f"{name:<16}{trained:>14,}{sum(p.numel() for p in network.parameters()) - trained:>14,}")
+    return "\n".join(rows)
+
+
+def parameters(network: nn.Module | None) -> list[nn.Parameter]:
+    return list(network.parameters()) if network else []
+
+
+def memory(stage) -> str:
+    """Table of the memory of one process, in MiB."""
+    p = stage.params
+    critic = getattr(stage, "discriminator", None)
+    perceptual = stage.perceptual if isinstance(stage.perceptual, nn.Module) else None
+    weights = [*stage.codec.parameters(), *parameters(critic), *parameters(perceptual)]
+    trained = [q for q in (*stage.trained.parameters(), *parameters(critic)) if q.requires_grad]
+    largest = micro_batches(p.batch_size, p.microbatch)[0].stop
+    kept = Kept([*weights, *stage.codec.buffers()])
+    with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda tensor: tensor):
+        stage.rehearse(torch.empty(largest, 3, p.crop_size, p.crop_size))
+    sizes = {
+        "parameters": size(weights),
+        "gradients": size(trained),
+        "AdamW's moments": 2 * size(trained),
+        "averages (EMA)": size(stage.ema.average.values()),
+        f"activations, {largest} crops of {p.crop_size}": kept.bytes,
+    }
+    rows = [f"{name:<32}{value / MIB:>10,.0f} MiB" for name, value in sizes.items()]
+    return "\n".join([*rows, f"{'together, per process':<32}{sum(sizes.values()) / MIB:>10,.0f} MiB"])
+
+
+def size(tensors) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)

@@ -1,0 +1,117 @@
+"""Scores on pictures that are not trained on, with the averaged weights."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from models.records import CELL
+from training.config import ValidationParams
+from utils import distributed
+from utils.ema import Ema
+from utils.errors import ConfigError, PictureError
+from utils.images import find_pictures, read_image, to_signed, to_uint8
+from utils.metrics import MS_SSIM_MIN_SIDE, ms_ssim, psnr
+
+SHOWN = 4  # pictures in the grid
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What a stage makes of one picture.
+
+    Attributes:
+        loss: the stage's own, without its adversarial and auxiliary terms; the smallest mean is the best.
+        results: by suffix of the score's name: decoded picture, 1 x 3 x H x W in about [-1, 1], and bits per pixel
+            (None where there is no rate).
+    """
+
+    loss: float
+    results: dict[str, tuple[Tensor, float | None]]
+
+
+class Stage(Protocol):
+    ema: Ema
+    trained: nn.Module
+
+    def evaluate(self, image: Tensor, position: int) -> Evaluated: ...
+
+
+class Validation:
+    """A fixed set of pictures, shared out over the ranks.
+
+    Raises:
+        ConfigError: no pictures in the folder. PictureError: one that cannot be read, or is smaller than the crop.
+    """
+
+    def __init__(self, params: ValidationParams, device: torch.device, smallest: int = CELL):
+        self.params, self.device = params, device
+        self.files = find_pictures(Path(params.folder), recursive=True)[: params.limit]
+        if not self.files:
+            raise ConfigError(f"{params.folder}: no pictures there to validate on")
+        for path in self.files[distributed.rank() :: distributed.world_size()]:  # told now, not after hours
+            height, width = self._picture(path).shape[1:]
+            if min(height, width) < smallest:
+                raise PictureError(f"{path}: {width}x{height} pixels; perceptual ms_ssim needs sides from {smallest}")
+
+    def _picture(self, path: Path) -> Tensor:
+        """uint8 (3, H, W), sides multiples of 16."""
+        picture = read_image(path)
+        height, width = picture.shape[1:]
+        if self.params.crop is None:
+            return picture[:, : height // CELL * CELL, : width // CELL * CELL]
+        if min(height, width) < self.params.crop:
+            raise PictureError(f"{path}: {width}x{height} pixels are less than validation.crop {self.params.crop}")
+        return centre(picture, self.params.crop)
+
+    def run(self, stage: Stage) -> tuple[dict[str, float], list[Tensor]]:
+        """Mean scores over all pictures, and rows for a grid: originals, then each of the results.
+
+        `loss`, `psnr` (dB, RGB, 8 bits), `ms_ssim` (luma; only where no picture is too small for it) and `bpp`.
+        """
+        rank, world = distributed.rank(), distributed.world_size()
+        totals: dict[str, list[float]] = {}
+        shown: list[list[Tensor]] = []
+        with stage.ema.applied(stage.trained):
+            for index in range(rank, len(self.files), world):
+                picture = self._picture(self.files[index])
+                made = stage.evaluate(to_signed(picture)[None].to(self.device), index)
+                for name, value in scores(picture, made).items():
+                    totals.setdefault(name, []).append(value)
+                if len(shown) < SHOWN:
+                    shown.append([to_signed(picture), *(image[0].cpu() for image, _ in made.results.values())])
+        return self._means(totals), grid(shown)
+
+    def _means(self, totals: dict[str, list[float]]) -> dict[str, float]:
+        """Over all ranks; a score that some picture does not have is left out."""
+        parts = distributed.gather_objects(totals)
+        names = [name for part in parts for name in part]
+        values = {name: [v for part in parts for v in part.get(name, [])] for name in dict.fromkeys(names)}
+        return {name: sum(v) / len(v) for name, v in values.items() if len(v) == len(self.files)}
+
+
+def scores(picture: Tensor, made: Evaluated) -> dict[str, float]:
+    """Scores of one picture, uint8 (3, H, W)."""
+    values = {"loss": made.loss}
+    for suffix, (image, bpp) in made.results.items():
+        decoded = to_uint8(image[0].float().cpu())
+        values[f"psnr{suffix}"] = psnr(picture, decoded)
+        if min(picture.shape[1:]) >= MS_SSIM_MIN_SIDE:
+            values[f"ms_ssim{suffix}"] = ms_ssim(picture, decoded)
+        if bpp is not None:
+            values[f"bpp{suffix}"] = bpp
+    return values
+
+
+def centre(picture: Tensor, side: int) -> Tensor:
+    """The square in the middle: ... x H x W -> ... x side x side."""
+    top, left = ((length - side) // 2 for length in picture.shape[-2:])
+    return picture[..., top : top + side, left : left + side]
+
+
+def grid(shown: list[list[Tensor]]) -> list[Tensor]:
+    """Pictures of one column each -> rows N x 3 x S x S of their middles."""
+    side = min((min(image.shape[1:]) for column in shown for image in column), default=0)
+    return [torch.stack([centre(image, side) for image in row]) for row in zip(*shown, strict=True)]
