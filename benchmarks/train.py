@@ -23,10 +23,10 @@ from itertools import islice
 import torch
 
 from datapipe.pictures import Pictures, stream
-from models.codec import Codec
 from training.config import TrainConfig, load_config
 from training.speed import Speed, SpeedParams, has_bfloat16
 from training.stages import STAGES
+from training.trainer import new_codec
 from utils import distributed
 from utils.commandline import answer, positive
 from utils.errors import DiffoError
@@ -90,16 +90,8 @@ class Runner:
     def __init__(self, config: TrainConfig, name: str, device: torch.device):
         Speed(config.speed, device).settle()
         params = getattr(config, name)
-        torch.manual_seed(config.seed)
-        codec = Codec(config.networks).to(device)
-        if codec.residual:
-            codec.residual.train_rates()
-        self.stage, self.device, self.size, self.taken = (
-            STAGES[name](config, codec, device),
-            device,
-            params.batch_size,
-            0,
-        )
+        self.stage = STAGES[name](config, new_codec(config).to(device), device)
+        self.device, self.size, self.taken = device, params.batch_size, 0
         pictures = Pictures(replace(config.data, workers=0), params.crop_size, config.seed)
         self.batches = list(islice(stream(pictures, params.batch_size, 0, 1, 0), BATCHES))
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from models.codec import Codec
 from tests.commands import NANO, ROOT
 from training.config import load_config
 from training.stages import STAGES
+from training.trainer import new_codec
 from utils.config import load_mapping, to_mapping
 
 FILES = sorted((ROOT / "configs" / "ablations").glob("*.yaml"))
@@ -54,10 +54,7 @@ def test_an_ablation_trains_and_changes_only_what_it_says(path, small):
     changed = {key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)} - {"name"}
     assert all(any(key.startswith(mine) for mine in own) for key in changed), changed
 
-    torch.manual_seed(0)
-    codec = Codec(config.networks)
-    if codec.residual:
-        codec.residual.train_rates()
+    codec = new_codec(config)
     stage = STAGES["codec"](config, codec, torch.device("cpu"))
     images = torch.rand(2, BATCH, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1)) * 2 - 1
     for step, image in enumerate(images):

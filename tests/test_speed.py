@@ -7,12 +7,12 @@ import torch
 
 from benchmarks.train import OPTIONS, PLAIN
 from models.blocks import nearest_codes
-from models.codec import Codec
 from tests.commands import NANO, run
 from training.config import load_config
 from training.optimiser import Optimiser
 from training.speed import Speed, SpeedParams, has_bfloat16
 from training.stages import STAGES
+from training.trainer import new_codec
 from utils.checkpoints import digest
 from utils.errors import ConfigError
 
@@ -22,10 +22,7 @@ RESIDUAL = "{channels: 8, width: 8, blocks: 1, hyper_channels: 4, scale_width: 8
 
 def stage(name: str, speed: SpeedParams = PLAIN):
     config = load_config(str(NANO), [f"networks.residual={RESIDUAL}", "gt.adversarial_start=0"])
-    torch.manual_seed(0)
-    codec = Codec(config.networks)
-    codec.residual.train_rates()
-    return STAGES[name](replace(config, speed=speed), codec, CPU)
+    return STAGES[name](replace(config, speed=speed), new_codec(config), CPU)
 
 
 def trained(name: str, speed: SpeedParams, steps: int = 2) -> tuple[list[float], dict[str, torch.Tensor]]:
@@ -57,7 +54,7 @@ def test_an_option_trains_as_plain_float32_does(name, option, plain):
 
 def kept_bytes(speed: SpeedParams) -> int:
     """Activations that the graph of one decoding holds."""
-    network, sizes = stage("gt", speed).network, {}
+    network, sizes = stage("gt", speed).trained, {}
 
     def pack(tensor):
         sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
@@ -72,8 +69,8 @@ def kept_bytes(speed: SpeedParams) -> int:
 def test_checkpointing_keeps_less_and_wraps_once():
     assert kept_bytes(OPTIONS["checkpointing"]) < 0.6 * kept_bytes(PLAIN)
     ours = stage("gt", OPTIONS["checkpointing"])
-    block = ours.network.decoder.up[0].block[0]
-    ours.speed.prepare(ours.network)
+    block = ours.trained.decoder.up[0].block[0]
+    ours.speed.prepare(ours.trained)
     assert block.forward.args[0].func is type(block).forward
 
 
