@@ -41,7 +41,7 @@ class Autoencoder(nn.Module):
     """E: N x 3 x H x W in [-1, 1] -> N x d x H/16 x W/16, and D back (unclamped). H, W: multiples of 16.
 
     `quant_conv` and `post_quant_conv` also carry the latent's mean and deviation (`fold_statistics`), so that
-    no caller can forget them.
+    no caller can forget them. Results have the precision of the input, whatever autocast made of it inside.
     """
 
     def __init__(self, params: AutoencoderParams):
@@ -58,10 +58,10 @@ class Autoencoder(nn.Module):
         self.post_quant_conv = nn.Conv2d(params.embed_dim, params.z_channels, 1)
 
     def encode(self, image: Tensor) -> Tensor:  # N 3 H W -> N d h w
-        return self.quant_conv(self.encoder(image))
+        return self.quant_conv(self.encoder(image)).to(image.dtype)
 
     def decode(self, x: Tensor) -> Tensor:  # N d h w -> N 3 H W
-        return self.decoder(self.post_quant_conv(x))
+        return self.decoder(self.post_quant_conv(x)).to(x.dtype)
 
     def forward(self, image: Tensor) -> Tensor:
         return self.decode(self.encode(image))

@@ -28,7 +28,7 @@ from models.unet import UNet
 from models.vq_base import VQBase
 from utils.errors import BitstreamError, CheckpointError
 from utils.images import to_signed, to_uint8
-from utils.precision import full_precision
+from utils.precision import full_precision, without_autocast
 
 MAX_PIXELS = 100_000_000
 
@@ -90,13 +90,16 @@ class Codec(nn.Module):
         return self.autoencoder.decode(x_hat)
 
     def denoiser_inputs(self, y_hat: Tensor, z_q: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
-        """(y^, lq, centre) as the branches and the adapter are set: what x~ starts from, the condition, the origin."""
+        """(y^, lq, centre) as the branches and the adapter are set: what x~ starts from, the condition, the origin.
+
+        A branch that is off is 0 times its tensor: its parameters still take part in every step, as DDP expects.
+        """
         difference = self.params.adapter == "difference"
         lq = y_hat if difference else z_q
         if not self.params.perceptual_branch:
-            lq = torch.zeros_like(lq)
+            lq = 0.0 * lq
         if not self.params.detail_branch:
-            y_hat = torch.zeros_like(y_hat)
+            y_hat = 0.0 * y_hat
         return y_hat, lq, y_hat if difference else 0.0
 
     # Training -------------------------------------------------------------------------------------------------------
@@ -121,13 +124,14 @@ class Codec(nn.Module):
         if self.residual is None:
             return y, torch.zeros(len(x), device=x.device)
         sent = draws.level > 0
-        out = self.residual(x, y, k, draws.level, draws.uniform)
+        with without_autocast(x.device):
+            out = self.residual(x, y, k, draws.level, draws.uniform)
         bits = torch.where(sent, out.hyper_bits + out.residual_bits, 0.0)
         return y + sent.to(y.dtype).view(-1, 1, 1, 1) * out.r_hat, bits / (CELL**2 * k[0].numel())
 
     def noisy_input(self, x: Tensor, y_hat: Tensor, residual_bpp: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         """x_t and its noise level, per sample: q(x_t | x, y^) as published, or the decoder's own input y^ + noise."""
-        target = y_hat if draws.shift else x
+        target = y_hat if draws.shift else x + 0.0 * y_hat  # without the shift, VQ-D still takes part in the step
         published = diffusion.q_sample(self.schedule, x, target, draws.t, draws.noise)
         scheduled = torch.from_numpy(self.schedule.etas).to(draws.t.device)[draws.t]
         own = ~draws.spread.isnan() & (draws.t == len(self.schedule) - 1)

@@ -36,12 +36,16 @@ class DiffusionParams:
 class RateParams:
     """Rate-aware noise modulation: eta = clip(c / B, eta_min, eta_max) (DiffO, Eq. 11).
 
-    c = 0.02 gives the schedule's own eta = 0.64 at 0.03125 bits per pixel.
+    c = 0.02 gives the schedule's own eta = 0.64 at 0.03125 bits per pixel. Equal bounds make eta constant, whatever c.
     """
 
     c: float = 0.02
     eta_min: float = 0.02
     eta_max: float = 1.0
+
+    def __post_init__(self):
+        if not (self.c > 0 and 0 < self.eta_min <= self.eta_max <= 1):
+            raise ValueError(f"c {self.c}, eta {self.eta_min} to {self.eta_max}: above 0, eta at most 1, in this order")
 
     def eta(self, bits_per_pixel: float) -> float:
         """Noise level for the rate B_eta of the sections used, in bits per pixel of the latent's 16x16 cells."""

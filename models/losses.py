@@ -56,7 +56,7 @@ class PatchDiscriminator(nn.Module):
         self.main = nn.Sequential(*stack, nn.Conv2d(widths[-1], 1, 4, padding=1))
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.main(image)
+        return self.main(image).to(image.dtype)
 
 
 def hinge_discriminator(real: Tensor, fake: Tensor) -> Tensor:

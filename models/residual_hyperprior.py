@@ -27,7 +27,6 @@ from models.integers import (
     rectified,
     round_through,
 )
-from utils.precision import without_autocast
 
 HYPER_STRIDE = 4  # latent positions per position of z, along each side
 LEVEL_CODES = 255
@@ -53,7 +52,7 @@ class ResidualParams:
     channels: int = 192
     width: int = 192
     blocks: int = 2
-    hyper_channels: int = 48
+    hyper_channels: int = 48  # the sums of the integer network stay exact up to 56
     scale_width: int = 48
     code_width: int = 32
     levels: int = 6
@@ -273,6 +272,8 @@ class ResidualHyperprior(nn.Module):
     def forward(self, x: Tensor, y: Tensor, k: Tensor, level: Tensor, noise: Tensor) -> ResidualOutput:
         """One training pass: rates with uniform noise, reconstruction with rounding (Minnen and Singh 2020).
 
+        To be called without autocast: roundings, densities and the integer network need their full precision.
+
         Args:
             x, y: N x d x h x w. k: int64 N x h x w. level: (N,) in [1, L].
             noise: uniform in [-1/2, 1/2), (N, size), as many numbers as s and z have.
@@ -281,15 +282,12 @@ class ResidualHyperprior(nn.Module):
         gain = self.gain(level)
         s_g = gain * self.analysis(x - y, y)  # N M h w
         z = self.centred(s_g)  # N C_z h' w'
-        with without_autocast(x.device):
-            s_g, z = s_g.to(self.log_gain.dtype), z.to(self.log_gain.dtype)
-            n_z = round_through(bounded(z, -HYPER_REACH, HYPER_REACH))
-            sigma = SCALE_MIN * SCALE_STEP ** self.scale_network(n_z, k)
-        mu = self.mean_network(n_z, k, y).to(s_g.dtype)
+        n_z = round_through(bounded(z, -HYPER_REACH, HYPER_REACH))
+        sigma = SCALE_MIN * SCALE_STEP ** self.scale_network(n_z, k)
+        mu = self.mean_network(n_z, k, y)
         noise_s, noise_z = noise.split([s_g[0].numel(), z[0].numel()], dim=1)
-        with without_autocast(x.device):
-            noisy_z = z + self.median.view(1, -1, 1, 1) + noise_z.view_as(z)
-            hyper_bits, residual_bits = self.rate_model(noisy_z, s_g + noise_s.view_as(s_g), mu, sigma)
+        noisy_z = z + self.median.view(1, -1, 1, 1) + noise_z.view_as(z)
+        hyper_bits, residual_bits = self.rate_model(noisy_z, s_g + noise_s.view_as(s_g), mu, sigma)
         s_hat = round_through(s_g - mu) + mu
         return ResidualOutput(self.synthesis(s_hat / gain, y), hyper_bits, residual_bits)
 

@@ -167,7 +167,7 @@ class UNet(nn.Module):
         Returns:
             predicted latent, as x.
         """
-        size = x.shape[2:]
+        size, dtype = x.shape[2:], x.dtype
         if lq.shape[2:] != size:
             lq = F.interpolate(lq, scale_factor=2.0, mode="nearest")
         x, lq = (self._pad(v) for v in (x, lq))
@@ -181,7 +181,7 @@ class UNet(nn.Module):
         h = self.middle_block(h, emb)
         for stage in self.output_blocks:
             h = stage(torch.cat([h, skips.pop()], dim=1), emb)
-        return self.out(h)[:, :, : size[0], : size[1]]
+        return self.out(h)[:, :, : size[0], : size[1]].to(dtype)
 
     def _pad(self, x: Tensor) -> Tensor:
         m = self.params.size_multiple

@@ -127,7 +127,7 @@ class VQBase(nn.Module):
 
     def forward(self, x: Tensor) -> BaseCode:  # N d h w
         """VQ-E, nearest codes (codec.md section 2) and what the code-book update needs."""
-        z = self.quant_conv(self.encoder(x))  # N d_q h w
+        z = self.quant_conv(self.encoder(x)).to(x.dtype)  # N d_q h w; distances and averages keep the precision of x
         vectors = z.permute(0, 2, 3, 1).flatten(0, 2)  # M d_q
         k = nearest_codes(vectors, self.quantize.embedding.weight)  # M
         counts, sums = self._statistics(vectors.detach(), k)
@@ -152,7 +152,7 @@ class VQBase(nn.Module):
 
     def reconstruct(self, z_q: Tensor) -> Tensor:
         """y = VQ-D(z_q): N x d_q x h x w -> N x d x h x w."""
-        return self.decoder(self.post_quant_conv(z_q))
+        return self.decoder(self.post_quant_conv(z_q)).to(z_q.dtype)
 
 
 def perplexity(counts: Tensor) -> Tensor:

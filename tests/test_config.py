@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from models.autoencoder import Autoencoder
+from models.codec import Codec
 from models.unet import UNet
 from models.vq_base import VQBase
 from tests.commands import ROOT
@@ -17,6 +18,7 @@ from utils.config import build, load_mapping, to_mapping
 from utils.errors import ConfigError
 
 PAPER, TINY = ROOT / "configs" / "config.yaml", ROOT / "configs" / "tiny.yaml"
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,39 @@ def test_a_file_that_is_not_there(tmp_path):
         load_mapping(tmp_path / "binary.yaml")
 
 
+def test_a_base_and_what_a_file_changes_in_it(tmp_path):
+    (tmp_path / "below").mkdir()
+    (tmp_path / "first.yaml").write_text("a: 1\nb: {c: 2, d: [3, 4]}\ne: {f: 5}\n")
+    (tmp_path / "second.yaml").write_text("base: first.yaml\nb: {c: 6}\ne: null\n")
+    third = tmp_path / "below" / "third.yaml"
+    third.write_text("base: ../second.yaml\nb: {d: [7]}\ng: 8\n")
+    assert load_mapping(third) == {"a": 1, "b": {"c": 6, "d": [7]}, "e": None, "g": 8}
+    assert load_mapping(third, ["b.c=9", "a=0"]) == {"a": 0, "b": {"c": 9, "d": [7]}, "e": None, "g": 8}
+    first = f"base={tmp_path / 'first.yaml'}"  # another base, seen from the working folder
+    assert load_mapping(third, [first, "a=0"]) == {"a": 0, "b": {"c": 2, "d": [7]}, "e": {"f": 5}, "g": 8}
+
+
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        ({"a": "base: a.yaml"}, "a.yaml: its bases lead back to it"),
+        ({"a": "base: b.yaml", "b": "base: c.yaml", "c": "base: b.yaml"}, "b.yaml -> "),
+        ({"a": "base: none.yaml"}, "none.yaml: no such configuration file (the base of "),
+        ({"a": "base: b.yaml", "b": "- 1"}, "b.yaml: a configuration is a mapping"),
+        ({"a": "base: b.yaml", "b": "x: [1"}, "b.yaml: "),
+        ({"a": "base: [b.yaml]", "b": ""}, "a.yaml: base: expected the path of a configuration file"),
+        ({"a": "base: 7"}, "a.yaml: base: expected the path of a configuration file, found 7"),
+    ],
+    ids=str,
+)
+def test_bases_that_cannot_be_followed_are_named(files, message, tmp_path):
+    for name, text in files.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load_mapping(tmp_path / "a.yaml")
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
 # The configurations that ship -----------------------------------------------------------------------------------------
 
 
@@ -204,7 +239,7 @@ def test_the_papers_networks_have_the_published_keys(paper, cls, part, published
     assert ours == {k: v["shape"] for k, v in entries.items() if v["kind"] == "parameter"}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_configuration_loads(path):
     config = load_config(str(path))
     assert build(TrainConfig, to_mapping(config), "again") == config
@@ -215,6 +250,9 @@ def test_every_configuration_loads(path):
         load_config(str(path), ["networks.vq_base.codebook_size=100"])
     with pytest.raises(ConfigError, match="in_channels must equal"):
         load_config(str(path), ["networks.vq_base.in_channels=7"])
+    with torch.device("meta"):
+        codec = Codec(config.networks)
+    assert (codec.residual is None) == (config.networks.residual is None)
 
 
 def test_the_small_model_needs_no_pretrained_weights():
@@ -227,7 +265,7 @@ def channels_per_group(module: torch.nn.Module):
     return {m.num_channels // m.num_groups for m in module.modules() if isinstance(m, torch.nn.GroupNorm)}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_groups_at_latent_resolution_have_two_channels(path):
     """A 1x1 latent must work (codec.md, section 6)."""
     networks = load_config(str(path)).networks

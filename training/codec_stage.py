@@ -17,6 +17,7 @@ from models.vq_base import perplexity
 from training.config import CodecStageParams, TrainConfig
 from training.optimiser import Optimiser, accumulate, averaged, micro_batches, parallel, synchronised
 from training.perceptual import perceptual_term
+from training.speed import Speed
 from training.validation import Evaluated
 from utils import distributed
 from utils.ema import Ema
@@ -55,6 +56,8 @@ class CodecStage:
     def __init__(self, config: TrainConfig, codec: Codec, device: torch.device):
         p: CodecStageParams = config.codec
         self.params, self.seed, self.device, self.codec = p, config.seed, device, codec
+        self.speed = Speed(config.speed, device)
+        self.speed.prepare(codec)
         codec.train()
         codec.autoencoder.eval().requires_grad_(False)
         self.trained = nn.ModuleDict({"vq_base": codec.vq_base, "unet": codec.unet})
@@ -62,7 +65,7 @@ class CodecStage:
             self.trained["residual"] = codec.residual
         self.perceptual = perceptual_term(p.perceptual)
         self.ema = Ema(self.trained, p.ema)
-        self.optimiser = Optimiser(codec.named_parameters(), p.optim, p.iterations)
+        self.optimiser = Optimiser(codec.named_parameters(), p.optim, p.iterations, self.speed.fused_adamw)
         self.model = parallel(codec)
 
     def step(self, image: Tensor, positions: Tensor, step: int) -> tuple[dict[str, float], list[Tensor]]:
@@ -77,7 +80,8 @@ class CodecStage:
         for part in parts:
             draws = self.draws(positions[part], image.shape[2:])
             with synchronised(self.model, part is parts[-1]):
-                out = self.model(image[part], draws)
+                with self.speed.autocast():
+                    out = self.model(image[part], draws)
                 own = self.losses(out, image[part], draws)
                 if out.auxiliary is not None:  # of no sample: the shares of the micro-batches add up to one of it
                     own["loss"] = own["loss"] + own["auxiliary"]

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from datapipe.pictures import DataParams
 from models.records import CodecParams
+from training.speed import SpeedParams
 from utils.config import build, load_mapping
 
 RUN_CONFIG = "config.yaml"  # the resolved configuration, in the run's folder
@@ -172,6 +173,7 @@ class TrainConfig:
     data: DataParams = field(default_factory=DataParams)
     gt: GtParams = field(default_factory=GtParams)
     codec: CodecStageParams = field(default_factory=CodecStageParams)
+    speed: SpeedParams = field(default_factory=SpeedParams)
     validation: ValidationParams = field(default_factory=ValidationParams)
     save_every: int = 5000
     picture_every: int = 500

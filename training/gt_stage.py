@@ -23,6 +23,7 @@ from models.losses import (
 from training.config import GtParams, TrainConfig
 from training.optimiser import Optimiser, accumulate, averaged, micro_batches, parallel, synchronised
 from training.perceptual import perceptual_term
+from training.speed import Speed
 from training.validation import Evaluated
 from utils import distributed
 from utils.ema import Ema
@@ -37,20 +38,25 @@ class GtStage:
         p: GtParams = config.gt
         self.params, self.seed, self.device, self.codec = p, config.seed, device, codec
         self.trained = codec.autoencoder
+        self.speed = Speed(config.speed, device)
+        self.speed.prepare(self.trained)
         self.trained.train().requires_grad_(True)
         if hasattr(self.trained, "quantize"):
             self.trained.quantize.requires_grad_(False)
         self.distortion = F.l1_loss if p.distortion == "l1" else distortion
         self.perceptual = perceptual_term(p.perceptual)
         self.ema = Ema(self.trained, p.ema)
-        self.optimiser = Optimiser(self.trained.named_parameters(), p.optim, p.iterations)
+        self.optimiser = Optimiser(self.trained.named_parameters(), p.optim, p.iterations, self.speed.fused_adamw)
         self.model = parallel(self.trained)
         self.discriminator = (
             PatchDiscriminator().to(device, self.trained.decoder.last_layer.dtype) if p.adversarial_weight else None
         )
         if self.discriminator:
+            self.speed.prepare(self.discriminator)
             self.critic = parallel(self.discriminator)
-            self.critic_optimiser = Optimiser(self.discriminator.named_parameters(), p.optim, p.iterations)
+            self.critic_optimiser = Optimiser(
+                self.discriminator.named_parameters(), p.optim, p.iterations, self.speed.fused_adamw
+            )
 
     def step(self, image: Tensor, positions: Tensor, step: int) -> tuple[dict[str, float], list[Tensor]]:
         """One update; returns the scalars to log and the rows of pictures to show.
@@ -65,7 +71,8 @@ class GtStage:
         self.optimiser.zero_grad()
         for part in parts:
             with synchronised(self.model, part is parts[-1]):
-                restored = self.model(image[part])  # X^ = D(E(X))
+                with self.speed.autocast():
+                    restored = self.model(image[part])  # X^ = D(E(X))
                 own = self.losses(restored, image[part], adversarial)
                 if adversarial:
                     weight = self._weight(self._last_gradients(own)) if weight is None else weight
@@ -104,7 +111,8 @@ class GtStage:
     def _judged(self, image: Tensor) -> Tensor:
         """The discriminator's logits with its weights held constant: gradients reach the image alone."""
         weights = {name: weight.detach() for name, weight in self.discriminator.named_parameters()}
-        return functional_call(self.discriminator, weights, (image,))
+        with self.speed.autocast():
+            return functional_call(self.discriminator, weights, (image,))
 
     def _judge(self, image: Tensor, restored: Tensor, parts: list[slice]) -> Tensor:
         """The discriminator's loss; its gradient is accumulated, and applied with the others."""
@@ -112,7 +120,8 @@ class GtStage:
         self.critic_optimiser.zero_grad()
         for part in parts:
             with synchronised(self.critic, part is parts[-1]):
-                scores = self.critic(torch.cat([image[part], restored[part]]))
+                with self.speed.autocast():
+                    scores = self.critic(torch.cat([image[part], restored[part]]))
                 term = hinge_discriminator(*scores.chunk(2))
                 share = len(image[part]) / len(image)
                 (share * term).backward()
@@ -124,7 +133,9 @@ class GtStage:
         gradients = 0
         for part in parts:
             with synchronised(self.model, last=False):
-                own = self.losses(self.model(image[part]), image[part], adversarial=True)
+                with self.speed.autocast():
+                    restored = self.model(image[part])
+                own = self.losses(restored, image[part], adversarial=True)
             gradients = gradients + len(image[part]) / len(image) * self._last_gradients(own)
         return self._weight(gradients)
 

@@ -63,12 +63,17 @@ class Optimiser:
 
     QUANTILE_LR = 1e-3
 
-    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], params: OptimParams, iterations: int):
+    def __init__(
+        self, parameters: Iterable[tuple[str, nn.Parameter]], params: OptimParams, iterations: int, fused: bool = False
+    ):
         named = [(name, p) for name, p in parameters if p.requires_grad]
         self.parameters = [p for name, p in named if not name.endswith(".quantiles")]
         quantiles = [p for name, p in named if name.endswith(".quantiles")]
         self.params, self.iterations = params, iterations
-        self.adamw = torch.optim.AdamW(self.parameters, params.lr, params.betas, weight_decay=params.weight_decay)
+        kernel = {"fused": True} if fused else {}  # False would also turn off what PyTorch chooses itself
+        self.adamw = torch.optim.AdamW(
+            self.parameters, params.lr, params.betas, weight_decay=params.weight_decay, **kernel
+        )
         if quantiles:
             self.adamw.add_param_group({"params": quantiles, "lr": self.QUANTILE_LR, "weight_decay": 0.0})
 

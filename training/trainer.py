@@ -17,6 +17,7 @@ from release.triple import NAMES, NETWORKS
 from training.checkpointing import Checkpoints, Point
 from training.config import RUN_CONFIG, TrainConfig
 from training.optimiser import NotFinite
+from training.speed import Speed
 from training.stages import STAGES
 from training.validation import CELL, Validation
 from utils import checkpoints, distributed
@@ -51,6 +52,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, folder: Path, device: torch.device):
         self.config, self.folder, self.device = config, folder, device
+        Speed(config.speed, device).settle()
         self.codec = new_codec(config).to(device)
         self.validation: dict[str, Validation] = {}
         if config.validation.folder:
@@ -92,7 +94,7 @@ class Trainer:
         rank, world = distributed.rank(), distributed.world_size()
         self.log.say(
             f"stage {name}: iterations {start} to {params.iterations}, {len(self.source)} pictures from "
-            f"{self.source.name}, batch {params.batch_size} x {world}, {self.device}"
+            f"{self.source.name}, batch {params.batch_size} x {world}, {self.device}, {stage.speed}"
         )
         batches = iter(stream(pictures, params.batch_size, rank, world, start))
         steps = range(start, params.iterations)
@@ -135,7 +137,8 @@ class Trainer:
         last = done == stage.params.iterations
         if stage.name not in self.validation or not (last or done % self.config.validation.every == 0):
             return False
-        scores, rows = self.validation[stage.name].run(stage)
+        with stage.speed.eager():
+            scores, rows = self.validation[stage.name].run(stage)
         self.log.validation(stage.name, done, scores, rows)
         better = not self.best or self.best["stage"] != stage.name or scores["loss"] < self.best["loss"]
         if better:

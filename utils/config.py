@@ -13,33 +13,66 @@ from utils.errors import ConfigError
 T = TypeVar("T")
 
 
+BASE = "base"  # the key that names the file which a configuration changes
+
+
 def load_mapping(path: str | Path, overrides: Sequence[str] = (), values: dict[str, Any] | None = None) -> dict:
     """A YAML file as a plain dictionary, with `a.b=value` overrides and then `values` applied.
+
+    A file with the key `base`, the path of another seen from its own folder, says only what it changes there. The
+    override `base=path`, seen from the working folder, makes it change another file instead.
 
     Args:
         values: dotted key -> value taken as it is, where an override would be read as YAML (a folder named 2024).
     Raises:
-        ConfigError: missing or unreadable file, ill-formed override.
+        ConfigError: missing or unreadable file, bases in a circle, ill-formed override.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    if not Path(path).is_file():
-        raise ConfigError(f"{path}: no such configuration file")
+    for item in overrides:
+        if "=" not in item:
+            raise ConfigError(f"{item}: an override is written key=value, for instance codec.lr=1e-4")
+    bases = [item.partition("=")[2] for item in overrides if item.startswith(f"{BASE}=")]
+    config = _inherited(Path(path), Path(bases[-1]) if bases else None)
+    try:
+        for item in overrides:
+            if not item.startswith(f"{BASE}="):
+                config = OmegaConf.merge(config, OmegaConf.from_dotlist([item]))
+        for key, value in (values or {}).items():
+            OmegaConf.update(config, key, value, force_add=True)
+        return OmegaConf.to_container(config, resolve=True)
+    except (OmegaConfBaseException, YAMLError, TypeError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _inherited(path: Path, base: Path | None = None, below: tuple[Path, ...] = ()):
+    """The OmegaConf of a file over that of its base; `base` takes the place of its own, `below` inherits from it."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    named = f" (the base of {below[-1]})" if below else ""
+    if path.resolve() in [file.resolve() for file in below]:
+        raise ConfigError(f"{path}: its bases lead back to it: {' -> '.join(map(str, (*below, path)))}")
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such configuration file{named}")
     try:
         config = OmegaConf.load(path)
         if not OmegaConf.is_dict(config):
             raise ConfigError(f"{path}: a configuration is a mapping of keys to values")
-        for item in overrides:
-            if "=" not in item:
-                raise ConfigError(f"{item}: an override is written key=value, for instance codec.lr=1e-4")
-            config = OmegaConf.merge(config, OmegaConf.from_dotlist([item]))
-        for key, value in (values or {}).items():
-            OmegaConf.update(config, key, value, force_add=True)
-        return OmegaConf.to_container(config, resolve=True)
+        own = config.pop(BASE, None)
+        if own is not None and not isinstance(own, str):
+            raise ConfigError(f"{path}: {BASE}: expected the path of a configuration file, found {own!r}")
+        base = base or (path.parent / own if own else None)
+        return OmegaConf.merge(_inherited(base, None, (*below, path)), config) if base else config
     except (OmegaConfBaseException, YAMLError, OSError, UnicodeDecodeError, TypeError) as error:
-        raise ConfigError(f"{path}: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: str | Path, error: Exception) -> ConfigError:
+    return ConfigError(f"{path}: {(str(error).splitlines() or [type(error).__name__])[0]}")
 
 
 def build(cls: type[T], mapping: dict, where: str, base: T | None = None) -> T:

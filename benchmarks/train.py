@@ -1,0 +1,228 @@
+"""Training speed and memory with each option of the block `speed`, against plain float32 in the same run.
+
+    python -m benchmarks.train --config configs/tiny.yaml
+    python -m benchmarks.train --width 128 --stages codec codec.batch_size=1
+    python -m benchmarks.train --options defaults --losses 200
+
+Every option trains in a process of its own, beside one of plain float32; the two take turns, round by round, so that
+whatever else the machine does slows both. Times are of whole steps (forward, losses, backward, update, averages) on
+batches that are there already; a ratio is the median of the rounds' ratios. Peak memory is the process's own
+(resident on the CPU, allocated tensors on CUDA). Loading pictures is not measured.
+"""
+
+import argparse
+import math
+import multiprocessing
+import resource
+import statistics
+import sys
+import time
+from dataclasses import replace
+from itertools import islice
+
+import torch
+
+from datapipe.pictures import Pictures, stream
+from training.config import TrainConfig, load_config
+from training.speed import Speed, SpeedParams, has_bfloat16
+from training.stages import STAGES
+from training.trainer import new_codec
+from utils import distributed
+from utils.commandline import answer, positive
+from utils.errors import DiffoError
+
+PLAIN = SpeedParams("float32", channels_last=False, fused_adamw=False, keep_memory=False)
+OPTIONS = {
+    "channels_last": replace(PLAIN, channels_last=True),
+    "fused_adamw": replace(PLAIN, fused_adamw=True),
+    "keep_memory": replace(PLAIN, keep_memory=True),
+    "checkpointing": replace(PLAIN, checkpointing=True),
+    "compile": replace(PLAIN, compile=True),
+    "tf32": replace(PLAIN, tf32=True),
+    "bfloat16": replace(PLAIN, precision="bfloat16"),
+    "defaults": SpeedParams(),
+    "defaults+compile": SpeedParams(compile=True),
+    "plain": PLAIN,  # against itself: what the machine's noise alone gives
+}
+BATCHES = 8  # different ones, again and again
+SEEDS = (1, 2, 3)  # of further plain runs, whose losses tell what is noise
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="configs/tiny.yaml", metavar="YAML")
+    parser.add_argument("--options", nargs="+", choices=OPTIONS, metavar="NAME", help=f"of: {', '.join(OPTIONS)}")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), metavar="NAME")
+    parser.add_argument("--width", type=positive, metavar="C", help="networks of C channels at every level instead")
+    parser.add_argument("--steps", type=positive, default=4, metavar="N", help="steps of a round (default: 4)")
+    parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="rounds of each (default: 5)")
+    parser.add_argument("--losses", type=positive, metavar="N", help="compare the losses of N steps instead of times")
+    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    args = parser.parse_intermixed_args(argv)
+    for name in ("options", "stages"):  # argparse gives them all that follows
+        taken = getattr(args, name) or []
+        setattr(args, name, [value for value in taken if "=" not in value] or None)
+    return args
+
+
+def widened(width: int) -> list[str]:
+    """Overrides that make every network as wide at each of its levels."""
+    groups = math.gcd(32, width // 2)
+    return [
+        f"networks.autoencoder.ch={width}",
+        "networks.autoencoder.ch_mult=[1,1,1,1,1]",
+        f"networks.autoencoder.groups={groups}",
+        f"networks.vq_base.ch={width}",
+        "networks.vq_base.ch_mult=[1]",
+        f"networks.vq_base.groups={groups}",
+        f"networks.unet.model_channels={width}",
+        "networks.unet.channel_mult=[1,1,1,1]",
+        f"networks.unet.swin_embed_dim={width}",
+        f"networks.unet.head_channels={min(32, width)}",
+        f"networks.unet.groups={groups}",
+    ]
+
+
+class Runner:
+    """A stage that trains on a few batches, over and over."""
+
+    def __init__(self, config: TrainConfig, name: str, device: torch.device):
+        Speed(config.speed, device).settle()
+        params = getattr(config, name)
+        self.stage = STAGES[name](config, new_codec(config).to(device), device)
+        self.device, self.size, self.taken = device, params.batch_size, 0
+        pictures = Pictures(replace(config.data, workers=0), params.crop_size, config.seed)
+        self.batches = list(islice(stream(pictures, params.batch_size, 0, 1, 0), BATCHES))
+
+    def step(self) -> float:
+        image, _ = self.batches[self.taken % BATCHES]
+        positions = torch.arange(self.size) + self.taken * self.size
+        logs, _ = self.stage.step(image.to(self.device), positions, self.taken)
+        self.taken += 1
+        return logs["loss"]
+
+    def seconds(self, steps: int) -> float:
+        self._synchronise()
+        began = time.perf_counter()
+        for _ in range(steps):
+            self.step()
+        self._synchronise()
+        return time.perf_counter() - began
+
+    def peak(self) -> float:
+        """MiB."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**20
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+    def _synchronise(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def serve(pipe, *what) -> None:
+    """A process's work: build a Runner, then do what is asked until None is."""
+    runner = Runner(*what)
+    while (request := pipe.recv()) is not None:
+        method, *values = request
+        pipe.send([runner.step() for _ in range(*values)] if method == "losses" else getattr(runner, method)(*values))
+
+
+class Worker:
+    """A Runner in a process of its own."""
+
+    def __init__(self, *what):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs, *what), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def ask(self, *request):
+        try:
+            self.pipe.send(request)
+            return self.pipe.recv()
+        except (EOFError, OSError) as error:
+            raise DiffoError("a benchmark process ended early: see above (out of memory?)") from error
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.process.terminate()
+        self.process.join()
+
+
+def measure(config: TrainConfig, stage: str, names: list[str], device: torch.device, steps: int, rounds: int) -> None:
+    size = getattr(config, stage).batch_size
+    print(
+        f"{'stage ' + stage:18}{'pictures/s':>12}{'ratio':>8}{'(rounds)':>16}{'peak MiB':>10}{'ratio':>8}", flush=True
+    )
+    with Worker(replace(config, speed=PLAIN), stage, device) as plain:
+        plain.ask("seconds", 2)  # warm-up
+        everything = []
+        for name in names:
+            with Worker(replace(config, speed=OPTIONS[name]), stage, device) as option:
+                option.ask("seconds", 2)
+                pairs = [(plain.ask("seconds", steps), option.ask("seconds", steps)) for _ in range(rounds)]
+                memory, base = option.ask("peak"), plain.ask("peak")
+            everything += [p for p, _ in pairs]
+            ratios = [p / o for p, o in pairs]
+            rate = steps * size / statistics.median(o for _, o in pairs)
+            spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+            print(
+                f"{name:18}{rate:12.2f}{statistics.median(ratios):8.2f}{spread:>16}{memory:10.0f}{memory / base:8.2f}",
+                flush=True,
+            )
+        print(
+            f"{'plain float32':18}{steps * size / statistics.median(everything):12.2f}{1:8.2f}{'':16}{base:10.0f}{1:8.2f}"
+        )
+
+
+def compare(config: TrainConfig, stage: str, names: list[str], device: torch.device, steps: int) -> bool:
+    """Mean loss of the last quarter of N steps; whether every option's is as near the plain one's as other seeds' are."""
+
+    def tail(speed: SpeedParams, seed: int) -> float:
+        with Worker(replace(config, speed=speed, seed=seed), stage, device) as worker:
+            losses = worker.ask("losses", steps)
+        return statistics.mean(losses[-max(1, steps // 4) :])
+
+    plain = tail(PLAIN, config.seed)
+    others = [tail(PLAIN, config.seed + seed) for seed in SEEDS]
+    noise = max(abs(other - plain) for other in others)
+    print(f"stage {stage}, mean loss of steps {steps - max(1, steps // 4)} to {steps}")
+    print(f"{'plain float32':18}{plain:10.5f}   other seeds: {', '.join(f'{o:.5f}' for o in others)}", flush=True)
+    within = True
+    for name in names:
+        ours = tail(OPTIONS[name], config.seed)
+        ok = abs(ours - plain) <= noise
+        within &= ok
+        print(f"{name:18}{ours:10.5f}   {ours - plain:+.5f}: {'within' if ok else 'OUTSIDE'} noise", flush=True)
+    return within
+
+
+def default_options(device: torch.device) -> list[str]:
+    names = [name for name in OPTIONS if name != "plain"]
+    cuda = device.type == "cuda"
+    left_out = {"keep_memory"} if cuda else {"tf32"}
+    if not has_bfloat16(device):
+        print("bfloat16 is left out: this device only emulates it (--options bfloat16 measures it all the same)")
+        left_out.add("bfloat16")
+    return [name for name in names if name not in left_out]
+
+
+def bench(args: argparse.Namespace) -> int:
+    device = distributed.local_device(args.device)
+    config = load_config(args.config, [*(widened(args.width) if args.width else []), *args.overrides])
+    names = args.options or default_options(device)
+    print(f"{args.config}{f', width {args.width}' if args.width else ''}, {device}, {torch.get_num_threads()} threads")
+    if args.losses:
+        return int(not all([compare(config, stage, names, device, args.losses) for stage in args.stages]))
+    for stage in args.stages:
+        measure(config, stage, names, device, args.steps, args.rounds)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(answer(bench, parse()))

@@ -1,0 +1,167 @@
+"""The block `speed`: each option computes the same as plain float32, and what needs full precision keeps it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks.train import OPTIONS, PLAIN
+from models.blocks import nearest_codes
+from tests.commands import NANO, run
+from training.config import load_config
+from training.optimiser import Optimiser
+from training.speed import Speed, SpeedParams, has_bfloat16
+from training.stages import STAGES
+from training.trainer import new_codec
+from utils.checkpoints import digest
+from utils.errors import ConfigError
+
+CPU, SIZE, BATCH = torch.device("cpu"), 64, 2
+RESIDUAL = "{channels: 8, width: 8, blocks: 1, hyper_channels: 4, scale_width: 8, code_width: 4}"
+
+
+def stage(name: str, speed: SpeedParams = PLAIN):
+    config = load_config(str(NANO), [f"networks.residual={RESIDUAL}", "gt.adversarial_start=0"])
+    return STAGES[name](replace(config, speed=speed), new_codec(config), CPU)
+
+
+def trained(name: str, speed: SpeedParams, steps: int = 2) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses and gradients of the last of a few steps."""
+    ours = stage(name, speed)
+    random = torch.Generator().manual_seed(1)
+    images = torch.rand(steps, BATCH, 3, SIZE, SIZE, generator=random) * 2 - 1
+    losses = [ours.step(image, torch.arange(BATCH) + i * BATCH, i)[0]["loss"] for i, image in enumerate(images)]
+    return losses, {key: p.grad for key, p in ours.codec.named_parameters() if p.grad is not None}
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return {name: trained(name, PLAIN) for name in STAGES}
+
+
+@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("option", ["channels_last", "fused_adamw", "checkpointing", "defaults"])
+def test_an_option_trains_as_plain_float32_does(name, option, plain):
+    """Rounding apart; checkpointing computes the very same numbers again."""
+    (losses, gradients), (ours, own) = plain[name], trained(name, OPTIONS[option])
+    assert own.keys() == gradients.keys()
+    if option == "checkpointing":
+        assert ours == losses
+        assert all(torch.equal(own[key], value) for key, value in gradients.items())
+    elif option != "defaults" or not has_bfloat16(CPU):
+        assert ours == pytest.approx(losses, rel=1e-4)
+
+
+def kept_bytes(speed: SpeedParams) -> int:
+    """Activations that the graph of one decoding holds."""
+    network, sizes = stage("gt", speed).trained, {}
+
+    def pack(tensor):
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        restored = network(torch.zeros(BATCH, 3, SIZE, SIZE))
+    assert restored.requires_grad
+    return sum(sizes.values())
+
+
+def test_checkpointing_keeps_less_and_wraps_once():
+    assert kept_bytes(OPTIONS["checkpointing"]) < 0.6 * kept_bytes(PLAIN)
+    ours = stage("gt", OPTIONS["checkpointing"])
+    block = ours.trained.decoder.up[0].block[0]
+    ours.speed.prepare(ours.trained)
+    assert block.forward.args[0].func is type(block).forward
+
+
+def test_bfloat16_stays_inside_the_networks():
+    """Autocast on: results of the rooms, distances, averages, rates, weights and their averages are float32."""
+    ours = stage("codec", OPTIONS["bfloat16"])
+    codec, seen = ours.codec, {}
+
+    def watch(key):
+        def hook(module, inputs, output):
+            outputs = output if isinstance(output, tuple) else (output,)
+            seen[key] = {v.dtype for v in (*inputs, *outputs) if torch.is_tensor(v) and v.is_floating_point()}
+            seen[key, "autocast"] = torch.is_autocast_enabled("cpu")
+
+        return hook
+
+    codec.residual.scale_network.register_forward_hook(watch("integers"))
+    codec.residual.rate_model.register_forward_hook(watch("rates"))
+    codec.unet.middle_block[0].in_layers[2].register_forward_hook(watch("convolution"))
+    image = torch.rand(BATCH, 3, SIZE, SIZE) * 2 - 1
+    with ours.speed.autocast():
+        out = ours.model(image, ours.draws(torch.arange(BATCH), (SIZE, SIZE)))
+    assert torch.bfloat16 in seen["convolution"] and seen["convolution", "autocast"]
+    for key in ("integers", "rates"):
+        assert seen[key] == {torch.float32} and not seen[key, "autocast"]
+    results = [out.x, out.y_hat, out.x_hat, out.image, out.base.z, out.base.z_q, out.base.counts, out.base.sums]
+    assert {v.dtype for v in (*results, out.residual_bpp, out.auxiliary)} == {torch.float32}
+    vectors = out.base.z.permute(0, 2, 3, 1).flatten(0, 2)
+    assert torch.equal(nearest_codes(vectors, codec.vq_base.quantize.embedding.weight), out.base.indices.flatten())
+    ours.step(image, torch.arange(BATCH), 0)
+    assert {v.dtype for v in ours.ema.average.values() if v.is_floating_point()} == {torch.float32}
+    assert {p.dtype for p in codec.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_bfloat16_trains_nearly_alike(name, plain):
+    losses, gradients = trained(name, OPTIONS["bfloat16"])
+    assert losses != plain[name][0] and losses == pytest.approx(plain[name][0], rel=0.05)
+    assert all(value.dtype == torch.float32 for value in gradients.values())
+
+
+def test_the_layout_does_not_change_the_fingerprint():
+    ours, theirs = (stage("codec", OPTIONS[option]).codec.vq_base for option in ("channels_last", "plain"))
+    assert ours.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    assert digest(ours.state_dict()) == digest(theirs.state_dict())
+
+
+def test_bfloat16_is_chosen_where_the_hardware_has_it(monkeypatch):
+    for capability, expected in [("avx512_bf16", True), ("amx_bf16", True), ("avx2", False)]:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda name=capability: {name: True})
+        assert Speed(SpeedParams(), CPU).bfloat16 == expected
+        assert Speed(SpeedParams("bfloat16"), CPU).bfloat16 and not Speed(SpeedParams("float32"), CPU).bfloat16
+
+
+def test_tf32_is_off_unless_asked_for():
+    precision, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        Speed(OPTIONS["tf32"], CPU).settle()
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("high", True)
+        Speed(PLAIN, CPU).settle()
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("highest", False)
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cudnn.allow_tf32 = cudnn
+
+
+def test_the_block_is_read_strictly():
+    config = load_config(str(NANO), ["speed.precision=bfloat16", "speed.channels_last=false", "speed.compile=true"])
+    assert config.speed == SpeedParams("bfloat16", channels_last=False, compile=True)
+    for wrong, message in [("precision=half", "'half' is none of auto"), ("fused_adamw=yes please", "fused_adamw")]:
+        with pytest.raises(ConfigError, match=message):
+            load_config(str(NANO), [f"speed.{wrong}"])
+
+
+def test_the_fused_update_is_asked_for():
+    network = torch.nn.Linear(2, 2)
+    params = load_config(str(NANO)).codec.optim
+    assert Optimiser(network.named_parameters(), params, 10, fused=True).adamw.param_groups[0]["fused"]
+    assert not Optimiser(network.named_parameters(), params, 10).adamw.param_groups[0]["fused"]
+
+
+def test_the_benchmark_runs():
+    small = ["--config", NANO, "--device", "cpu", "--stages", "gt"]
+    told = run("-m", "benchmarks.train", *small, "--options", "checkpointing", "--steps", 1, "--rounds", 1).stdout
+    assert [line.split()[0] for line in told.splitlines()[1:]] == ["stage", "checkpointing", "plain"]
+    told = run("-m", "benchmarks.train", *small, "--options", "plain", "--losses", 4).stdout
+    assert told.splitlines()[-1].split()[0] == "plain" and "+0.00000: within noise" in told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STAGES)
+def test_compiled_networks_train_as_plain_ones(name, plain):
+    for option in (OPTIONS["compile"], SpeedParams("float32", compile=True, checkpointing=True)):
+        assert trained(name, option)[0] == pytest.approx(plain[name][0], rel=1e-3)
