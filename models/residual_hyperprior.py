@@ -5,7 +5,7 @@
     mu = m_s(n_z, k, y)       n = round(s_g - mu)        s^ = n + mu           r^ = g_s(s^ / gain_g, y)
 
 Level g is real, from 1 to L; between two levels the gains are interpolated geometrically (Cui et al. 2021), so that
-one model has a continuous range of rates. In a file it is one byte, 1 to 255. Axes: N batch, d latent channels,
+one model has a continuous range of rates, and beyond L they can be extrapolated. In a file it is one byte, 1 to 255. Axes: N batch, d latent channels,
 M channels of s, C_z channels of z, h and w latent rows and columns.
 """
 
@@ -46,7 +46,7 @@ class ResidualParams:
     Attributes:
         channels: M, of s. width: of the hidden layers. blocks: residual blocks in g_a and in g_s.
         hyper_channels: C_z, of z. scale_width: of the integer network. code_width: of the index embedding in m_s.
-        levels: L, at least 2. first_gain, last_gain: gains that training starts from, geometric in between.
+        levels: L, at least 2. extrapolated: how far files may go beyond L, in levels. first_gain, last_gain: gains that training starts from, geometric in between.
     """
 
     channels: int = 192
@@ -56,12 +56,15 @@ class ResidualParams:
     scale_width: int = 48
     code_width: int = 32
     levels: int = 6
+    extrapolated: float = 0.0
     first_gain: float = 0.3
     last_gain: float = 1.5
 
     def __post_init__(self):
         if self.levels < 2:
             raise ValueError(f"levels {self.levels}: at least 2")
+        if not 0 <= self.extrapolated <= 2:
+            raise ValueError(f"extrapolated {self.extrapolated}: 0 to 2 levels")
         if not 0 < self.first_gain < self.last_gain:
             raise ValueError(f"gains {self.first_gain} to {self.last_gain}: above 0, the smaller first")
         sizes = (self.channels, self.width, self.hyper_channels, self.scale_width, self.code_width)
@@ -107,14 +110,14 @@ class ResidualOutput:
     residual_bits: Tensor
 
 
-def level_of(code: int, levels: int) -> float:
-    """Level g in [1, L] of the byte that a file holds, 1 to 255."""
-    return 1 + (code - 1) / (LEVEL_CODES - 1) * (levels - 1)
+def level_of(code: int, params: ResidualParams) -> float:
+    """Level g, from 1 to L and what is extrapolated, of the byte that a file holds, 1 to 255."""
+    return 1 + (code - 1) / (LEVEL_CODES - 1) * (params.levels - 1 + params.extrapolated)
 
 
-def node_of(code: int, levels: int) -> int:
-    """The nearest whole level, counted from 0: its hyper tables serve."""
-    return ((code - 1) * (levels - 1) * 2 + LEVEL_CODES - 1) // (2 * (LEVEL_CODES - 1))
+def node_of(code: int, params: ResidualParams) -> int:
+    """The nearest whole level up to L, counted from 0: its hyper tables serve."""
+    return min(math.floor(level_of(code, params) - 0.5), params.levels - 1)
 
 
 def hyper_size(h: int, w: int) -> tuple[int, int]:
@@ -256,8 +259,8 @@ class ResidualHyperprior(nn.Module):
     # Steps shared by training, coding and decoding ------------------------------------------------------------------
 
     def gain(self, level: Tensor) -> Tensor:
-        """gain_g of levels (N,) in [1, L]: N x M x 1 x 1."""
-        position = level.clamp(1, self.params.levels) - 1
+        """gain_g of levels (N,), from 1 up: N x M x 1 x 1. Above L the last interval goes on."""
+        position = level.clamp(min=1) - 1
         low = position.floor().clamp(max=self.params.levels - 2).long()
         share = (position - low).to(self.log_gain.dtype)[:, None]
         log_gain = self.log_gain[low] * (1 - share) + self.log_gain[low + 1] * share
@@ -306,9 +309,7 @@ class ResidualHyperprior(nn.Module):
         """
         s_g = self.gain(self._level(code, s.device)) * s
         z = self.centred(s_g)[0].double().cpu().round().numpy().astype(np.int64)  # C_z h' w'
-        reach = (
-            HYPER_REACH if tables is None else tables.reach("hyper")[node_of(code, self.params.levels), :, None, None]
-        )
+        reach = HYPER_REACH if tables is None else tables.reach("hyper")[node_of(code, self.params), :, None, None]
         n_z = np.clip(z, -reach, reach)
         index = self.table_index(n_z, k)
         mu = self._mean(n_z, k, y)
@@ -337,7 +338,7 @@ class ResidualHyperprior(nn.Module):
     def hyper_coding(self, shape: tuple[int, int, int], code: int) -> tuple[np.ndarray, np.ndarray]:
         """Group of every symbol of n_z, flattened, and the tables of the groups."""
         channels = np.arange(shape[0], dtype=np.uint16).repeat(shape[1] * shape[2])
-        return channels, self.tables.hyper[node_of(code, self.params.levels)]
+        return channels, self.tables.hyper[node_of(code, self.params)]
 
     def residual_coding(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Group of every symbol of n, flattened, and the tables of the groups."""
@@ -352,4 +353,4 @@ class ResidualHyperprior(nn.Module):
         return self.mean_network(torch.from_numpy(n_z)[None].to(y), k.to(y.device), y)
 
     def _level(self, code: int, device: torch.device) -> Tensor:
-        return torch.tensor([level_of(code, self.params.levels)], device=device, dtype=torch.float64)
+        return torch.tensor([level_of(code, self.params)], device=device, dtype=torch.float64)

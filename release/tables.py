@@ -18,6 +18,7 @@ from models.residual_hyperprior import (
     SCALE_STEP,
     SCALES,
     SYMBOL_REACH,
+    ResidualParams,
     ResidualTables,
     Symbols,
     node_of,
@@ -110,16 +111,16 @@ def count(codec: Codec, config: TrainConfig, crops: int, batch: int = 8) -> Coun
             s = codec.residual.analysis(x - y, y)
             for i, position in enumerate(positions.tolist()):
                 one = slice(i, i + 1)
-                for code in _codes(codec.residual.params.levels, config.seed, position):
-                    node = node_of(code, codec.residual.params.levels)
+                for code in _codes(codec.residual.params, config.seed, position):
+                    node = node_of(code, codec.residual.params)
                     counts.add(codec.residual.symbols(s[one], y[one], k[one], code), node)
     for line in pictures.source.unreadable_lines():
         print(line, file=sys.stderr)
     return counts
 
 
-def _codes(levels: int, seed: int, position: int) -> list[int]:
+def _codes(params: ResidualParams, seed: int, position: int) -> list[int]:
     """One level per node of the hyper tables, drawn among those that it serves."""
-    nodes = np.array([node_of(code, levels) for code in range(1, LEVEL_CODES + 1)])
+    nodes = np.array([node_of(code, params) for code in range(1, LEVEL_CODES + 1)])
     random = generator(seed, LEVELS, position)
-    return [1 + int(random.choice(np.flatnonzero(nodes == node))) for node in range(levels)]
+    return [1 + int(random.choice(np.flatnonzero(nodes == node))) for node in range(params.levels)]

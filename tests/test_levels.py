@@ -189,7 +189,7 @@ def test_tables_from_counts(codec, analysed):
     found = {}
     for level in range(5, 256, 25):
         found[level] = residual.symbols(analysed.s, analysed.y, analysed.k, level)
-        counts.add(found[level], node_of(level, residual.params.levels))
+        counts.add(found[level], node_of(level, residual.params))
     counts.base += np.bincount(analysed.k.numpy().ravel(), minlength=16)
     assert counts.symbols.sum() == sum(f.residual.size for f in found.values())
     tables = counts.residual_tables()

@@ -1,6 +1,7 @@
 """The residual codec alone: shapes, levels, exact indices, and what training and coding share."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -97,19 +98,32 @@ def test_a_fresh_codec_has_the_gains_it_is_told():
     assert gains.tolist() == pytest.approx([SMALL.first_gain, SMALL.last_gain])
 
 
+@pytest.mark.parametrize("extrapolated", [0, 0.8, 2])
 @pytest.mark.parametrize("levels", [2, 3, 6, 9])
-def test_bytes_stand_for_levels(levels):
-    found = [level_of(code, levels) for code in range(1, 256)]
-    assert found[0] == 1 and found[-1] == levels
-    assert np.allclose(np.diff(found), (levels - 1) / 254)
+def test_bytes_stand_for_levels(levels, extrapolated):
+    params = replace(SMALL, levels=levels, extrapolated=extrapolated)
+    found = [level_of(code, params) for code in range(1, 256)]
+    assert found[0] == 1 and found[-1] == levels + extrapolated
+    assert np.allclose(np.diff(found), (levels - 1 + extrapolated) / 254)
     for code, level in enumerate(found, 1):
-        node = node_of(code, levels)
-        assert 0 <= node < levels and abs(node + 1 - level) <= 0.5 + 1e-9
+        node = node_of(code, params)
+        assert 0 <= node < levels and abs(node + 1 - min(level, levels)) <= 0.5 + 1e-9
+
+
+def test_gains_go_on_beyond_the_last_level():
+    residual = new_residual()
+    low, high, beyond = residual.gain(torch.tensor([2.0, 3.0, 3.5]))
+    torch.testing.assert_close(beyond, high * (high / low) ** 0.5)
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
-    [({"levels": 1}, "levels 1"), ({"first_gain": 2, "last_gain": 1}, "gains"), ({"blocks": 0}, "at least 1")],
+    [
+        ({"levels": 1}, "levels 1"),
+        ({"extrapolated": -1}, "extrapolated"),
+        ({"first_gain": 2, "last_gain": 1}, "gains"),
+        ({"blocks": 0}, "at least 1"),
+    ],
 )
 def test_impossible_sizes_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
@@ -160,7 +174,7 @@ def test_tiles_leave_no_trace(residual, monkeypatch, size):
 @torch.no_grad()
 def test_symbols_and_restore_are_the_equations(residual, code):
     x, y, k = latents(6, 7)
-    gain = residual.gain(torch.tensor([level_of(code, SMALL.levels)], dtype=torch.float64))
+    gain = residual.gain(torch.tensor([level_of(code, SMALL)], dtype=torch.float64))
     s = residual.analysis(x - y, y)
     s_g = gain * s
     z = residual.hyper_analysis(s_g) - residual.median.view(1, -1, 1, 1)
@@ -194,7 +208,7 @@ def test_training_sees_what_coding_does(training, code):
     """With the noise that rounds, a training pass reconstructs and prices what coding sends."""
     size = 9, 14
     x, y, k = latents(*size)
-    level = torch.tensor([level_of(code, SMALL.levels)])
+    level = torch.tensor([level_of(code, SMALL)])
     training(x, y, k, level, centred_noise(training, *size))  # takes over the median
     assert training.median.tolist() == pytest.approx([0.3, -0.2, 0.1])
     s = training.analysis(x - y, y)
