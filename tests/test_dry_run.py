@@ -16,9 +16,7 @@ RESIDUAL = "{channels: 8, width: 8, blocks: 1, hyper_channels: 4, scale_width: 8
 
 
 def test_the_papers_size_in_seconds_and_without_a_trace(tmp_path):
-    done = run(
-        ROOT / "main_diffusion_train_vq.py", "--dry_run", "--save_dir", tmp_path, "codec.microbatch=2", timeout=60
-    )
+    done = run(ROOT / "main_diffusion_train_vq.py", "--dry_run", "--save_dir", tmp_path, "codec.microbatch=2")
     assert "crop_size: 256" in done.stdout and "microbatch: 2" in done.stdout
     table = re.findall(r"^(\w+) +([\d,]+) +([\d,]+)$", done.stdout, re.MULTILINE)
     counts = [(name, int(a.replace(",", "")), int(b.replace(",", ""))) for name, a, b in table]
