@@ -69,7 +69,7 @@ def new_codec() -> Codec:
     x = codec.to_latent(to_signed(picture(256, 256))[None])
     z = codec.vq_base(x).z.permute(0, 2, 3, 1).flatten(0, 2)
     codec.vq_base.quantize.revive(z[: K // 2].repeat(2, 1), everything=True)  # half of the codes serve
-    codec.base_table = frequency_table(codec.vq_base(x).counts.long().numpy())
+    codec.base_table = frequency_table(np.array([75, 38, 9, 18, 27, 5, 68, 16] + [0] * (K // 2)))  # as often as they do
     codec.residual.freeze(residual_tables(SMALL))
     codec.fingerprint = FINGERPRINT
     return codec
