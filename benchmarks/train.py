@@ -6,7 +6,8 @@
 
 Every option trains in a process of its own, beside one of plain float32; the two take turns, round by round, so that
 whatever else the machine does slows both. Times are of whole steps (forward, losses, backward, update, averages) on
-batches that are there already; a ratio is the median of the rounds' ratios. Peak memory is the process's own
+batches that are there already; a ratio is the median of the rounds' ratios. Beside it stands the same of processor
+time, which is steadier where others use the machine (and says nothing of a GPU's). Peak memory is the process's own
 (resident on the CPU, allocated tensors on CUDA). Loading pictures is not measured.
 """
 
@@ -102,13 +103,14 @@ class Runner:
         self.taken += 1
         return logs["loss"]
 
-    def seconds(self, steps: int) -> float:
+    def seconds(self, steps: int) -> tuple[float, float]:
+        """Elapsed, and of processor time."""
         self._synchronise()
-        began = time.perf_counter()
+        began, busy = time.perf_counter(), time.process_time()
         for _ in range(steps):
             self.step()
         self._synchronise()
-        return time.perf_counter() - began
+        return time.perf_counter() - began, time.process_time() - busy
 
     def peak(self) -> float:
         """MiB."""
@@ -155,29 +157,26 @@ class Worker:
 
 
 def measure(config: TrainConfig, stage: str, names: list[str], device: torch.device, steps: int, rounds: int) -> None:
-    size = getattr(config, stage).batch_size
-    print(
-        f"{'stage ' + stage:18}{'pictures/s':>12}{'ratio':>8}{'(rounds)':>16}{'peak MiB':>10}{'ratio':>8}", flush=True
-    )
+    pictures = steps * getattr(config, stage).batch_size
+    head = f"{'pictures/s':>12}{'ratio':>8}{'(rounds)':>16}{'processor':>11}{'peak MiB':>10}{'ratio':>8}"
+    print(f"{'stage ' + stage:18}{head}", flush=True)
     with Worker(replace(config, speed=PLAIN), stage, device) as plain:
         plain.ask("seconds", 2)  # warm-up
-        everything = []
+        everything, base = [], 0.0
         for name in names:
             with Worker(replace(config, speed=OPTIONS[name]), stage, device) as option:
                 option.ask("seconds", 2)
                 pairs = [(plain.ask("seconds", steps), option.ask("seconds", steps)) for _ in range(rounds)]
                 memory, base = option.ask("peak"), plain.ask("peak")
-            everything += [p for p, _ in pairs]
-            ratios = [p / o for p, o in pairs]
-            rate = steps * size / statistics.median(o for _, o in pairs)
+            everything += [elapsed for (elapsed, _), _ in pairs]
+            ratios = [theirs[0] / ours[0] for theirs, ours in pairs]
+            busy = statistics.median(theirs[1] / ours[1] for theirs, ours in pairs)
+            rate = pictures / statistics.median(ours[0] for _, ours in pairs)
             spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
-            print(
-                f"{name:18}{rate:12.2f}{statistics.median(ratios):8.2f}{spread:>16}{memory:10.0f}{memory / base:8.2f}",
-                flush=True,
-            )
-        print(
-            f"{'plain float32':18}{steps * size / statistics.median(everything):12.2f}{1:8.2f}{'':16}{base:10.0f}{1:8.2f}"
-        )
+            speed = f"{rate:12.2f}{statistics.median(ratios):8.2f}{spread:>16}{busy:11.2f}"
+            print(f"{name:18}{speed}{memory:10.0f}{memory / base:8.2f}", flush=True)
+        rate = pictures / statistics.median(everything)
+        print(f"{'plain float32':18}{rate:12.2f}{1:8.2f}{'':16}{1:11.2f}{base:10.0f}{1:8.2f}", flush=True)
 
 
 def compare(config: TrainConfig, stage: str, names: list[str], device: torch.device, steps: int) -> bool:
