@@ -186,6 +186,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> int:
+    torch.set_num_threads(1)  # threads that wait for each other would count as processor time
     codec = load_codec(args.weights)
     paths = [p for path in args.pictures for p in (find_pictures(path) if path.is_dir() else [path])]
     files = valid_files(codec, (middle(read_image(path), args.side) for path in paths))
