@@ -5,7 +5,7 @@
     mu = m_s(n_z, k, y)       n = round(s_g - mu)        s^ = n + mu           r^ = g_s(s^ / gain_g, y)
 
 Level g is real, from 1 to L; between two levels the gains are interpolated geometrically (Cui et al. 2021), so that
-one model has a continuous range of rates, and beyond L they can be extrapolated. In a file it is one byte, 1 to 255. Axes: N batch, d latent channels,
+one model has a continuous range of rates, and beyond 1 and L they can be extrapolated. In a file it is one byte, 1 to 255. Axes: N batch, d latent channels,
 M channels of s, C_z channels of z, h and w latent rows and columns.
 """
 
@@ -46,7 +46,7 @@ class ResidualParams:
     Attributes:
         channels: M, of s. width: of the hidden layers. blocks: residual blocks in g_a and in g_s.
         hyper_channels: C_z, of z. scale_width: of the integer network. code_width: of the index embedding in m_s.
-        levels: L, at least 2. extrapolated: how far files may go beyond L, in levels. first_gain, last_gain: gains that training starts from, geometric in between.
+        levels: L, at least 2. extrapolated: how far files may go below level 1 and beyond L, in levels. first_gain, last_gain: gains that training starts from, geometric in between.
     """
 
     channels: int = 192
@@ -56,15 +56,15 @@ class ResidualParams:
     scale_width: int = 48
     code_width: int = 32
     levels: int = 6
-    extrapolated: float = 0.0
+    extrapolated: tuple[float, ...] = (0.0, 0.0)
     first_gain: float = 0.3
     last_gain: float = 1.5
 
     def __post_init__(self):
         if self.levels < 2:
             raise ValueError(f"levels {self.levels}: at least 2")
-        if not 0 <= self.extrapolated <= 2:
-            raise ValueError(f"extrapolated {self.extrapolated}: 0 to 2 levels")
+        if len(self.extrapolated) != 2 or not all(0 <= e <= 2 for e in self.extrapolated):
+            raise ValueError(f"extrapolated {self.extrapolated}: two numbers of levels, 0 to 2")
         if not 0 < self.first_gain < self.last_gain:
             raise ValueError(f"gains {self.first_gain} to {self.last_gain}: above 0, the smaller first")
         sizes = (self.channels, self.width, self.hyper_channels, self.scale_width, self.code_width)
@@ -111,13 +111,14 @@ class ResidualOutput:
 
 
 def level_of(code: int, params: ResidualParams) -> float:
-    """Level g, from 1 to L and what is extrapolated, of the byte that a file holds, 1 to 255."""
-    return 1 + (code - 1) / (LEVEL_CODES - 1) * (params.levels - 1 + params.extrapolated)
+    """Level g, 1 to L and what is extrapolated on either side, of the byte that a file holds, 1 to 255."""
+    below, above = params.extrapolated
+    return 1 - below + (code - 1) / (LEVEL_CODES - 1) * (params.levels - 1 + below + above)
 
 
 def node_of(code: int, params: ResidualParams) -> int:
-    """The nearest whole level up to L, counted from 0: its hyper tables serve."""
-    return min(math.floor(level_of(code, params) - 0.5), params.levels - 1)
+    """The nearest level of 1 to L, counted from 0: its hyper tables serve."""
+    return min(max(math.floor(level_of(code, params) - 0.5), 0), params.levels - 1)
 
 
 def hyper_size(h: int, w: int) -> tuple[int, int]:
@@ -259,9 +260,9 @@ class ResidualHyperprior(nn.Module):
     # Steps shared by training, coding and decoding ------------------------------------------------------------------
 
     def gain(self, level: Tensor) -> Tensor:
-        """gain_g of levels (N,), from 1 up: N x M x 1 x 1. Above L the last interval goes on."""
-        position = level.clamp(min=1) - 1
-        low = position.floor().clamp(max=self.params.levels - 2).long()
+        """gain_g of levels (N,): N x M x 1 x 1. Below 1 and above L the outer intervals go on."""
+        position = level - 1
+        low = position.floor().clamp(0, self.params.levels - 2).long()
         share = (position - low).to(self.log_gain.dtype)[:, None]
         log_gain = self.log_gain[low] * (1 - share) + self.log_gain[low + 1] * share
         return log_gain.exp()[:, :, None, None]
@@ -282,7 +283,7 @@ class ResidualHyperprior(nn.Module):
             noise: uniform in [-1/2, 1/2), (N, size), as many numbers as s and z have.
         """
         self.median = self.rate_model.median
-        gain = self.gain(level)
+        gain = self.gain(level.clamp(min=1))  # level 0, which sends nothing, is masked later
         s_g = gain * self.analysis(x - y, y)  # N M h w
         z = self.centred(s_g)  # N C_z h' w'
         n_z = round_through(bounded(z, -HYPER_REACH, HYPER_REACH))

@@ -339,7 +339,7 @@ def test_gradients_reach_all_that_is_trained(eta):
     codec = new_codec()
     stage = CodecStage(TrainConfig(networks=PARAMS, codec=CodecStageParams(perceptual="none")), codec, "cpu")
     image = torch.stack([to_signed(picture(48, 64, seed)) for seed in range(2)])
-    out = codec(image, draws([3, 1], [eta, eta], (D, 3, 4)))
+    out = codec(image, draws(codec, [3, 1], [eta, eta], (D, 3, 4)))
     (out.image.square().mean() + 0.25 * (out.base.z - out.base.z_q.detach()).square().mean()).backward()
     for name, parameter in codec.named_parameters():
         averaged = name.startswith("vq_base.quantize.")  # moved by averages, not by gradients

@@ -98,29 +98,30 @@ def test_a_fresh_codec_has_the_gains_it_is_told():
     assert gains.tolist() == pytest.approx([SMALL.first_gain, SMALL.last_gain])
 
 
-@pytest.mark.parametrize("extrapolated", [0, 0.8, 2])
+@pytest.mark.parametrize("extrapolated", [(0, 0), (1, 0.8), (0.3, 2)])
 @pytest.mark.parametrize("levels", [2, 3, 6, 9])
 def test_bytes_stand_for_levels(levels, extrapolated):
     params = replace(SMALL, levels=levels, extrapolated=extrapolated)
     found = [level_of(code, params) for code in range(1, 256)]
-    assert found[0] == 1 and found[-1] == levels + extrapolated
-    assert np.allclose(np.diff(found), (levels - 1 + extrapolated) / 254)
+    assert found[0] == 1 - extrapolated[0] and found[-1] == pytest.approx(levels + extrapolated[1])
+    assert np.allclose(np.diff(found), (levels - 1 + sum(extrapolated)) / 254)
     for code, level in enumerate(found, 1):
         node = node_of(code, params)
-        assert 0 <= node < levels and abs(node + 1 - min(level, levels)) <= 0.5 + 1e-9
+        assert 0 <= node < levels and abs(node + 1 - min(max(level, 1), levels)) <= 0.5 + 1e-9
 
 
-def test_gains_go_on_beyond_the_last_level():
+def test_gains_go_on_beyond_the_outer_levels():
     residual = new_residual()
-    low, high, beyond = residual.gain(torch.tensor([2.0, 3.0, 3.5]))
-    torch.testing.assert_close(beyond, high * (high / low) ** 0.5)
+    below, one, two, three, beyond = residual.gain(torch.tensor([0.5, 1.0, 2.0, 3.0, 3.5]))
+    torch.testing.assert_close(beyond, three * (three / two) ** 0.5)
+    torch.testing.assert_close(below, one * (one / two) ** 0.5)
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
         ({"levels": 1}, "levels 1"),
-        ({"extrapolated": -1}, "extrapolated"),
+        ({"extrapolated": (-1, 0)}, "extrapolated"),
         ({"first_gain": 2, "last_gain": 1}, "gains"),
         ({"blocks": 0}, "at least 1"),
     ],
