@@ -4,8 +4,12 @@ CompressAI's modules draw their own quantisation noise. Here the noise belongs t
 position in the stream), so they are given inputs that have it already.
 """
 
-from compressai.entropy_models import EntropyBottleneck, GaussianConditional
 from torch import Tensor, nn
+
+from utils.imports import absent
+
+with absent("transformers"):  # CompressAI takes it along by way of torch_geometric, which does without it as well
+    from compressai.entropy_models import EntropyBottleneck, GaussianConditional
 
 
 class _NoiseInside:
