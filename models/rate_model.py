@@ -4,8 +4,12 @@ CompressAI's modules draw their own quantisation noise. Here the noise belongs t
 position in the stream), so they are given inputs that have it already.
 """
 
-from compressai.entropy_models import EntropyBottleneck, GaussianConditional
 from torch import Tensor, nn
+
+from utils.imports import absent
+
+with absent("transformers"):  # CompressAI takes it along by way of torch_geometric, which does without it as well
+    from compressai.entropy_models import EntropyBottleneck, GaussianConditional
 
 
 class _NoiseInside:
@@ -14,7 +18,11 @@ class _NoiseInside:
 
 
 class _Bottleneck(_NoiseInside, EntropyBottleneck):
-    pass
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """As CompressAI's, whose permutation by a tensor waits for the device four times and cannot run on shapes alone."""
+        by_channel = x.transpose(0, 1)  # C N h w
+        likelihood, _, _ = self._likelihood(by_channel.flatten(1)[:, None])
+        return x, self.likelihood_lower_bound(likelihood).view(by_channel.shape).transpose(0, 1)
 
 
 class _Gaussian(_NoiseInside, GaussianConditional):

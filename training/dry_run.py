@@ -47,10 +47,11 @@ def dry_run(config: TrainConfig) -> str:
     sections = [yaml.safe_dump(to_mapping(config), sort_keys=False)]
     with META:
         codec = new_codec(config).to(META)
-        for name in config.stages:
+    for name in config.stages:
+        with META:
             stage = STAGES[name](with_perceptual(config, name, "none"), codec, META)
             stage.perceptual = perceptual_term(getattr(config, name).perceptual, untrained=True)
-            sections.append(f"stage {name}\n{counts(codec, stage)}\n\n{memory(stage)}\n")
+        sections.append(f"stage {name}\n{counts(codec, stage)}\n\n{memory(stage)}\n")
     missing = [n for n in config.stages if getattr(config, n).perceptual == "lpips"] if not VGG16.is_there() else []
     told = (
         [f"The VGG weights of LPIPS are not on disk: stage {' and '.join(missing)} would not start."] if missing else []
