@@ -2,6 +2,7 @@
 
 python inference.py -i photo.jpg -o out --ddim --one_step            code, decode from the file, measure
 python inference.py --mode compress -i pictures -o files             pictures -> .dfo
+python inference.py --mode compress -i p.png -o files --target_bpp 0.08   the largest file not over a budget
 python inference.py --mode decompress -i files -o out --one_step     .dfo -> .png
 python inference.py --mode inspect -i files/photo.dfo                header and sizes of a file
 """
@@ -9,6 +10,7 @@ python inference.py --mode inspect -i files/photo.dfo                header and 
 import argparse
 import json
 import sys
+from functools import cache
 from pathlib import Path
 
 from coding import report
@@ -20,6 +22,21 @@ from utils.files import make_folder, require_writable
 MODES = ("roundtrip", "compress", "decompress", "inspect")
 WRITTEN = {"roundtrip": [STREAM, ".png"], "compress": [STREAM], "decompress": [".png"], "inspect": []}
 CHOP_SIZE = 2048
+MAX_PIXELS = 100_000_000
+
+
+def quality(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 100:
+        raise argparse.ArgumentTypeError(f"{text} is not in 0 to 100")
+    return value
+
+
+def rate(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a rate above 0")
+    return value
 
 
 def noise_level(text: str) -> float:
@@ -50,6 +67,12 @@ def build_parser() -> argparse.ArgumentParser:
     weights.add_argument("--vqckpt", type=Path, metavar="FILE", help="VQ base, vq_model_<it>.pth.tar")
     weights.add_argument("--GT_vqckpt", type=Path, metavar="FILE", help="image autoencoder, GT_vq_model_<it>.pth.tar")
     weights.add_argument("--config", type=Path, metavar="YAML", help="sizes of the networks, where the files lack them")
+    size = parser.add_argument_group("rate (without these flags: the base alone)").add_mutually_exclusive_group()
+    size.add_argument(
+        "--quality", type=quality, default=0.0, metavar="Q", help="0, the base alone, to 100; any number between"
+    )
+    size.add_argument("--target_bpp", type=rate, metavar="B", help="the largest file of at most B bits per pixel")
+    size.add_argument("--max_bytes", type=positive, metavar="N", help="the largest file of at most N bytes")
     steps = parser.add_argument_group("denoising")
     steps.add_argument("--one_step", action="store_true", help="the codec's single step, noise level from the rate")
     steps.add_argument("--ddim", action="store_true", help="deterministic steps; otherwise ancestral ones")
@@ -63,6 +86,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--eta", type=noise_level, metavar="ETA", help="noise level of the single step, instead of the rate's"
     )
     steps.add_argument("--seed", type=noise_seed, metavar="N", help="noise seed, instead of the file's own")
+    add("--preview", action="store_true", help="decompress: from the base alone, also of a file that was cut after it")
+    add("--max_pixels", type=positive, default=MAX_PIXELS, metavar="N", help="refuse files that claim more pixels")
     add("--scale", type=int, choices=[1], default=1, help="kept for the published command; a codec does not enlarge")
     add(
         "--chop_size",
@@ -107,33 +132,41 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--one_step and --infer_steps {args.infer_steps} contradict each other")
     if args.mode == "compress" and (args.ref_path or args.metrics or args.overview):
         parser.error("--mode compress decodes nothing: leave out --ref_path, --metrics and --overview")
+    if args.preview and args.mode != "decompress":
+        parser.error("--preview goes with --mode decompress")
+    if (args.quality or args.target_bpp or args.max_bytes) and args.mode not in ("roundtrip", "compress"):
+        parser.error("--quality, --target_bpp and --max_bytes go with --mode roundtrip or compress")
     if args.eta is not None and not args.one_step:
         parser.error("--eta is the noise level of --one_step; the schedule's steps have their own")
     return args
 
 
 def inspect(jobs: list[Job], as_json: bool) -> int:
-    """Print header and sizes of every file; needs no weights."""
+    """Print header, ledger and, of files of a release that ships, the estimated cost of every file."""
     from coding.run import describe, read_bytes
     from models.bitstream import VERSION, unpack
-    from release.triple import release_named
+    from release.triple import load_codec, release_named, release_of
+
+    codecs = cache(lambda fingerprint: load_codec(release_of(fingerprint)))
 
     failed = 0
     for job in jobs:
         try:
             picture = unpack(read_bytes(job.source))
+            release = release_named(picture.fingerprint)
+            sizes = describe(job.source, codecs if release else None)
         except DiffoError as error:
             failed += 1
             print(f"error: {_with_path(job.source, error)}", file=sys.stderr)
             continue
-        facts = {"file": str(job.source), "version": VERSION} | describe(job.source)
+        facts = {"file": str(job.source), "version": VERSION} | sizes
         facts["base_coding"] = "fixed length" if picture.fixed_length else "range coder"
         facts["weights"] = picture.fingerprint.hex()
-        facts["release"] = release_named(picture.fingerprint)
+        facts["release"] = release
         if as_json:
             print(json.dumps(facts))
         else:
-            print("\n".join(f"{name:12} {value}" for name, value in facts.items()), end="\n\n")
+            print("\n".join(f"{name:22} {value}" for name, value in facts.items()), end="\n\n")
     return 1 if failed else 0
 
 
@@ -144,7 +177,7 @@ def _with_path(path: Path, error: Exception) -> str:
 def run(args: argparse.Namespace) -> int:
     streams = args.mode in ("decompress", "inspect")
     if args.demo:
-        from datapipe.pictures import demo_photographs
+        from datapipe.sources import demo_photographs
 
         files = [(path, Path(path.name)) for path in demo_photographs()]
     else:

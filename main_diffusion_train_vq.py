@@ -9,6 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from datapipe.sources import data_options
 from training.checkpointing import is_run
 from training.config import RUN_CONFIG, TrainConfig, load_config
 from training.dry_run import dry_run
@@ -26,7 +27,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--save_dir", default="runs", metavar="DIR", help="the run's folder is made in it")
     parser.add_argument("--steps", type=int, metavar="T", help="steps of the diffusion schedule")
     parser.add_argument("--resume", metavar="RUN", help="go on with this run folder, with its own configuration")
-    parser.add_argument("--data", metavar="DIR", help="training pictures, sub-folders included")
+    parser.add_argument("--data", metavar="PATH", help="training pictures: folder, .txt list, or .tar shards")
     parser.add_argument("--iterations", type=int, metavar="N", help="iterations of every stage")
     parser.add_argument("--save_every", type=int, metavar="N", help="iterations between checkpoints")
     parser.add_argument(
@@ -51,12 +52,12 @@ def configure(args: argparse.Namespace) -> tuple[TrainConfig, Path]:
             raise ConfigError(f"{args.resume}: not a run folder (no {RUN_CONFIG} in it)")
     options = {
         "networks.diffusion.steps": args.steps,
-        "data.folder": args.data,
         "gt.iterations": args.iterations,
         "codec.iterations": args.iterations,
         "save_every": args.save_every,
     }
     options = {key: value for key, value in options.items() if value is not None}
+    options |= data_options(args.data) if args.data else {}
     config = load_config(str(path or "configs/config.yaml"), args.overrides, options)
     folder = Path(args.resume) if args.resume else Path(args.save_dir) / config.name
     if args.dry_run:

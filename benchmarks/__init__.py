@@ -1,0 +1,1 @@
+"""Measurements that take minutes, each a command of its own: `python -m benchmarks.NAME`."""

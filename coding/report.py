@@ -11,16 +11,20 @@ from utils.files import atomic_write
 
 # column -> (heading in the printed table, format)
 COLUMNS = {
+    "quality": ("quality", "s"),
     "picture": ("picture", "s"),
     "width": ("width", "d"),
     "height": ("height", "d"),
     "bytes": ("bytes", "d"),
     "bpp": ("bpp", ".4f"),
+    "level": ("level", "d"),
     "header_bits": ("header bits", "d"),
     "base_bits": ("base bits", "d"),
     "hyper_bits": ("hyper bits", "d"),
     "residual_bits": ("residual bits", "d"),
     "check_bits": ("check bits", "d"),
+    "estimated_bits": ("estimate", ".1f"),
+    "fixed_length_base_bits": ("fixed base", "d"),
     "steps": ("steps", "d"),
     "eta": ("eta", ".3f"),
     "psnr": ("PSNR dB", ".2f"),
@@ -29,8 +33,23 @@ COLUMNS = {
     "error_g": ("err G", "+.2f"),
     "error_b": ("err B", "+.2f"),
     "encode_s": ("enc s", ".2f"),
+    "write_s": ("of it coding", ".3f"),
     "decode_s": ("dec s", ".2f"),
+    "read_s": ("of it coding", ".3f"),
+    "note": ("note", "s"),
 }
+# Columns of the files that the printed table leaves out: it should fit a terminal.
+FILES_ONLY = (
+    "header_bits",
+    "base_bits",
+    "hyper_bits",
+    "residual_bits",
+    "check_bits",
+    "estimated_bits",
+    "fixed_length_base_bits",
+    "write_s",
+    "read_s",
+)
 WITHOUT_MEAN = ("picture", "width", "height", "steps")
 
 TABLES = ["metrics.csv", "metrics.json"]
@@ -56,9 +75,14 @@ def mean_row(rows: list[Row]) -> Row:
 
 def text_table(rows: list[Row]) -> str:
     """The rows and their mean as aligned text."""
-    names = columns_of(rows)
+    return aligned_table([*rows, mean_row(rows)])
+
+
+def aligned_table(rows: list[Row]) -> str:
+    """Rows as aligned text under the columns' headings."""
+    names = [name for name in columns_of(rows) if name not in FILES_ONLY]
     lines = [[COLUMNS.get(name, (name,))[0] for name in names]]
-    lines += [[_cell(name, row.get(name)) for name in names] for row in [*rows, mean_row(rows)]]
+    lines += [[_cell(name, row.get(name)) for name in names] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     aligned = [
         "  ".join(
@@ -71,14 +95,18 @@ def text_table(rows: list[Row]) -> str:
 
 def write_tables(rows: list[Row], folder: Path, about: dict) -> None:
     """metrics.csv (one line per picture) and metrics.json (the same, their mean, and how they were made)."""
-    names = columns_of(rows)
-    text = io.StringIO()
-    table = csv.DictWriter(text, names, restval="", extrasaction="ignore", lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
-    atomic_write(folder / TABLES[0], text.getvalue().encode())
+    write_rows(rows, folder / TABLES[0])
     content = {"about": about, "mean": mean_row(rows), "pictures": rows}
     atomic_write(folder / TABLES[1], (json.dumps(_plain(content), indent=1) + "\n").encode())
+
+
+def write_rows(rows: list[Row], path: Path) -> None:
+    """The rows as CSV."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, columns_of(rows), restval="", extrasaction="ignore", lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    atomic_write(path, text.getvalue().encode())
 
 
 def _cell(name: str, value: str | int | float | None) -> str:

@@ -3,15 +3,16 @@
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from coding import report
+from coding import budget, ledger, report
 from coding.plan import Job
 from models.bitstream import unpack
 from models.codec import Codec
-from models.records import Sampling
+from models.records import Analysed, Sampling
 from release.triple import SMALL, Triple, load_codec, load_triple, release_of
 from utils.distributed import local_device
 from utils.errors import BitstreamError, DiffoError, PictureError
@@ -48,6 +49,7 @@ class Run:
             trained = codec.params.diffusion.steps
             if args.steps not in (None, trained):
                 raise DiffoError(f"--steps {args.steps}: these weights were trained with a schedule of {trained} steps")
+            codec.max_pixels = args.max_pixels
             self.codecs[key] = codec
         return self.codecs[key]
 
@@ -68,10 +70,10 @@ class Run:
             stream = job.source
         else:
             stream = job.stream
-            row["encode_s"] = self._encode(job)
+            row |= self._encode(job)
         if self.args.mode != "compress":
-            row["decode_s"] = self._decode(stream, job, row)
-        row |= describe(stream)
+            row |= self._decode(stream, job)
+        row |= describe(stream, self.codec, self.args.preview)
         original = job.reference or (job.source if self.args.mode == "roundtrip" else None)
         if self.args.mode == "compress":
             original = None
@@ -80,24 +82,38 @@ class Run:
             self.pairs.append((original, job.picture, row))
         self.rows.append(row)
 
-    def _encode(self, job: Job) -> float:
+    def _encode(self, job: Job) -> report.Row:
         image = read_image(job.source)
         codec = self.codec(None)
-        self._fits(codec, job.source, *image.shape[1:])
-        data, seconds = self._timed(lambda: codec.compress(image))
-        atomic_write(job.stream, data)
-        return seconds
+        height, width = image.shape[1:]
+        self._fits(codec, job.source, height, width)
+        analysed, networks = self._timed(lambda: codec.analyse(image))
+        fitted, writing = self._timed(lambda: self._fitted(codec, analysed))
+        atomic_write(job.stream, fitted.data)
+        return {"encode_s": networks + writing, "write_s": writing, "note": fitted.note}
 
-    def _decode(self, stream: Path, job: Job, row: report.Row) -> float:
+    def _fitted(self, codec: Codec, analysed: Analysed) -> budget.Fitted:
+        """The file of the quality or the budget that was asked for."""
+        args, file = self.args, analysed.file
+        if args.target_bpp is not None:
+            allowed = budget.bytes_of_bpp(args.target_bpp, file.height, file.width)
+            return budget.fit(codec, analysed, allowed, at_most=False)
+        if args.max_bytes is not None:
+            return budget.fit(codec, analysed, args.max_bytes)
+        level = codec.level_code(args.quality)
+        return budget.Fitted(codec.write(analysed, level), level)
+
+    def _decode(self, stream: Path, job: Job) -> report.Row:
         data = read_bytes(stream)
-        picture = unpack(data)
+        picture = unpack(data, self.args.preview)
         codec = self.codec(picture.fingerprint)
         self._fits(codec, stream, picture.height, picture.width)
         sampling = self.sampling(codec)
-        decoded, seconds = self._timed(lambda: codec.decode(data, sampling))
+        contents, reading = self._timed(lambda: codec.read(data, self.args.preview))
+        decoded, networks = self._timed(lambda: codec.render(contents, sampling))
         write_image(job.picture, decoded.image)
-        row |= {"eta": decoded.eta, "steps": sampling.steps or 1}
-        return seconds
+        row = {"eta": decoded.eta, "steps": sampling.steps or 1, "decode_s": reading + networks, "read_s": reading}
+        return row | ({"note": "preview: the base alone"} if self.args.preview else {})
 
     def _fits(self, codec: Codec, path: Path, height: int, width: int) -> None:
         if max(height, width) > self.args.chop_size:
@@ -162,19 +178,22 @@ def read_bytes(path: Path) -> bytes:
         raise BitstreamError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def describe(stream: Path) -> report.Row:
-    """Sizes of a file; bits add up to 8 x its bytes."""
+def describe(stream: Path, codec_of: Callable[[bytes], Codec] | None = None, preview: bool = False) -> report.Row:
+    """Sizes of a file: the ledger, whose bits add up to 8 x its bytes, and with weights the estimate beside it.
+
+    Of a preview, the bytes are those that it was made from: header, base and their checksum.
+    """
     data = read_bytes(stream)
-    picture = unpack(data)
-    facts = {
-        "width": picture.width,
-        "height": picture.height,
-        "bytes": len(data),
-        "bpp": bpp(len(data), picture.height, picture.width),
-        "header_bits": 8 * picture.header_bytes,
-    }
-    sections = {f"{name}_bits": 8 * size for name, size in picture.section_bytes.items()}
-    return facts | sections | {"check_bits": 8 * picture.check_bytes}
+    picture = unpack(data, preview)
+    bits = ledger.ledger(picture)
+    size = sum(bits.values()) // 8
+    row = {"width": picture.width, "height": picture.height, "bytes": size}
+    row |= {"bpp": bpp(size, picture.height, picture.width), "level": picture.residual.level if picture.residual else 0}
+    row |= bits
+    if codec_of:
+        codec = codec_of(picture.fingerprint)
+        row |= ledger.beside(codec, codec.read(data, preview))
+    return row
 
 
 def score(original: Path, decoded: Path) -> report.Row:

@@ -1,16 +1,13 @@
-"""Pictures from a folder -> an endless stream of crops in [-1, 1].
+"""Pictures of a source -> an endless stream of crops in [-1, 1].
 
 Position p of the stream, counted over all ranks from the start of training, gives the picture (p mod n in the
 shuffled order of epoch p // n) and every random choice made about it. So a run can stop and go on anywhere, and the
 same run on another number of processes sees the same crops.
 """
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache, lru_cache
-from importlib.util import find_spec
-from pathlib import Path
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -19,10 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from utils.errors import ConfigError, DiffoError, PictureError
-from utils.images import find_pictures, read_image, to_signed
+from datapipe.sources import KINDS, Paths, Source, open_source
+from utils.errors import ConfigError, PictureError
+from utils.images import to_signed
 
 EPOCH, CROP, DRAWS, REVIVAL = range(4)  # independent random streams of one seed
+TRIED = 100  # pictures in a row that may be unreadable
 
 
 def generator(seed: int, purpose: int, position: int) -> np.random.Generator:
@@ -34,50 +33,50 @@ def generator(seed: int, purpose: int, position: int) -> np.random.Generator:
 class DataParams:
     """Where the training pictures are and how crops are cut from them.
 
+    One of `folder`, `txt_file_path` and `shards` may be set, to one path or a list of them; without any, the demo
+    photographs are used.
+
     Attributes:
-        folder: pictures, sub-folders included; None trains on the demo photographs.
+        folder: pictures, sub-folders included.
+        txt_file_path: text lists, one picture a line, absolute or relative to the list's folder.
+        shards: WebDataset tars with their indexes, folders of them, or patterns such as `set-{000..127}.tar`.
         crop: `random`: a random square of the picture, enlarged at random by a factor in `enlarge`;
             `square`: a random square of the whole short side, area-resized (the published code's way).
         flip: mirror half of the crops.
         workers: processes that decode; 0 decodes in the training process.
     """
 
-    folder: str | None = None
+    folder: Paths = None
+    txt_file_path: Paths = None
+    shards: Paths = None
     crop: Literal["random", "square"] = "random"
     enlarge: tuple[float, ...] = (1.0, 1.0)
     flip: bool = True
     workers: int = 4
 
     def __post_init__(self):
+        named = [key for key in KINDS if getattr(self, key)]
+        if len(named) > 1:
+            raise ValueError(f"{' and '.join(named)} are both set: pictures come from one of {', '.join(KINDS)}")
         if len(self.enlarge) != 2 or not 0 < self.enlarge[0] <= self.enlarge[1]:
             raise ValueError(f"enlarge {self.enlarge}: two factors above 0, the smaller first")
         if self.workers < 0:
             raise ValueError(f"workers {self.workers}: from 0 up")
 
 
-def demo_photographs() -> list[Path]:
-    """Natural photographs that scikit-image ships, for trying things out without any data.
-
-    Raises:
-        DiffoError: scikit-image is not installed.
-    """
-    found = find_spec("skimage")
-    if found is None:
-        raise DiffoError("the demo photographs come with scikit-image: pip install scikit-image, or name your own")
-    folder = Path(found.origin).parent / "data"
-    names = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png")
-    return [folder / name for name in names if (folder / name).is_file()]
-
-
 class Pictures(Dataset):
-    """Item p is (crop at position p, float32 3 x size x size in [-1, 1]; p)."""
+    """Item p is (crop at position p, float32 3 x size x size in [-1, 1]; p).
 
-    def __init__(self, params: DataParams, size: int, seed: int):
+    Args:
+        source: where the pictures come from, opened already; by default what `params` names.
+    Raises:
+        DiffoError: the source cannot be opened, or the first pictures in order are all unreadable.
+    """
+
+    def __init__(self, params: DataParams, size: int, seed: int, source: Source | None = None):
         self.params, self.size, self.seed = params, size, seed
-        self.files = find_pictures(Path(params.folder), recursive=True) if params.folder else demo_photographs()
-        if not self.files:
-            raise ConfigError(f"{params.folder or 'scikit-image'}: no pictures there to train on")
-        self._picture(0)  # a folder without one readable picture is refused here, not in a worker
+        self.source = source or open_source(params.folder, params.txt_file_path, params.shards)
+        self._picture(0)  # a source without one readable picture is refused here, not in a worker
 
     def __getitem__(self, position: int) -> tuple[Tensor, int]:
         random = generator(self.seed, CROP, position)
@@ -89,15 +88,16 @@ class Pictures(Dataset):
 
     def _picture(self, position: int) -> Tensor:
         """The picture at a position, or the next readable one of that epoch's order: 3 x H x W in [-1, 1]."""
-        n = len(self.files)
+        n = len(self.source)
         order = epoch_order(self.seed, position // n, n)
-        for offset in range(n):
-            path = self.files[order[(position + offset) % n]]
+        for offset in range(min(n, TRIED)):
+            index = int(order[(position + offset) % n])
             try:
-                return to_signed(read_image(path))
+                return to_signed(self.source.read(index))
             except PictureError as error:
-                print_once(f"skipped: {error}")
-        raise ConfigError(f"{self.params.folder}: not one picture there can be read")
+                self.source.mark_unreadable(index)
+                last = error
+        raise ConfigError(f"{self.source.name}: {min(n, TRIED)} pictures in a row cannot be read, the last: {last}")
 
     def _random(self, picture: Tensor, random: np.random.Generator) -> Tensor:
         low, high = self.params.enlarge
@@ -133,21 +133,22 @@ class Positions(Sampler[list[int]]):
 
 @lru_cache(maxsize=2)
 def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
+    """The order of n pictures in an epoch: a permutation, int64 (n,)."""
     return generator(seed, EPOCH, epoch).permutation(n)
 
 
-@cache
-def print_once(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
-def stream(pictures: Pictures, batch: int, rank: int, world: int, first_step: int) -> DataLoader:
-    """Batches (N x 3 x size x size in [-1, 1], positions (N,)) from `first_step` on."""
+def stream(pictures: Pictures, batch: int, rank: int, world: int, first_step: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches (N x 3 x size x size in [-1, 1], positions (N,)) from `first_step` on, without end."""
     workers = pictures.params.workers
-    return DataLoader(
+    loader = DataLoader(
         pictures,
         batch_sampler=Positions(batch, rank, world, first_step),
         num_workers=workers,
-        persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
     )
+    try:
+        yield from loader
+    except ConfigError as error:
+        # From a worker it comes as the worker's whole traceback, of which the last line is "class: message".
+        message = str(error) if workers == 0 else str(error).rstrip().rpartition("\n")[2].partition(": ")[2]
+        raise ConfigError(message) from None

@@ -256,8 +256,17 @@ class Codec(nn.Module):
     @torch.inference_mode()
     @full_precision()
     def decode(self, data: bytes, sampling: Sampling = ONE_STEP, preview: bool = False) -> Decoded:
-        """Decode a file: x~ = y^ + kappa sqrt(eta) eps, x^ = U(x~ scaled, t(eta), lq), X^ = D(x^) (DiffO, Alg. 1)."""
-        contents = self.read(data, preview)
+        """Decode a file. Errors as `read`."""
+        return self.render(self.read(data, preview), sampling)
+
+    @torch.inference_mode()
+    @full_precision()
+    def render(self, contents: Contents, sampling: Sampling = ONE_STEP) -> Decoded:
+        """x~ = y^ + kappa sqrt(eta) eps, x^ = U(x~ scaled, t(eta), lq), X^ = D(x^) (DiffO, Alg. 1).
+
+        Raises:
+            BitstreamError: the picture is not finite.
+        """
         file = contents.file
         k = contents.k.to(self.device)
         z_q = self.vq_base.rows(k)  # 1 d_q h w

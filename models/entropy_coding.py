@@ -31,6 +31,7 @@ MIN_CODEBOOK, MAX_CODEBOOK = 2, 8192
 # constriction counts probabilities in units of 2^-24: one unit of a table is 2^8 of them.
 _CODER_PRECISION = 24
 _STATE_BITS, _WORD_BYTES = 64, 4
+_RUN = 1 << 20  # symbols looked at together: what they take is all that coding needs beside them
 # frequency_table multiplies counts by 2^16 in int64.
 _MAX_COUNTS = 1 << (63 - PRECISION)
 
@@ -184,48 +185,62 @@ def encode_symbols(symbols: np.ndarray, groups: np.ndarray, tables: np.ndarray) 
         ValueError: a symbol that its table cannot code.
     """
     encoder = constriction.stream.queue.RangeEncoder()
-    for members, table, reach in _groups(groups, tables):
-        values = symbols[members] + reach
+    for members, model, reach in _runs(groups, tables):
+        values = symbols[members].astype(np.int64) + reach
         if values.min() < 0 or values.max() > 2 * reach:
             raise ValueError(f"a symbol lies outside its table's -{reach} to {reach}")
-        encoder.encode(values.astype(np.int32), _coder_model(table))
+        encoder.encode(values.astype(np.int32), model)
     return _close(encoder)
 
 
 def decode_symbols(section: bytes, groups: np.ndarray, tables: np.ndarray, what: str) -> np.ndarray:
-    """Inverse of `encode_symbols`: (count,) int64. Of all strings, exactly those that the encoder writes are accepted.
+    """Inverse of `encode_symbols`: (count,) int8, int16 for wide tables. Accepts exactly what the encoder writes.
+
+    Memory beside the result does not grow with the count, and a string that cannot last is given up early.
 
     Args:
         section: any bytes are safe. groups, tables: as given to the encoder. what: the section's name in errors.
     Raises:
         BitstreamError: a section that no encoder writes with these groups and tables.
     """
-    runs = list(_groups(groups, tables))
-    least = sum(len(members) * (PRECISION - np.log2(table.max())) for members, table, _ in runs)
     damaged = (
         f"the {what} section is no string that an encoder writes: the file is damaged, or belongs to other weights"
     )
-    if least > 8 * len(section) + 1:
+    if _least_bits(groups, tables) > 8 * len(section) + 1:
         raise BitstreamError(damaged)
-    decoder = _decoder(section)
-    symbols = np.empty(len(groups), dtype=np.int64)
+    decoder, again = _decoder(section), constriction.stream.queue.RangeEncoder()
+    symbols = np.empty(len(groups), dtype=np.int8 if tables.shape[1] < 128 else np.int16)
     try:
-        for members, table, reach in runs:
-            symbols[members] = decoder.decode(_coder_model(table), len(members)).astype(np.int64) - reach
+        for members, model, reach in _runs(groups, tables):
+            values = decoder.decode(model, len(members))
+            again.encode(values, model)
+            if again.pos()[0] * _WORD_BYTES > len(section):  # words that no later symbol takes back
+                raise BitstreamError(damaged)
+            symbols[members] = values - reach
     except AssertionError as error:  # constriction's exception for a string outside the coder's interval
         raise BitstreamError(damaged) from error
-    if encode_symbols(symbols, groups, tables) != section:
+    if _close(again) != section:
         raise BitstreamError(damaged)
     return symbols
 
 
-def _groups(groups: np.ndarray, tables: np.ndarray):
-    """(positions, table without its zeros, reach) of every group that occurs, in the order of the groups."""
-    order = np.argsort(groups, kind="stable")
-    present, starts = np.unique(groups[order], return_index=True)
-    for group, members in zip(present, np.split(order, starts[1:]), strict=True):
-        table = tables[group][tables[group] > 0]
-        yield members, table, len(table) // 2
+def _runs(groups: np.ndarray, tables: np.ndarray):
+    """(positions, coder's model, reach) of every group that occurs, in the order of the groups; long ones in parts."""
+    for group, table in enumerate(tables):
+        table = table[table > 0]
+        model = None
+        for start in range(0, len(groups), _RUN):
+            members = np.flatnonzero(groups[start : start + _RUN] == group) + start
+            if members.size:
+                model = model or _coder_model(table)
+                yield members, model, len(table) // 2
+
+
+def _least_bits(groups: np.ndarray, tables: np.ndarray) -> float:
+    """Cost of the most likely symbol everywhere."""
+    starts = range(0, len(groups), _RUN)
+    counts = sum(np.bincount(groups[start : start + _RUN], minlength=len(tables)) for start in starts)
+    return float(np.dot(counts, PRECISION - np.log2(tables.max(axis=1))))
 
 
 def _index_bits(codebook_size: int) -> int:

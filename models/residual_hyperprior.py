@@ -5,7 +5,7 @@
     mu = m_s(n_z, k, y)       n = round(s_g - mu)        s^ = n + mu           r^ = g_s(s^ / gain_g, y)
 
 Level g is real, from 1 to L; between two levels the gains are interpolated geometrically (Cui et al. 2021), so that
-one model has a continuous range of rates. In a file it is one byte, 1 to 255. Axes: N batch, d latent channels,
+one model has a continuous range of rates, and beyond L they can be extrapolated. In a file it is one byte, 1 to 255. Axes: N batch, d latent channels,
 M channels of s, C_z channels of z, h and w latent rows and columns.
 """
 
@@ -36,6 +36,7 @@ SCALES = 48  # tables, for sigma from SCALE_MIN up by SCALE_STEP each
 SCALE_MIN, SCALE_STEP = 0.11, 1.112
 _INDEX_UNIT = 4  # activation units per table index
 _FIRST_INDEX = 16  # of an untrained network
+_TILE, _RIM = 32, 2  # of h_s, in positions of z: the rim's outer half sees padding in place of its neighbours
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class ResidualParams:
     Attributes:
         channels: M, of s. width: of the hidden layers. blocks: residual blocks in g_a and in g_s.
         hyper_channels: C_z, of z. scale_width: of the integer network. code_width: of the index embedding in m_s.
-        levels: L, at least 2. first_gain, last_gain: gains that training starts from, geometric in between.
+        levels: L, at least 2. extrapolated: how far files may go beyond L, in levels. first_gain, last_gain: gains that training starts from, geometric in between.
     """
 
     channels: int = 192
@@ -55,12 +56,15 @@ class ResidualParams:
     scale_width: int = 48
     code_width: int = 32
     levels: int = 6
+    extrapolated: float = 0.0
     first_gain: float = 0.3
     last_gain: float = 1.5
 
     def __post_init__(self):
         if self.levels < 2:
             raise ValueError(f"levels {self.levels}: at least 2")
+        if not 0 <= self.extrapolated <= 2:
+            raise ValueError(f"extrapolated {self.extrapolated}: 0 to 2 levels")
         if not 0 < self.first_gain < self.last_gain:
             raise ValueError(f"gains {self.first_gain} to {self.last_gain}: above 0, the smaller first")
         sizes = (self.channels, self.width, self.hyper_channels, self.scale_width, self.code_width)
@@ -89,7 +93,7 @@ class ResidualTables:
 class Symbols:
     """What one picture's residual sections hold: hyper n_z (C_z, h', w'), residual n and its table index i, (M, h, w).
 
-    All int64 arrays.
+    All arrays of integers; small ones, because a picture may be large.
     """
 
     hyper: np.ndarray
@@ -106,14 +110,14 @@ class ResidualOutput:
     residual_bits: Tensor
 
 
-def level_of(code: int, levels: int) -> float:
-    """Level g in [1, L] of the byte that a file holds, 1 to 255."""
-    return 1 + (code - 1) / (LEVEL_CODES - 1) * (levels - 1)
+def level_of(code: int, params: ResidualParams) -> float:
+    """Level g, from 1 to L and what is extrapolated, of the byte that a file holds, 1 to 255."""
+    return 1 + (code - 1) / (LEVEL_CODES - 1) * (params.levels - 1 + params.extrapolated)
 
 
-def node_of(code: int, levels: int) -> int:
-    """The nearest whole level, counted from 0: its hyper tables serve."""
-    return ((code - 1) * (levels - 1) * 2 + LEVEL_CODES - 1) // (2 * (LEVEL_CODES - 1))
+def node_of(code: int, params: ResidualParams) -> int:
+    """The nearest whole level up to L, counted from 0: its hyper tables serve."""
+    return min(math.floor(level_of(code, params) - 0.5), params.levels - 1)
 
 
 def hyper_size(h: int, w: int) -> tuple[int, int]:
@@ -210,6 +214,13 @@ def enlarged(n_z: Tensor, size: tuple[int, int]) -> Tensor:
     return full[:, :, : size[0], : size[1]]
 
 
+def _tile(start: int) -> tuple[slice, slice, slice]:
+    """A tile of z from `start` along one side: positions of z with the rim, of the latent with it, and without."""
+    first, end = max(0, start - _RIM), start + _TILE + _RIM
+    inner = slice(HYPER_STRIDE * start, HYPER_STRIDE * (start + _TILE))
+    return slice(first, end), slice(HYPER_STRIDE * first, HYPER_STRIDE * end), inner
+
+
 class ResidualHyperprior(nn.Module):
     """The residual codec. `forward` trains; `symbols` and `restore` code.
 
@@ -248,8 +259,8 @@ class ResidualHyperprior(nn.Module):
     # Steps shared by training, coding and decoding ------------------------------------------------------------------
 
     def gain(self, level: Tensor) -> Tensor:
-        """gain_g of levels (N,) in [1, L]: N x M x 1 x 1."""
-        position = level.clamp(1, self.params.levels) - 1
+        """gain_g of levels (N,), from 1 up: N x M x 1 x 1. Above L the last interval goes on."""
+        position = level.clamp(min=1) - 1
         low = position.floor().clamp(max=self.params.levels - 2).long()
         share = (position - low).to(self.log_gain.dtype)[:, None]
         log_gain = self.log_gain[low] * (1 - share) + self.log_gain[low + 1] * share
@@ -298,9 +309,7 @@ class ResidualHyperprior(nn.Module):
         """
         s_g = self.gain(self._level(code, s.device)) * s
         z = self.centred(s_g)[0].double().cpu().round().numpy().astype(np.int64)  # C_z h' w'
-        reach = (
-            HYPER_REACH if tables is None else tables.reach("hyper")[node_of(code, self.params.levels), :, None, None]
-        )
+        reach = HYPER_REACH if tables is None else tables.reach("hyper")[node_of(code, self.params), :, None, None]
         n_z = np.clip(z, -reach, reach)
         index = self.table_index(n_z, k)
         mu = self._mean(n_z, k, y)
@@ -309,14 +318,27 @@ class ResidualHyperprior(nn.Module):
         return Symbols(n_z, np.clip(n, -reach, reach), index)
 
     def table_index(self, n_z: np.ndarray, k: Tensor) -> np.ndarray:
-        """i = h_s(n_z, k), exactly: int64 (C_z, h', w') and 1 x h x w -> int64 (M, h, w)."""
+        """i = h_s(n_z, k), exactly: integers (C_z, h', w') and 1 x h x w -> uint8 (M, h, w).
+
+        Tile by tile, each with the rim that its convolutions see: the same integers, in memory that a picture's size
+        does not decide.
+        """
+        hyper, k = torch.from_numpy(n_z)[None], k.cpu()
+        index = np.empty((self.params.channels, *k.shape[1:]), dtype=np.uint8)
         with torch.autocast("cpu", enabled=False):
-            return self._exact[0](torch.from_numpy(n_z)[None].double(), k.cpu())[0].long().numpy()
+            for top in range(0, hyper.shape[2], _TILE):
+                for left in range(0, hyper.shape[3], _TILE):
+                    (z_rows, rows, inner_rows), (z_columns, columns, inner_columns) = _tile(top), _tile(left)
+                    tile = self._exact[0](hyper[:, :, z_rows, z_columns].double(), k[:, rows, columns])[0].byte()
+                    _, h, w = index[:, inner_rows, inner_columns].shape
+                    at_row, at_column = inner_rows.start - rows.start, inner_columns.start - columns.start
+                    index[:, inner_rows, inner_columns] = tile[:, at_row : at_row + h, at_column : at_column + w]
+        return index
 
     def hyper_coding(self, shape: tuple[int, int, int], code: int) -> tuple[np.ndarray, np.ndarray]:
         """Group of every symbol of n_z, flattened, and the tables of the groups."""
-        channels = np.arange(shape[0]).repeat(shape[1] * shape[2])
-        return channels, self.tables.hyper[node_of(code, self.params.levels)]
+        channels = np.arange(shape[0], dtype=np.uint16).repeat(shape[1] * shape[2])
+        return channels, self.tables.hyper[node_of(code, self.params)]
 
     def residual_coding(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Group of every symbol of n, flattened, and the tables of the groups."""
@@ -331,4 +353,4 @@ class ResidualHyperprior(nn.Module):
         return self.mean_network(torch.from_numpy(n_z)[None].to(y), k.to(y.device), y)
 
     def _level(self, code: int, device: torch.device) -> Tensor:
-        return torch.tensor([level_of(code, self.params.levels)], device=device, dtype=torch.float64)
+        return torch.tensor([level_of(code, self.params)], device=device, dtype=torch.float64)

@@ -8,8 +8,11 @@ import json
 import sys
 from pathlib import Path
 
-from release.making import COUNTED, count_indices, require_empty, write_release
+from datapipe.sources import data_options
+from release.making import COUNTED, require_empty, write_release
+from release.tables import count
 from release.triple import NAMES, Triple, load_triple
+from training.checkpointing import BEST
 from training.config import RUN_CONFIG, load_config
 from utils.commandline import answer, positive
 from utils.errors import CheckpointError
@@ -21,8 +24,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("run", type=Path, help="run folder of main_diffusion_train_vq.py")
     parser.add_argument("out", type=Path, help="release folder, for instance weights/mine")
-    parser.add_argument("--iteration", type=int, metavar="N", help="of the checkpoint (default: the newest)")
-    parser.add_argument("--data", metavar="DIR", help="training pictures (default: the run's)")
+    parser.add_argument(
+        "--iteration", metavar="N", help="of the checkpoint, or `best` by validation (default: the newest)"
+    )
+    parser.add_argument("--data", metavar="PATH", help="training pictures as for training (default: the run's)")
     parser.add_argument(
         "--crops", type=positive, default=COUNTED, metavar="N", help=f"crops to count (default {COUNTED})"
     )
@@ -39,12 +44,31 @@ def newest(folder: Path) -> int:
     return max(complete)
 
 
+def chosen(run: Path, iteration: str | None) -> int:
+    """The iteration that is asked for: a number, `best`, or None for the newest.
+
+    Raises:
+        CheckpointError: there is none, or it is no iteration.
+    """
+    if iteration is None:
+        return newest(run / "ema_ckpts")
+    if iteration != "best":
+        if not iteration.isdecimal():
+            raise CheckpointError(f"--iteration {iteration}: a number, or best")
+        return int(iteration)
+    best = json.loads((run / BEST).read_text()) if (run / BEST).is_file() else None
+    if best is None or best["stage"] != "codec":
+        raise CheckpointError(f"{run}: no validation of stage codec has chosen a checkpoint (validation.folder=DIR)")
+    return best["step"]
+
+
 def release(args: argparse.Namespace) -> None:
     require_empty(args.out)
-    config = load_config(str(args.run / RUN_CONFIG), values={"data.folder": args.data} if args.data else {})
-    iteration = newest(args.run / "ema_ckpts") if args.iteration is None else args.iteration
+    config = load_config(str(args.run / RUN_CONFIG), values=data_options(args.data) if args.data else {})
+    iteration = chosen(args.run, args.iteration)
     codec = load_triple(Triple.of(args.run / "ema_ckpts", iteration))
-    about = write_release(args.out, iteration, codec, config, count_indices(codec, config, args.crops))
+    notes = count(codec, config, args.crops).install(codec)
+    about = write_release(args.out, iteration, codec, config, **notes)
     print(json.dumps(about, indent=1))
 
 

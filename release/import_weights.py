@@ -14,9 +14,11 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from datapipe.sources import data_options
 from models.autoencoder import Autoencoder
 from models.codec import Codec
-from release.making import COUNTED, count_indices, require_empty, write_release
+from release.making import COUNTED, require_empty, write_release
+from release.tables import count
 from release.triple import NAMES, OURS
 from training.config import load_config
 from utils import checkpoints
@@ -53,7 +55,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     diffo.add_argument("--vqckpt", type=Path, required=True, metavar="FILE", help="vq_model_<it>.pth.tar")
     diffo.add_argument("--GT_vqckpt", type=Path, required=True, metavar="FILE", help="GT_vq_model_<it>.pth.tar")
     diffo.add_argument("out", type=Path, help="release folder, for instance weights/published")
-    diffo.add_argument("--data", metavar="DIR", help="pictures to count indices on, for shorter files (default: none)")
+    diffo.add_argument("--data", metavar="PATH", help="pictures to count indices on, for shorter files (default: none)")
     diffo.add_argument("--crops", type=positive, default=COUNTED, metavar="N", help=f"to count (default {COUNTED})")
     diffo.set_defaults(work=import_diffo)
     return parser.parse_args(argv)
@@ -96,7 +98,7 @@ def import_vqgan(args: argparse.Namespace) -> None:
 
 def import_diffo(args: argparse.Namespace) -> None:
     require_empty(args.out)
-    config = load_config(args.config, values={"data.folder": args.data})
+    config = load_config(args.config, values=data_options(args.data) if args.data else {})
     paths = {"unet": args.ckpt, "vq_base": args.vqckpt, "autoencoder": args.GT_vqckpt}
     contents = {network: checkpoints.read(path) for network, path in paths.items()}
     if OURS in contents["vq_base"]:
@@ -104,11 +106,11 @@ def import_diffo(args: argparse.Namespace) -> None:
     codec = built(Codec, config.networks)
     for network, path in paths.items():
         take(getattr(codec, network), contents.pop(network), path)
-    counts = count_indices(codec, config, args.crops) if args.data else None
+    notes = count(codec, config, args.crops).install(codec) if args.data else {}
     sources = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths.values()}
     numbered = re.search(r"_(\d+)$", args.ckpt.stem)
-    about = write_release(args.out, int(numbered[1]) if numbered else 0, codec, config, counts, imported_from=sources)
-    if counts is None:
+    about = write_release(args.out, int(numbered[1]) if numbered else 0, codec, config, **notes, imported_from=sources)
+    if not notes:
         print(f"{args.out}: base indices at fixed length, for want of pictures to count them on (--data)")
     print(json.dumps(about, indent=1))
 

@@ -34,3 +34,16 @@ def photograph(path: Path, width: int, height: int, seed: int = 0) -> Path:
 
 def levels(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path)).astype(int)
+
+
+def call(capsys, *args) -> tuple[int, str, str]:
+    """inference.py in this process: exit status, stdout, stderr."""
+    from inference import main
+
+    try:
+        status = main([str(a) for a in args])
+    except SystemExit as stop:
+        status = stop.code
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    return status, captured.out, captured.err

@@ -13,13 +13,21 @@ from pathlib import Path
 import pytest
 import torch
 
+from release.triple import NAMES
 from tests.commands import NANO, ROOT, photograph, run
 from training.checkpointing import Checkpoints, Point
 from utils import checkpoints
 from utils.errors import CheckpointError
 
 TRAIN = ROOT / "main_diffusion_train_vq.py"
-SETTINGS = ("save_every=1", "keep_last=2", "gt.iterations=6", "codec.iterations=6", "gt.statistics=2")
+SETTINGS = (
+    "save_every=1",
+    "keep_last=2",
+    "gt.iterations=4",
+    "codec.iterations=6",
+    "gt.statistics=2",
+    "gt.adversarial_weight=0",
+)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +80,7 @@ def lines(folder: Path, name: str) -> list[dict]:
 
 def kill_while_writing(process, folder: Path, chance: random.Random) -> bool:
     """Kill -9 a run at some moment while it writes a checkpoint; False if it ended before."""
-    writes = chance.randrange(1, 25)
+    writes = chance.randrange(1, 20)
     seen: set[Path] = set()
     while process.is_alive():
         seen.update(path for sub in ("ckpts", "ema_ckpts", "states") for path in (folder / sub).glob(".*.tmp"))
@@ -103,7 +111,16 @@ def test_killed_again_and_again_while_saving(data, processes, finished, tmp_path
         assert lines(folder, name) == lines(finished, name)
     assert tree(folder) == tree(finished)
     for name in ("states/codec_6.pth", "ema_ckpts/vq_model_6.pth.tar", "ckpts/model_6.pth"):
-        assert (folder / name).read_bytes() == (finished / name).read_bytes(), name
+        assert flat(checkpoints.read(folder / name)) == flat(checkpoints.read(finished / name)), name
+
+
+def flat(content) -> list:
+    """Keys and values of nested dictionaries and lists, tensors as their bytes."""
+    if isinstance(content, torch.Tensor):
+        return [tuple(content.shape), content.numpy().tobytes()]
+    if isinstance(content, dict):
+        content = [part for item in content.items() for part in item]
+    return [part for value in content for part in flat(value)] if isinstance(content, (list, tuple)) else [content]
 
 
 def tree(folder: Path) -> set[str]:
@@ -117,18 +134,12 @@ def test_the_last_and_the_best_stay(finished):
     scores = {
         entry["step"]: entry["loss"] for entry in lines(finished, "validation.jsonl") if entry["stage"] == "codec"
     }
-    assert set(scores) == {2, 4, 6} and best == {
-        "stage": "codec",
-        "step": min(scores, key=scores.get),
-        "loss": min(scores.values()),
-    }
-    kept = {f"codec_{step}" for step in (5, 6, best["step"])} | {"gt_6"}
-    assert {path.stem for path in (finished / "states").glob("*.pth")} == kept
+    step = min(scores, key=scores.get)
+    assert set(scores) == {2, 4, 6} and best == {"stage": "codec", "step": step, "loss": scores[step]}
+    steps = {5, 6, step}
+    assert {path.stem for path in (finished / "states").glob("*.pth")} == {f"codec_{s}" for s in steps} | {"gt_4"}
     weights = {path.name for path in (finished / "ema_ckpts").iterdir()}
-    steps = {5, 6, best["step"]}
-    assert weights == {
-        n.format(s) for s in steps for n in ("ema_model_{}.pth", "vq_model_{}.pth.tar", "GT_vq_model_{}.pth.tar")
-    }
+    assert weights == {name.format(s) for s in steps for name in NAMES.values()} | {"GT_vq_model_4.pth.tar"}
     assert {path.name for path in (finished / "ckpts").glob("model_*")} == {f"model_{step}.pth" for step in steps}
 
 
@@ -148,7 +159,11 @@ def test_a_checkpoint_without_its_files_is_passed_over(tmp_path):
     (tmp_path / "states" / "gt_2.pth").write_bytes(b"damaged")
     state, refused = kept.newest()
     assert state["step"] == 1 and len(refused) == 2
-    assert "GT_vq_model_3.pth.tar" in refused[0] and "gt_2.pth" in refused[1]
+    assert "GT_vq_model_3.pth.tar" in refused[Point("gt", 3)] and "gt_2.pth" in refused[Point("gt", 2)]
+    kept.set_aside(refused)
+    kept.keep_last = 1
+    kept.keep(None)  # the good one is the last one now
+    assert kept.points() == [Point("gt", 1)]
     (tmp_path / "ckpts" / "GT_vq_model_1.pth.tar").write_bytes(b"short")
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
         kept.newest()
@@ -181,7 +196,7 @@ def test_a_full_disk(setting, data, finished, tmp_path):
     """The states of nano are larger than 1 MB, its weights, metrics and events smaller."""
     assert max(p.stat().st_size for p in (finished / "ema_ckpts").iterdir()) < 400_000
     assert (finished / "states" / "codec_6.pth").stat().st_size > 400_000
-    args = [sys.executable, TRAIN, *command(data, tmp_path), f"on_full_disk={setting}", "gt.adversarial_weight=0"]
+    args = [sys.executable, TRAIN, *command(data, tmp_path), f"on_full_disk={setting}"]
     done = subprocess.run(
         list(map(str, args)), cwd=ROOT, capture_output=True, text=True, preexec_fn=small_disk(400_000), timeout=300
     )
@@ -195,25 +210,24 @@ def test_a_full_disk(setting, data, finished, tmp_path):
         assert len(lines(folder, "metrics.jsonl")) == 1
     else:
         assert done.returncode == 0 and "training goes on" in done.stderr
-        assert len(lines(folder, "metrics.jsonl")) == 12
+        assert len(lines(folder, "metrics.jsonl")) == 10
 
 
 def test_a_full_disk_leaves_no_half_line(tmp_path):
-    """Under a limit that the second line passes."""
     code = """
-import json, resource, sys
+import resource, sys
 from pathlib import Path
 from utils.logging import RunLog
 resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
 log = RunLog(Path(sys.argv[1]), True, patient=True)
-log.step("gt", 0, {"loss": 0.5})
-for step in range(1, 40):
-    log.step("gt", step, {"loss": 0.25, "more": "x" * 100 if step == 0 else float(step)} | {f"term{i}": 0.1 for i in range(40)})
+for step in range(40):
+    log.step("gt", step, {f"term{i}": 0.1 for i in range(40)})
 log.close()
 """
     done = run("-c", code, tmp_path)
     entries = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert 1 <= len(entries) < 40 and done.stderr.count("metrics.jsonl: File too large; training goes on") == 1
+    assert 1 <= len(entries) < 40
+    assert done.stderr.count("metrics.jsonl: File too large; training goes on") == 1
 
 
 def test_a_loss_that_is_not_finite_keeps_the_state_and_the_last_checkpoint(data, tmp_path, capsys, monkeypatch):

@@ -19,6 +19,7 @@ from models.diffusion import RateParams
 from release import load_codec
 from release.triple import NAMES, OURS, Triple, load_triple, save_triple
 from tests.commands import NANO
+from tests.residual import new_codec
 from training.config import load_config
 from utils import checkpoints
 from utils.config import to_mapping
@@ -65,6 +66,21 @@ def test_plain_pickles_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match="plain.pth"):
         checkpoints.read(path)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("part", ["state_dict", "tables"])
+def test_code_in_the_residual_codec_is_refused_and_not_run(tmp_path, part):
+    ran, codec = tmp_path / "ran", new_codec()
+    own = {network: getattr(codec, network).state_dict() for network in (*NAMES, "residual")}
+    triple = Triple.of(tmp_path, 7)
+    save_triple(triple, own, codec.params, codec.base_table, codec.residual.tables)
+    content = checkpoints.read(triple.vq_base)
+    assert load_triple(triple).has_levels
+    content[OURS]["residual"][part]["hyper"] = Malicious(ran)
+    torch.save(content, triple.vq_base)
+    with pytest.raises(CheckpointError, match="vq_model_7.pth.tar: refused"):
+        load_triple(triple)
+    assert not ran.exists()
 
 
 @pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])

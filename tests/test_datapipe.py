@@ -8,9 +8,8 @@ import torch
 from PIL import Image
 
 from datapipe import pictures as module
-from datapipe.pictures import DataParams, Pictures, Positions, demo_photographs, epoch_order, generator, stream
+from datapipe.pictures import DataParams, Pictures, Positions, epoch_order, generator, stream
 from tests.commands import photograph
-from utils.errors import ConfigError, DiffoError
 from utils.images import read_image, to_signed
 
 SIZE = 32
@@ -41,16 +40,16 @@ def batches(pictures, batch, rank, world, first, count):
 
 def test_every_epoch_is_a_permutation(folder, monkeypatch):
     pictures = dataset(folder)
-    n = len(pictures.files)
+    n, files = len(pictures.source), pictures.source.paths
     assert n == 7
     read = []
-    monkeypatch.setattr(module, "read_image", lambda path: read.append(path) or read_image(path))
+    monkeypatch.setattr("datapipe.sources.read_image", lambda path: read.append(path) or read_image(path))
     for position in range(3 * n):
         pictures[position]
     epochs = [read[i : i + n] for i in range(0, 3 * n, n)]
-    assert all(sorted(epoch) == pictures.files for epoch in epochs)
+    assert all(sorted(epoch) == files for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
-    assert read == [pictures.files[epoch_order(0, p // n, n)[p % n]] for p in range(3 * n)]
+    assert read == [files[epoch_order(0, p // n, n)[p % n]] for p in range(3 * n)]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 64])
@@ -139,7 +138,7 @@ def coordinates(tmp_path):
 
 def test_plain_crops_are_pieces_of_the_picture(coordinates):
     pictures = dataset(coordinates, flip=False)
-    whole = to_signed(read_image(pictures.files[0]))
+    whole = to_signed(read_image(pictures.source.paths[0]))
     corners = set()
     for position in range(40):
         crop, told = pictures[position]
@@ -204,44 +203,3 @@ def test_square_crops_hold_the_whole_short_side(coordinates):
         torch.testing.assert_close(columns[0], left + 1.5 + 4 * torch.arange(20.0), rtol=0, atol=1e-3)
         lefts.add(round(left))
     assert 0 <= min(lefts) and max(lefts) <= 40 and len(lefts) > 10
-
-
-# Folders that are not as they should be -------------------------------------------------------------------------------
-
-
-def test_unreadable_pictures_are_replaced_and_named_once(tmp_path, capsys):
-    for i in range(3):
-        photograph(tmp_path / f"{i}.png", 60, 60, seed=i)
-    (tmp_path / "broken.png").write_bytes(b"no picture")
-    pictures = dataset(tmp_path, flip=False)
-    order = [[pictures.files[i].name for i in epoch_order(0, epoch, 4)] for epoch in range(3)]
-    crops = [pictures[p][0] for p in range(12)]
-    for epoch, names in enumerate(order):
-        at = names.index("broken.png")
-        replaced = pictures._picture(4 * epoch + at)
-        follower = tmp_path / names[(at + 1) % 4]
-        assert torch.equal(replaced, to_signed(read_image(follower)))
-    assert all(crop.shape == (3, SIZE, SIZE) for crop in crops)
-    told = capsys.readouterr().err
-    assert told.count("broken.png") == 1 and told.startswith("skipped: ")
-
-
-def test_a_folder_of_broken_pictures_is_an_error(tmp_path):
-    for i in range(2):
-        (tmp_path / f"{i}.png").write_bytes(b"no picture")
-    with pytest.raises(ConfigError, match="not one picture there can be read"):
-        dataset(tmp_path)  # at once, not in a worker later
-
-
-def test_empty_and_missing_folders_are_named(tmp_path):
-    (tmp_path / "notes.txt").write_text("no picture")
-    with pytest.raises(ConfigError, match=f"{tmp_path}: no pictures there"):
-        dataset(tmp_path)
-    with pytest.raises(DiffoError, match="none: no such folder"):
-        dataset(tmp_path / "none")
-
-
-def test_demo_photographs_exist():
-    found = demo_photographs()
-    assert len(found) == 5 and all(min(read_image(path).shape[1:]) >= 256 for path in found)
-    assert Pictures(DataParams(workers=0), SIZE, 0).files == found

@@ -222,7 +222,7 @@ def test_a_published_triple_gives_a_release(tmp_path, config, states, published)
         assert all(torch.equal(own[key], value) for key, value in state.items())
     image = torch.randint(0, 256, (3, 40, 56), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     data = codec.compress(image)
-    assert codec.read(data)[0].fixed_length and codec.decompress(data).shape == image.shape
+    assert codec.read(data).file.fixed_length and codec.decompress(data).shape == image.shape
 
 
 def test_with_pictures_it_gets_an_integer_table(tmp_path, config, published):

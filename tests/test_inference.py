@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from inference import main
 from models.codec import Codec
 from models.entropy_coding import frequency_table
 from release.triple import Triple, save_triple
-from tests.commands import NANO, ROOT, levels, photograph, run
+from tests.commands import NANO, ROOT, call, levels, photograph, run
 from training.config import load_config
 from utils.images import read_image
 
@@ -38,17 +37,6 @@ def pictures(tmp_path):
     photograph(tmp_path / "in" / "a.png", 64, 48)
     photograph(tmp_path / "in" / "deep" / "b.jpg", 33, 70, seed=1)
     return tmp_path / "in"
-
-
-def call(capsys, *args) -> tuple[int, str, str]:
-    """main() in this process: exit status, stdout, stderr."""
-    try:
-        status = main([str(a) for a in args])
-    except SystemExit as stop:
-        status = stop.code
-    captured = capsys.readouterr()
-    assert "Traceback" not in captured.err
-    return status, captured.out, captured.err
 
 
 def test_round_trip_writes_what_it_says(pictures, weights, tmp_path, capsys):
@@ -224,7 +212,6 @@ def test_a_file_of_other_weights_names_its_release(pictures, weights, tmp_path, 
 def test_coding_imports_nothing_heavy(pictures, weights, tmp_path):
     program = f"""
 import sys
-from inference import main
 status = main({["-i", str(pictures / "a.png"), "-o", str(tmp_path / "out"), *weights, *DENOISE]!r})
 heavy = [name for name in ("compressai", "pyiqa", "transformers", "tensorboard", "lpips", "torchvision") if name in sys.modules]
 sys.exit(status or (f"imported {{heavy}}" if heavy else 0))

@@ -341,6 +341,6 @@ def test_failed_download_leaves_nothing(address, one_file, page, sha256, message
 
 def test_offline_is_said_with_the_folder(one_file):
     file = one_file("http://127.0.0.1:9/w.pth")
-    with pytest.raises(DiffoError, match="is this machine online") as caught:
+    with pytest.raises(DiffoError, match="Is this machine online") as caught:
         metrics.download_weights(timeout=2)
     assert str(file.path.parent) in str(caught.value)

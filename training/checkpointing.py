@@ -6,7 +6,7 @@ is no checkpoint; a marker tells the next start what to remove then.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -51,25 +51,29 @@ class Checkpoints:
             found.append(Point(stage, int(step)))
         return sorted(found, key=lambda point: (self.stages.index(point.stage), point.step))
 
-    def newest(self) -> tuple[dict | None, list[str]]:
-        """The state of the newest complete checkpoint, None if there is no checkpoint; why newer ones were passed over.
+    def newest(self) -> tuple[dict | None, dict[Point, str]]:
+        """The state of the newest complete checkpoint, None if there is none; newer ones, and why they will not do.
 
         Raises:
             CheckpointError: there are checkpoints, and not one is complete.
         """
-        refused = []
+        refused = {}
         for point in reversed(self.points()):
             try:
                 state = checkpoints.read(self._state(point))
                 self._require_files(state, point)
                 return state, refused
             except CheckpointError as error:
-                refused.append(str(error))
+                refused[point] = str(error)
         if refused:
-            raise CheckpointError(f"{self.folder}: no complete checkpoint to go on from ({'; '.join(refused)})")
+            raise CheckpointError(
+                f"{self.folder}: no complete checkpoint to go on from ({'; '.join(refused.values())})"
+            )
         return None, refused
 
     def _require_files(self, state: dict, point: Point) -> None:
+        if "files" not in state:
+            raise CheckpointError(f"{self._state(point)}: not a training state")
         for name, size in state["files"].items():
             path = self.folder / name
             if not path.is_file() or path.stat().st_size != size:
@@ -112,10 +116,16 @@ class Checkpoints:
         kept += {point.stage: point for point in points if point.stage != stage}.values()
         if best and best["stage"] == stage:
             kept.append(Point(stage, best["step"]))
-            atomic_write(self.folder / BEST, (json.dumps(best) + "\n").encode())
         for point in points:
             if point not in kept:
                 self._remove(point, kept)
+        if best:
+            atomic_write(self.folder / BEST, (json.dumps(best) + "\n").encode())
+
+    def set_aside(self, points: Iterable[Point]) -> None:
+        """What is not complete no longer counts as a checkpoint; its state stays under another name."""
+        for point in points:
+            self._state(point).replace(self._state(point).with_suffix(".incomplete"))
 
     def remove_unfinished(self) -> None:
         """Remove what a killed process was writing."""

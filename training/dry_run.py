@@ -88,18 +88,24 @@ def memory(stage) -> str:
     weights = [*stage.codec.parameters(), *parameters(critic), *parameters(perceptual)]
     trained = [q for q in (*stage.trained.parameters(), *parameters(critic)) if q.requires_grad]
     largest = micro_batches(p.batch_size, p.microbatch)[0].stop
-    kept = Kept([*weights, *stage.codec.buffers()])
-    with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda tensor: tensor):
-        stage.rehearse(torch.empty(largest, 3, p.crop_size, p.crop_size))
+    image = torch.empty(largest, 3, p.crop_size, p.crop_size, device=stage.device)
     sizes = {
         "parameters": size(weights),
         "gradients": size(trained),
         "AdamW's moments": 2 * size(trained),
         "averages (EMA)": size(stage.ema.average.values()),
-        f"activations, {largest} crops of {p.crop_size}": kept.bytes,
+        f"activations, {largest} crops of {p.crop_size}": activations(stage, image, weights),
     }
     rows = [f"{name:<32}{value / MIB:>10,.0f} MiB" for name, value in sizes.items()]
     return "\n".join([*rows, f"{'together, per process':<32}{sum(sizes.values()) / MIB:>10,.0f} MiB"])
+
+
+def activations(stage, image: Tensor, weights: list[Tensor]) -> int:
+    """Bytes that the backward pass of a micro-batch needs beside the weights: N x 3 x H x W, on any device."""
+    kept = Kept([*weights, *stage.codec.buffers()])
+    with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda tensor: tensor):
+        stage.rehearse(image)
+    return kept.bytes
 
 
 def size(tensors) -> int:

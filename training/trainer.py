@@ -11,6 +11,7 @@ import yaml
 from tqdm import tqdm
 
 from datapipe.pictures import Pictures, stream
+from datapipe.sources import open_source
 from models.codec import Codec
 from release.triple import NAMES, NETWORKS
 from training.checkpointing import Checkpoints, Point
@@ -59,13 +60,19 @@ class Trainer:
                 smallest = MS_SSIM_MIN_SIDE if getattr(config, name).perceptual == "ms_ssim" else CELL
                 self.validation[name] = Validation(config.validation, device, smallest)
         self.checkpoints = Checkpoints(folder, config.stages, config.keep_last)
-        self.best: dict | None = None  # "stage", "step" and "loss" of the best checkpoint by validation
+        # "stage", "step" and "loss" of the best weights by validation, and of those of them that are on the disk
+        self.best: dict | None = None
+        self.saved_best: dict | None = None
         self.log = RunLog(folder, distributed.is_main(), patient=config.on_full_disk == "continue")
         for name in NAMES:
             if path := getattr(config, name):
                 state, dropped = checkpoints.parameters_of(checkpoints.read(path))
                 checkpoints.load_strictly(getattr(self.codec, name), state, path)
                 self.log.say(f"{name} from {path}, without {len(dropped)} other entries")
+        self.source = open_source(config.data.folder, config.data.txt_file_path, config.data.shards)
+        counts = distributed.gather_objects(len(self.source))
+        if len(set(counts)) > 1:
+            raise ConfigError(f"{self.source.name}: ranks find different numbers of pictures there: {counts}")
 
     def run(self) -> None:
         first, step, state = self._resume()
@@ -83,12 +90,11 @@ class Trainer:
         stage = STAGES[name](self.config, self.codec, self.device)
         if state:
             stage.load_state_dict(state)
-        pictures = Pictures(self.config.data, params.crop_size, self.config.seed)
+        pictures = Pictures(self.config.data, params.crop_size, self.config.seed, self.source)
         rank, world = distributed.rank(), distributed.world_size()
         self.log.say(
-            f"stage {name}: iterations {start} to {params.iterations}, {len(pictures.files)} pictures from "
-            f"{self.config.data.folder or 'the demo photographs (no folder was named)'}, "
-            f"batch {params.batch_size} x {world}, {self.device}, {stage.speed}"
+            f"stage {name}: iterations {start} to {params.iterations}, {len(self.source)} pictures from "
+            f"{self.source.name}, batch {params.batch_size} x {world}, {self.device}, {stage.speed}"
         )
         batches = iter(stream(pictures, params.batch_size, rank, world, start))
         steps = range(start, params.iterations)
@@ -103,6 +109,7 @@ class Trainer:
         if name == "gt":
             count = -(-params.statistics // (params.batch_size * world))
             stage.finish(itertools.islice(stream(pictures, params.batch_size, rank, world, 0), count))
+        self._tell_unreadable()
         self._save(stage, params.iterations)
 
     def _step(self, stage, step: int, batches: Iterator) -> float:
@@ -118,7 +125,12 @@ class Trainer:
         self.log.step(stage.name, step, logs)
         if step % self.config.picture_every == 0:
             self.log.pictures(stage.name, step, rows)
+            self._tell_unreadable()
         return logs["loss"]
+
+    def _tell_unreadable(self) -> None:
+        for line in self.source.unreadable_lines():
+            self.log.say(line)
 
     def _validate(self, stage, done: int) -> bool:
         """Score the averaged weights when it is time; True if they are the best so far, and so must be saved."""
@@ -153,7 +165,9 @@ class Trainer:
             except DiskFull as error:
                 full = error
         if not distributed.on_any_rank(full is not None, self.device):
+            self.saved_best = self.best
             return
+        self.best = self.saved_best
         told = f"stage {stage.name}, iteration {step} is not saved: {full or 'see the main process'}"
         if self.config.on_full_disk == "stop":
             raise DiskFull(
@@ -179,17 +193,18 @@ class Trainer:
         if (self.folder / OLD_STATE).exists():
             raise CheckpointError(f"{self.folder}: an older version's run ({OLD_STATE}); go on with that version")
         saved, refused = self.checkpoints.newest()
-        for reason in refused:
+        for reason in refused.values():
             self.log.say(f"passed over: {reason}")
-        distributed.barrier()  # every rank has read before anything is removed
+        distributed.barrier()  # every rank has read before anything is moved
         if distributed.is_main():
+            self.checkpoints.set_aside(refused)
             self.checkpoints.remove_unfinished()
         if saved is None:
             self.log.keep_until(stages[0], 0, stages)
             return 0, 0, None
         where = f"{self.folder}, {saved['stage']} {saved['step']}"
         checkpoints.load_strictly(self.codec, saved["codec"], where)
-        self.best = saved["best"]
+        self.best = self.saved_best = saved["best"]
         index, step, state = stages.index(saved["stage"]), saved["step"], saved["training"]
         self.log.keep_until(saved["stage"], step, stages)
         if step >= getattr(self.config, saved["stage"]).iterations:  # that stage is done

@@ -126,6 +126,8 @@ def _convert(kind: Any, value: Any, where: str, default: Any = None) -> Any:
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in args:
             return None
+        if isinstance(value, str) and str in args:
+            return value
         return _convert(next(a for a in args if a is not type(None)), value, where)
     if origin is typing.Literal:
         if value not in args:

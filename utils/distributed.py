@@ -2,6 +2,7 @@
 
 import os
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -83,6 +84,15 @@ def gather_samples(batch: Tensor) -> Tensor:
     return torch.stack(parts, dim=1).flatten(0, 1)
 
 
+def gather_objects(value: Any) -> list[Any]:
+    """What every rank passed, in the order of ranks; small picklable values only."""
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def on_any_rank(flag: bool, device: torch.device) -> bool:
     """Whether it is true on some rank; every rank asks, and waits for the others."""
     return all_reduce_sum(torch.tensor(float(flag), device=device)).item() > 0
@@ -91,12 +101,3 @@ def on_any_rank(flag: bool, device: torch.device) -> bool:
 def barrier() -> None:
     if world_size() > 1:
         dist.barrier()
-
-
-def gather_objects(value):
-    """The plain values of all ranks, by rank."""
-    if world_size() == 1:
-        return [value]
-    parts = [None] * world_size()
-    dist.all_gather_object(parts, value)
-    return parts

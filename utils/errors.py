@@ -17,6 +17,10 @@ class BitstreamError(DiffoError):
     """A `.dfo` file that is damaged, cut, extended, foreign, or of a newer version."""
 
 
+class BudgetError(DiffoError):
+    """A rate or a number of bytes that the weights cannot meet; the message gives the range that they can."""
+
+
 class CheckpointError(DiffoError):
     """A checkpoint that is missing, does not fit the configuration, or is not the one that a file needs."""
 

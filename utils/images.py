@@ -1,10 +1,12 @@
 """Pictures from and to files, and the only conversion between 8-bit levels and [-1, 1] in the project."""
 
+import io
 import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -13,6 +15,7 @@ from PIL import ExifTags, Image, ImageFile
 from utils.errors import PictureError
 from utils.files import PICTURES, atomic_path, find_files
 
+MAX_PIXELS = 100_000_000
 MIN_SIDE = 16  # of a picture that a file can hold (models/bitstream.py)
 
 _TURNS = {
@@ -26,7 +29,7 @@ _TURNS = {
 }
 
 
-def read_image(path: str | os.PathLike[str], max_pixels: int = 100_000_000) -> torch.Tensor:
+def read_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> torch.Tensor:
     """Read a picture of any usual kind as a uint8 tensor (3, H, W), RGB, levels 0..255.
 
     Alpha, palette transparency included, is composited on white; 16-bit grey is scaled to 8 bits with rounding; an EXIF
@@ -45,6 +48,12 @@ def read_image(path: str | os.PathLike[str], max_pixels: int = 100_000_000) -> t
         raise PictureError(f"{path}: is a folder, not a picture") from None
     except OSError as error:
         raise PictureError(f"{path}: cannot be read ({_one_line(error)})") from error
+
+
+def decode_image(data: bytes, name: str) -> torch.Tensor:
+    """A picture file's content as `read_image` would read it; `name` is what errors call it. Raises PictureError."""
+    with _strict_pillow():
+        return _read_open_file(io.BytesIO(data), name)
 
 
 def write_image(path: str | os.PathLike[str], picture: torch.Tensor) -> None:
@@ -101,14 +110,13 @@ def _strict_pillow() -> Iterator[None]:
         Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = saved
 
 
-def _read_open_file(file, path: str | os.PathLike[str], max_pixels: int) -> torch.Tensor:
+def _read_open_file(file: BinaryIO, path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> torch.Tensor:
     # Pillow's decoders answer a damaged file with almost any exception: OSError, SyntaxError, struct.error, ...
     try:
         image = Image.open(file)
     except Exception as error:
-        kind = (
-            "empty file" if os.fstat(file.fileno()).st_size == 0 else "not a picture, of an unknown kind, or cut short"
-        )
+        empty = file.seek(0, os.SEEK_END) == 0
+        kind = "empty file" if empty else "not a picture, of an unknown kind, or cut short"
         raise PictureError(f"{path}: {kind}") from error
     width, height = image.size
     if width * height > max_pixels:

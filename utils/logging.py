@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -34,6 +35,7 @@ class RunLog:
         make_folder(folder)
         self.folder = folder
         self.full: set[str] = set()  # what has been said to be missing
+        threading.excepthook = _quiet_when_full
         self.board: SummaryWriter | None = SummaryWriter(folder / "tensorboard")
         self.logger = logging.getLogger("diffo.train")
         self.logger.setLevel(logging.INFO)
@@ -86,27 +88,21 @@ class RunLog:
             return
         with self._told(file):
             append_line(self.folder / file, json.dumps({"stage": stage, "step": step} | values))
-        with self._on_board() as board:
-            for name, value in values.items():
-                if math.isfinite(value):
-                    board.add_scalar(f"{stage}/{group}{name}", value, step)
+        for name, value in values.items():
+            if math.isfinite(value):
+                self._on_board("add_scalar", f"{stage}/{group}{name}", value, step)
 
     def pictures(self, stage: str, step: int, rows: list[Tensor], group: str = "") -> None:
         """A grid, one row per tensor (N x 3 x H x W in [-1, 1]): originals above, results below."""
         if self.main and rows:
             grid = torch.cat([torch.cat(list(row[:4]), dim=2) for row in rows], dim=1)
-            with self._on_board() as board:
-                board.add_image(f"{stage}/{group}pictures", ((grid.float() + 1) / 2).clamp(0, 1), step)
+            self._on_board("add_image", f"{stage}/{group}pictures", ((grid.float() + 1) / 2).clamp(0, 1), step)
 
-    @contextmanager
-    def _on_board(self):
-        """TensorBoard; its writer does not survive a full disk, and is then left out until the run is resumed."""
-        if self.board is None:
-            return
-        try:
+    def _on_board(self, method: str, *args) -> None:
+        """Call TensorBoard's writer, which does not survive a full disk: it is left out then until the run is resumed."""
+        if self.board is not None:
             with self._told(TENSORBOARD):
-                yield self.board
-        finally:
+                getattr(self.board, method)(*args)
             if TENSORBOARD in self.full:
                 self.board = None
 
@@ -124,9 +120,15 @@ class RunLog:
                 self.say(f"{what}: {error.strerror}; training goes on, and what cannot be written is missing there")
 
     def close(self) -> None:
-        if self.main and self.board:
-            with self._on_board() as board:
-                board.close()
+        if self.main:
+            self._on_board("close")
+            threading.excepthook = threading.__excepthook__
+
+
+def _quiet_when_full(args) -> None:
+    """A thread that a full disk has ended, TensorBoard's writer, is told by the log and not by a traceback."""
+    if not (isinstance(args.exc_value, OSError) and disk_is_full(args.exc_value)):
+        threading.__excepthook__(args)
 
 
 def append_line(path: Path, line: str) -> None:

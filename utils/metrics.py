@@ -6,16 +6,10 @@ import, is loaded by `score_with_pyiqa` only.
 """
 
 import contextlib
-import hashlib
-import http.client
 import importlib.util
 import io
 import logging
 import math
-import ssl
-import sys
-import urllib.error
-import urllib.request
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,8 +18,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from utils.download import fetch
 from utils.errors import DiffoError
-from utils.files import atomic_path
 from utils.precision import full_precision
 
 MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
@@ -225,9 +219,6 @@ def _load_quietly(pyiqa_name: str, device: torch.device) -> torch.nn.Module:
         return pyiqa.create_metric(pyiqa_name, device=device).net
 
 
-_NETWORK_ERRORS = (urllib.error.URLError, ssl.SSLError, TimeoutError, ConnectionError, http.client.HTTPException)
-
-
 def download_weights(timeout: float = 20.0, report: Callable[[str], None] = print) -> None:
     """Fetch the weights of all learned metrics into the caches where their libraries look (about 0.8 GB in all).
 
@@ -240,41 +231,5 @@ def download_weights(timeout: float = 20.0, report: Callable[[str], None] = prin
         if file.is_there():
             report(f"{file.name}: already in {file.path.parent}")
             continue
-        size = _download(file, timeout)
-        report(f"{file.name}: {size / 1e6:.1f} MB, SHA-256 agrees, now in {file.path.parent}")
-
-
-def _download(file: WeightFile, timeout: float) -> int:
-    """Fetch one file and return its size in bytes."""
-    try:
-        file.path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DiffoError(f"cannot make the folder {file.path.parent}: {error.strerror}") from error
-    with atomic_path(file.path) as temporary:
-        digest = hashlib.sha256()
-        try:
-            request = urllib.request.Request(file.url, headers={"User-Agent": "diffo"})
-            with urllib.request.urlopen(request, timeout=timeout) as response, temporary.open("wb") as output:
-                total = int(response.headers.get("Content-Length") or 0)
-                while block := response.read(1 << 20):
-                    output.write(block)
-                    digest.update(block)
-                    _show_progress(file.name, output.tell(), total)
-        except urllib.error.HTTPError as error:
-            raise DiffoError(f"cannot fetch {file.url}: the server answers {error.code} {error.reason}") from error
-        except _NETWORK_ERRORS as error:
-            reason = getattr(error, "reason", None) or error
-            raise DiffoError(
-                f"cannot fetch {file.url} ({reason}): is this machine online? "
-                f"The file can also be fetched elsewhere and put into {file.path.parent}"
-            ) from error
-        if not digest.hexdigest().startswith(file.sha256):
-            raise DiffoError(f"{file.url}: cut short or changed, its SHA-256 does not begin with {file.sha256}")
-        return temporary.stat().st_size
-
-
-def _show_progress(name: str, done: int, total: int) -> None:
-    if sys.stderr.isatty():
-        end = "\n" if done == total else ""
-        of_total = f" of {total / 1e6:.1f}" if total else ""
-        print(f"\r{name}: {done / 1e6:.1f}{of_total} MB", end=end, file=sys.stderr, flush=True)
+        fetch(file.url, file.path, file.sha256, timeout)
+        report(f"{file.name}: {file.path.stat().st_size / 1e6:.1f} MB, SHA-256 agrees, now in {file.path.parent}")

@@ -1,0 +1,217 @@
+"""Hostile files: what the decoder does with altered ones, and what that costs.
+
+python -m benchmarks.hostile --weights weights/small --pictures photos/
+
+Two sets, both seeded. Of the first, 10,000 mutations of valid files, every one must be refused with BitstreamError. The
+second, 1,000, has its checksums recomputed, and a quarter of it are random symbols written as the encoder would: a file
+may decode to nonsense or be refused with an error of the project.
+Refusals must stay under 1 s of processor time and 200 MB beyond the model, decoding under what a picture of the size
+that the file states may take. Prints counts, times and memory; the exit status is 1 after any violation.
+"""
+
+import argparse
+import resource
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks import mutations
+from datapipe.sources import demo_photographs
+from models.bitstream import CodedResidual, pack, unpack
+from models.codec import Codec
+from models.entropy_coding import encode_indices, encode_symbols
+from models.residual_hyperprior import hyper_size
+from release.triple import SMALL, load_codec
+from utils.commandline import answer, positive
+from utils.errors import BitstreamError, DiffoError
+from utils.images import find_pictures, read_image
+
+SECONDS, MEGABYTES = 1.0, 200
+SLOWER = 5  # times the processor time per pixel of the valid files: what nonsense may take
+QUALITIES = (0, 1, 20, 60, 100)
+
+
+@dataclass
+class Set:
+    """What became of one set of files.
+
+    Attributes:
+        outcomes: how many files had each outcome. slowest: seconds of processor time to that outcome, at most.
+        violations: a line for each file that did what none may.
+        largest: (height, width) of the largest picture that was decoded.
+    """
+
+    outcomes: Counter = field(default_factory=Counter)
+    slowest: dict[str, float] = field(default_factory=dict)
+    violations: list[str] = field(default_factory=list)
+    largest: tuple[int, int] = (0, 0)
+
+    def add(self, outcome: str, seconds: float, limit: float, what: str, allowed: bool) -> None:
+        self.outcomes[outcome] += 1
+        self.slowest[outcome] = max(seconds, self.slowest.get(outcome, 0.0))
+        if not allowed:
+            self.violations.append(f"{what}: {outcome}")
+        if seconds > limit:
+            self.violations.append(f"{what}: {outcome} after {seconds:.2f} s, more than {limit:.2f} s")
+
+
+def valid_files(codec: Codec, pictures: Iterable[torch.Tensor]) -> list[bytes]:
+    """Each picture, uint8 (3, H, W), at several qualities where the weights have levels."""
+    qualities = QUALITIES if codec.has_levels else QUALITIES[:1]
+    return [codec.compress(picture, quality) for picture in pictures for quality in qualities]
+
+
+def read_altered(codec: Codec, files: list[bytes], count: int, seed: int = 0) -> Set:
+    """The first set: nothing but BitstreamError will do; a preview shows a base that is whole, or nothing."""
+    found = Set()
+    whole = {unpack(data, preview=True) for data in files}
+    for number, data in enumerate(mutations.altered(files, count, seed)):
+        outcome, seconds, _ = attempt(lambda data=data: codec.read(data))
+        found.add(outcome, seconds, SECONDS, f"altered file {number}", outcome == BitstreamError.__name__)
+        outcome, seconds, contents = attempt(lambda data=data: codec.read(data, preview=True))
+        allowed = outcome == BitstreamError.__name__ or contents is not None and contents.file in whole
+        found.add(f"preview: {outcome}", seconds, SECONDS, f"altered file {number}", allowed)
+    return found
+
+
+def nonsense(codec: Codec, files: list[bytes], random: np.random.Generator) -> bytes:
+    """A file of random symbols, each as likely as any other that the tables can code, up to the largest."""
+    file = unpack(files[random.integers(len(files))])
+    h, w = file.latent_size
+    k = random.integers(0, codec.params.vq_base.codebook_size, h * w)
+    base, fixed = encode_indices(k, codec.params.vq_base.codebook_size, codec.base_table)
+    file = replace(file, base=base, fixed_length=fixed)
+    if file.residual is None:
+        return pack(file)
+    residual, level = codec.residual, int(random.integers(1, 256))
+    shape = (codec.params.residual.hyper_channels, *hyper_size(h, w))
+    n_z, hyper = _random_symbols(*residual.hyper_coding(shape, level), random)
+    index = residual.table_index(n_z.reshape(shape), torch.from_numpy(k).view(1, h, w))
+    _, symbols = _random_symbols(*residual.residual_coding(index), random)
+    return pack(replace(file, residual=CodedResidual(level, hyper, symbols)))
+
+
+def _random_symbols(groups: np.ndarray, tables: np.ndarray, random: np.random.Generator) -> tuple[np.ndarray, bytes]:
+    reach = (np.count_nonzero(tables, axis=1) // 2)[groups]
+    symbols = random.integers(-reach, reach + 1)
+    return symbols, encode_symbols(symbols, groups, tables)
+
+
+def decode_resealed(codec: Codec, files: list[bytes], count: int, seed: int = 0) -> Set:
+    """The second set, a quarter of it nonsense: any error of the project, or a picture of the size that was stated."""
+    found = Set()
+    codec.decompress(files[0])  # the first call is slower
+    _, seconds, image = attempt(lambda: codec.decompress(files[0]))
+    pace = SLOWER * seconds / image[0].numel()
+    drawn = (nonsense(codec, files, np.random.default_rng([seed, number])) for number in range(count // 4))
+    for number, data in enumerate(chain(drawn, mutations.resealed(files, count - count // 4, seed))):
+        what = f"resealed file {number}"
+        outcome, seconds, contents = attempt(lambda data=data: codec.read(data))
+        if contents is None:
+            found.add(outcome, seconds, SECONDS, what, outcome in _ERRORS)
+            continue
+        size = contents.file.height, contents.file.width
+        found.largest = max(found.largest, size, key=lambda s: s[0] * s[1])
+        limit = SECONDS + pace * size[0] * size[1]
+        outcome, seconds, image = attempt(lambda data=data: codec.decompress(data))
+        allowed = outcome in _ERRORS or image is not None and image.shape == (3, *size)
+        found.add(outcome, seconds, limit, what, allowed)
+    return found
+
+
+_ERRORS = {error.__name__ for error in (BitstreamError, *DiffoError.__subclasses__())}
+
+
+def attempt(work):
+    """(outcome, seconds of processor time, result or None); the outcome is `decoded` or the name of the error's class."""
+    began = time.process_time()
+    try:
+        result = work()
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of a library in another language is no Exception
+        public = next(kind.__name__ for kind in type(error).__mro__ if not kind.__name__.startswith("_"))
+        return public, time.process_time() - began, None
+    return "decoded", time.process_time() - began, result
+
+
+class Memory:
+    """The most that this process takes from now on beyond what it has, in megabytes."""
+
+    def __init__(self):
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # Linux forgets the peak so far; elsewhere it stays
+        self.before = self._peak()
+
+    def beyond(self) -> float:
+        return self._peak() - self.before
+
+    def _peak(self) -> float:
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def middle(picture: torch.Tensor, side: int) -> torch.Tensor:
+    """The middle of a picture, at most side x side."""
+    top, left = ((size - side) // 2 if size > side else 0 for size in picture.shape[1:])
+    return picture[:, top : top + side, left : left + side]
+
+
+def report(name: str, found: Set, beyond: float) -> None:
+    for outcome, count in sorted(found.outcomes.items()):
+        print(f"{name:10} {outcome:28} {count:7,d}   slowest {found.slowest[outcome]:7.3f} s")
+    print(f"{name:10} {'memory beyond the model':28} {beyond:7.0f} MB")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.hostile", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--weights", type=Path, default=SMALL, metavar="DIR", help="release folder (default: the small one that ships)")
+    add("--pictures", type=Path, nargs="+", metavar="PATH", help="pictures or folders (default: demo photographs)")
+    add("--side", type=positive, default=256, metavar="PX", help="code the middle of each, this large (default 256)")
+    add("--mutations", type=positive, default=10_000, metavar="N", help="size of the first set (default 10000)")
+    add("--resealed", type=positive, default=1000, metavar="N", help="size of the second set (default 1000)")
+    add("--seed", type=int, default=0, metavar="N", help="of both sets (default 0)")
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> int:
+    codec = load_codec(args.weights)
+    paths = [p for path in args.pictures for p in (find_pictures(path) if path.is_dir() else [path])]
+    files = valid_files(codec, (middle(read_image(path), args.side) for path in paths))
+    print(f"{len(files)} valid files of {len(paths)} pictures, {min(map(len, files))} to {max(map(len, files))} bytes")
+    codec.decompress(files[0])  # what libraries allocate once
+    memory = Memory()
+    altered = read_altered(codec, files, args.mutations, args.seed)
+    beyond = memory.beyond()
+    if beyond > MEGABYTES:
+        altered.violations.append(f"altered files: {beyond:.0f} MB beyond the model, more than {MEGABYTES}")
+    report("altered", altered, beyond)
+    sealed = decode_resealed(codec, files, args.resealed, args.seed)
+    beyond, limit = memory.beyond(), MEGABYTES + codec.memory(*sealed.largest) / 1e6
+    if beyond > limit:
+        sealed.violations.append(f"resealed files: {beyond:.0f} MB beyond the model, more than {limit:.0f}")
+    report("resealed", sealed, beyond)
+    violations = altered.violations + sealed.violations
+    print("\n".join(violations[:20] + [f"{len(violations)} violations"]))
+    return 1 if violations else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    args.pictures = args.pictures or demo_photographs()
+    return answer(run, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""Prepare pictures for training and measuring.
+
+python -m datapipe.prepare list pictures/ -o train.txt          text list of the pictures in folders
+python -m datapipe.prepare shards pictures/ -o shards/          WebDataset tars, with their indexes
+python -m datapipe.prepare index shards/                        indexes of tars that are there
+python -m datapipe.prepare download kodak -o data/kodak         or clic2020: test sets from the web
+"""
+
+import argparse
+import os
+import sys
+from multiprocessing import Pool
+from pathlib import Path
+
+from tqdm import tqdm
+
+from datapipe.benchmarks import CROP, download_clic2020, download_kodak
+from datapipe.shards import find_shards, write_index, write_shards
+from datapipe.sources import read_list
+from utils.commandline import answer, positive
+from utils.errors import DiffoError, PictureError
+from utils.files import PICTURES, atomic_write, make_folder
+from utils.images import find_pictures, read_image
+
+CHECKERS = 4  # processes that decode for --check
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m datapipe.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(work, name: str, told: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=told, description=told)
+        sub.set_defaults(work=work)
+        return sub
+
+    for work, name, told, out in (
+        (make_list, "list", "write a text list of pictures, one path a line", "TXT"),
+        (make_shards, "shards", "pack pictures into WebDataset tar shards and index them", "DIR"),
+    ):
+        sub = command(work, name, told)
+        sub.add_argument("pictures", nargs="+", metavar="PATH", help="folders (sub-folders included) or .txt lists")
+        sub.add_argument("-o", "--out", type=Path, required=True, metavar=out)
+        sub.add_argument("--check", action="store_true", help="decode every picture and leave unreadable ones out")
+    sub.add_argument("--name", default="pictures", help="of the shards: NAME-000000.tar (default: pictures)")
+    sub.add_argument("--max_count", type=positive, default=10_000, metavar="N", help="pictures a shard (default 10000)")
+    sub.add_argument("--max_mb", type=positive, default=1000, metavar="MB", help="size of a shard (default 1000)")
+    sub = command(make_indexes, "index", "index existing WebDataset tar shards, so that training can read them")
+    sub.add_argument("shards", nargs="+", metavar="PATH", help="tars, folders of tars, or set-{000..127}.tar")
+    sub = command(download, "download", "fetch a test set of the literature")
+    sub.add_argument("set", choices=("kodak", "clic2020"), help=f"clic2020: whole pictures and {CROP}x{CROP} crops")
+    sub.add_argument("-o", "--out", type=Path, metavar="DIR", help="default: data/kodak, data/clic2020")
+    sub.add_argument("--mirror", action="store_true", help="clic2020 from another server, without known checksums")
+    sub.add_argument("--base_url", metavar="URL", help="a server of your own, with files of the same names")
+    sub.add_argument("--timeout", type=float, default=20, metavar="S", help="seconds to wait for the server (20)")
+    return parser.parse_args(argv)
+
+
+def make_list(args: argparse.Namespace) -> None:
+    """Paths below the list's folder are written relative to it: list and pictures may move together."""
+    base = Path(os.path.realpath(args.out.parent))
+    lines = []
+    for path in gather(args.pictures, args.check):
+        absolute = Path(os.path.abspath(path))
+        line = str(absolute.relative_to(base) if absolute.is_relative_to(base) else absolute)
+        if line != line.strip() or len(line.splitlines()) != 1:
+            raise DiffoError(f"{path!r}: this name cannot stand in a list; rename the file")
+        lines.append(line + "\n")
+    atomic_write(args.out, "".join(lines).encode())
+    print(f"{args.out}: {len(lines)} pictures")
+
+
+def make_shards(args: argparse.Namespace) -> None:
+    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        raise DiffoError(f"{args.out}: not an empty folder; name another, or remove it to begin anew")
+    paths = gather(args.pictures, args.check)
+    foreign = [path for path in paths if path.suffix.lower() not in PICTURES]
+    if foreign:
+        raise DiffoError(f"{foreign[0]}: no name of a picture, so readers of the shards would not find it")
+    make_folder(args.out)
+    packed = write_shards(paths, args.out, args.name, args.max_count, args.max_mb * 10**6)
+    for _ in tqdm(packed, desc="packing", total=len(paths), disable=None):
+        pass
+    shards = find_shards([str(args.out)])
+    print(f"{args.out}: {len(paths)} pictures in {len(shards)} shards, indexed")
+
+
+def make_indexes(args: argparse.Namespace) -> None:
+    pictures = without = 0
+    shards = find_shards(args.shards)
+    for tar in tqdm(shards, desc="indexing", disable=None):
+        found, others = write_index(tar)
+        if not found:
+            print(f"{tar}: no pictures in it", file=sys.stderr)
+        pictures, without = pictures + found, without + others
+    lacking = f"; {without} samples have none and are left out" if without else ""
+    print(f"{len(shards)} shards indexed: {pictures} pictures{lacking}")
+
+
+def download(args: argparse.Namespace) -> None:
+    out = args.out or Path("data") / args.set
+    if args.set == "kodak":
+        if args.mirror:
+            raise DiffoError("--mirror: none is known for Kodak; --base_url names a server of your own")
+        download_kodak(out, args.timeout, args.base_url, print)
+    else:
+        download_clic2020(out, args.timeout, args.base_url, args.mirror, print)
+
+
+def gather(places: list[str], check: bool) -> list[Path]:
+    """The pictures of folders and lists, in order; with `check`, those that can be read, the others named."""
+    paths: list[Path] = []
+    for place in places:
+        paths += read_list(place) if place.endswith(".txt") else find_pictures(place, recursive=True)
+    if check:
+        with Pool(CHECKERS) as pool:
+            problems = list(tqdm(pool.imap(_problem, paths, 16), desc="checking", total=len(paths), disable=None))
+        for problem in filter(None, problems):
+            print(f"left out: {problem}", file=sys.stderr)
+        paths = [path for path, problem in zip(paths, problems, strict=True) if not problem]
+    if not paths:
+        raise DiffoError(f"{', '.join(places)}: no pictures there")
+    return paths
+
+
+def _problem(path: Path) -> str | None:
+    try:
+        read_image(path)
+    except PictureError as error:
+        return str(error)
+    return None
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    return answer(args.work, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""Where pictures come from: index -> decoded picture, from folders, text lists or tar shards."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from utils import distributed
+from utils.errors import ConfigError, DiffoError, PictureError
+from utils.images import find_pictures, read_image
+
+Paths = tuple[str, ...] | str | None  # one path or several
+
+KINDS = ("folder", "txt_file_path", "shards")  # keys of the configuration; one of them may be set
+
+
+class Source(ABC):
+    """Pictures by index, 0 <= index < len(source), and a record of those that cannot be read.
+
+    Attributes:
+        name: where the pictures are, for messages.
+    """
+
+    def __init__(self, name: str, count: int):
+        if not count:
+            raise ConfigError(f"{name}: no pictures there")
+        self.name = name
+        # Shared with the processes that decode: they mark, the main process tells.
+        self._unreadable = torch.zeros(count, dtype=torch.bool).share_memory_()
+        self._told: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self._unreadable)
+
+    @abstractmethod
+    def read(self, index: int) -> Tensor:
+        """The picture as uint8 (3, H, W), RGB. Raises PictureError, which names it, if it cannot be read."""
+
+    def mark_unreadable(self, index: int) -> None:
+        self._unreadable[index] = True
+
+    def unreadable_lines(self) -> list[str]:
+        """What to say of pictures found unreadable by any rank: each is named once, and a last line counts them all.
+
+        A collective: all ranks call it. Empty on all ranks but the main one, and where there is nothing new.
+        """
+        found = distributed.gather_objects(torch.nonzero(self._unreadable).flatten().tolist())
+        new = sorted(set().union(*found) - self._told)
+        self._told.update(new)
+        if not new or not distributed.is_main():
+            return []
+        lines = [f"skipped: {self._reason(index)}" for index in new]
+        return [
+            *lines,
+            f"unreadable so far: {len(self._told)} of {len(self)} pictures; the next in order replaces each",
+        ]
+
+    def _reason(self, index: int) -> str:
+        """Why a picture cannot be read, found out anew: the process that first met it has no way to tell."""
+        try:
+            self.read(index)
+        except PictureError as error:
+            return str(error)
+        return f"{self.name}: picture {index} could not be read at first, and can be now"
+
+
+class FileSource(Source):
+    """One file for each picture."""
+
+    def __init__(self, paths: Sequence[Path], name: str):
+        super().__init__(name, len(paths))
+        self.paths = paths
+
+    def read(self, index: int) -> Tensor:
+        return read_image(self.paths[index])
+
+
+def open_source(folder: Paths = None, txt_file_path: Paths = None, shards: Paths = None) -> Source:
+    """The pictures of folders, lists or shards; the demo photographs if none is named.
+
+    Raises:
+        DiffoError: a folder, list, shard or index that is not there or cannot be used, or holds no pictures.
+    """
+    if shards:
+        from datapipe.shards import ShardSource
+
+        return ShardSource(several(shards))
+    if txt_file_path:
+        lists = several(txt_file_path)
+        return FileSource([path for name in lists for path in read_list(name)], ", ".join(lists))
+    if folder:
+        folders = several(folder)
+        return FileSource([path for f in folders for path in find_pictures(f, recursive=True)], ", ".join(folders))
+    return FileSource(demo_photographs(), "scikit-image's photographs (no data was named)")
+
+
+def several(paths: Paths) -> tuple[str, ...]:
+    return (paths,) if isinstance(paths, str) else tuple(paths or ())
+
+
+def read_list(path: str | Path) -> list[Path]:
+    """The paths in a text list: one in each line, absolute or relative to the list's folder; empty lines do not count.
+
+    Whether they exist shows when they are read: a list may be long and its disk slow. Raises DiffoError.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError:
+        raise DiffoError(f"{path}: no such list") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DiffoError(f"{path}: not a readable text list ({error})") from error
+    return [path.parent / line.strip() for line in lines if line.strip()]
+
+
+def data_options(path: str) -> dict[str, str | None]:
+    """What `--data PATH` sets in a configuration: a .txt is a list, a .tar or a folder of them shards, else a folder."""
+    kind = "folder"
+    if path.endswith(".txt"):
+        kind = "txt_file_path"
+    elif path.endswith((".tar", ".tar.gz", ".tgz")) or (Path(path).is_dir() and any(Path(path).glob("*.tar"))):
+        kind = "shards"
+    return {f"data.{key}": path if key == kind else None for key in KINDS}
+
+
+def demo_photographs() -> list[Path]:
+    """Natural photographs that scikit-image ships, for trying things out without any data.
+
+    Raises:
+        DiffoError: scikit-image is not installed.
+    """
+    found = find_spec("skimage")
+    if found is None:
+        raise DiffoError("the demo photographs come with scikit-image: pip install scikit-image, or name your own")
+    folder = Path(found.origin).parent / "data"
+    names = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png")
+    return [folder / name for name in names if (folder / name).is_file()]

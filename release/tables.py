@@ -1,0 +1,126 @@
+"""Counts on pictures -> the integer tables of a release. Built once; loading builds none."""
+
+import math
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from datapipe.pictures import Pictures, generator, stream
+from models.codec import Codec
+from models.entropy_coding import centred_table, frequency_table, table_cost_bits
+from models.residual_hyperprior import (
+    HYPER_REACH,
+    LEVEL_CODES,
+    SCALE_MIN,
+    SCALE_STEP,
+    SCALES,
+    SYMBOL_REACH,
+    ResidualParams,
+    ResidualTables,
+    Symbols,
+    node_of,
+)
+from training.config import TrainConfig
+
+PRIOR_WEIGHT = 64  # symbols that the Gaussian counts for, beside those that were seen
+_UNIT = 1024  # counts are multiplied by it, so that the prior's fractions survive as integers
+LEVELS = 4  # purpose of the random streams, beside those of training
+
+
+@dataclass
+class Counts:
+    """How often each symbol was coded, int64.
+
+    Attributes:
+        base: indices, (K,). hyper: n_z by level and channel, (L, C_z, 31). symbols: n by table index, (SCALES, 63).
+        The last two are None without a residual codec.
+    """
+
+    base: np.ndarray
+    hyper: np.ndarray | None = None
+    symbols: np.ndarray | None = None
+
+    @classmethod
+    def none(cls, codec: Codec) -> "Counts":
+        base = np.zeros(codec.params.vq_base.codebook_size, dtype=np.int64)
+        if codec.residual is None:
+            return cls(base)
+        p = codec.residual.params
+        hyper = np.zeros((p.levels, p.hyper_channels, 2 * HYPER_REACH + 1), dtype=np.int64)
+        return cls(base, hyper, np.zeros((SCALES, 2 * SYMBOL_REACH + 1), dtype=np.int64))
+
+    def add(self, found: Symbols, node: int) -> None:
+        channels = np.arange(len(found.hyper))[:, None, None]
+        np.add.at(self.hyper[node], (channels, found.hyper + HYPER_REACH), 1)
+        np.add.at(self.symbols, (found.index, found.residual + SYMBOL_REACH), 1)
+
+    def install(self, codec: Codec) -> dict[str, float]:
+        """Give the codec the tables that follow from the counts; returns what a release says of them."""
+        codec.base_table = self.base_table()
+        if codec.residual is not None:
+            codec.residual.freeze(self.residual_tables())
+        bits = table_cost_bits(np.repeat(np.arange(len(self.base)), self.base), codec.base_table)
+        return {
+            "counted_indices": int(self.base.sum()),
+            "used_indices": int((self.base > 0).sum()),
+            "bits_per_index": round(bits / self.base.sum(), 4),
+        }
+
+    def base_table(self) -> np.ndarray:
+        """Every index starts with one count: training pictures need not show them all."""
+        return frequency_table(self.base + 1)
+
+    def residual_tables(self) -> ResidualTables:
+        """Hyper symbols start with one count up to one beyond the largest seen, the others with their Gaussian."""
+        hyper = np.stack([np.stack([centred_table(_with_margin(row)) for row in node]) for node in self.hyper])
+        prior = np.rint(PRIOR_WEIGHT * _UNIT * gaussian_pmf()).astype(np.int64)
+        return ResidualTables(hyper, np.stack([centred_table(row) for row in self.symbols * _UNIT + prior]))
+
+
+def gaussian_pmf() -> np.ndarray:
+    """Probability of n = -31..31 for every sigma of the tables: N(0, sigma^2) over [n - 1/2, n + 1/2)."""
+    sigma = SCALE_MIN * SCALE_STEP ** np.arange(SCALES)
+    edges = (np.arange(2 * SYMBOL_REACH + 2) - SYMBOL_REACH - 0.5) / sigma[:, None]
+    return np.diff(0.5 * (1 + np.vectorize(math.erf)(edges / math.sqrt(2))), axis=1)
+
+
+def _with_margin(counts: np.ndarray) -> np.ndarray:
+    centre = len(counts) // 2
+    reach = min(centre, 1 + int(np.abs(np.flatnonzero(counts) - centre).max(initial=0)))
+    margin = np.zeros_like(counts)
+    margin[centre - reach : centre + reach + 1] = 1
+    return counts + margin
+
+
+@torch.inference_mode()
+def count(codec: Codec, config: TrainConfig, crops: int, batch: int = 8) -> Counts:
+    """Code crops of the configuration's training pictures, at every level, and count."""
+    pictures = Pictures(config.data, config.codec.crop_size, config.seed)
+    counts = Counts.none(codec)
+    batches = iter(stream(pictures, batch, rank=0, world=1, first_step=0))
+    for _ in tqdm(range(-(-crops // batch)), desc="counting symbols"):
+        image, positions = next(batches)
+        x = codec.to_latent(image)
+        k = codec.vq_base.indices(x)
+        counts.base += np.bincount(k.flatten().numpy(), minlength=len(counts.base))
+        if codec.residual is not None:
+            y = codec.vq_base.reconstruct(codec.vq_base.rows(k))
+            s = codec.residual.analysis(x - y, y)
+            for i, position in enumerate(positions.tolist()):
+                one = slice(i, i + 1)
+                for code in _codes(codec.residual.params, config.seed, position):
+                    node = node_of(code, codec.residual.params)
+                    counts.add(codec.residual.symbols(s[one], y[one], k[one], code), node)
+    for line in pictures.source.unreadable_lines():
+        print(line, file=sys.stderr)
+    return counts
+
+
+def _codes(params: ResidualParams, seed: int, position: int) -> list[int]:
+    """One level per node of the hyper tables, drawn among those that it serves."""
+    nodes = np.array([node_of(code, params) for code in range(1, LEVEL_CODES + 1)])
+    random = generator(seed, LEVELS, position)
+    return [1 + int(random.choice(np.flatnonzero(nodes == node))) for node in range(params.levels)]

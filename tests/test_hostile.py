@@ -1,0 +1,199 @@
+"""Files that somebody altered, through the whole codec: refused with an error of their own, soon, in little memory."""
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks import hostile, mutations
+from models import entropy_coding
+from models.bitstream import CodedResidual, noise_seed, pack, unpack
+from models.residual_hyperprior import hyper_size
+from tests.commands import photograph
+from tests.residual import FINGERPRINT, new_codec, picture
+from utils.errors import BitstreamError, CheckpointError
+
+SIZES = [(16, 16), (40, 70), (64, 48)]
+
+
+@pytest.fixture(scope="module")
+def codec():
+    return new_codec()
+
+
+@pytest.fixture(scope="module")
+def files(codec):
+    files = hostile.valid_files(codec, (picture(*size, seed) for seed, size in enumerate(SIZES)))
+    assert len(files) == 15 and {unpack(data).fixed_length for data in files} == {False, True}
+    return files
+
+
+def test_altered_files_are_refused(codec, files):
+    found = hostile.read_altered(codec, files, 500)
+    assert not found.violations
+    assert found.outcomes[BitstreamError.__name__] == 500
+    assert found.outcomes["preview: decoded"] > 50  # bases that are whole
+
+
+def test_files_with_checksums_that_match_are_refused_or_decode(codec, files):
+    found = hostile.decode_resealed(codec, files, 100)
+    assert not found.violations
+    assert found.outcomes.keys() == {"decoded", BitstreamError.__name__, CheckpointError.__name__}
+    assert min(found.outcomes.values()) >= 5 and sum(found.outcomes.values()) == 100
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(data=st.data())
+def test_any_bytes_in_place_of_any_part_are_refused(codec, files, data):
+    file = data.draw(st.sampled_from(files))
+    start = data.draw(st.integers(0, len(file)))
+    end = data.draw(st.integers(start, len(file)))
+    changed = file[:start] + data.draw(st.binary(max_size=30)) + file[end:]
+    if changed in files:
+        return
+    with pytest.raises(BitstreamError) as error:
+        codec.read(changed)
+    assert "\n" not in str(error.value)
+
+
+def test_mutations_are_seeded_and_of_every_kind(files):
+    for draw in (mutations.altered, mutations.resealed):
+        first = list(draw(files, 100, seed=1))
+        assert first == list(draw(files, 100, seed=1)) != list(draw(files, 100, seed=2))
+        assert len(set(first)) > 90 and not set(first) & set(files)
+    random = np.random.default_rng(0)
+    for mutation in mutations.MUTATIONS:
+        assert any(mutation(files[-1], files, random) != files[-1] for _ in range(5))
+        assert isinstance(mutation(b"", files, random), bytes)
+    whole = [data for data in mutations.resealed(files, 100, seed=1) if len(data) > 4]
+    assert all(mutations.sealed(data[:-4]) == data for data in whole)
+
+
+def test_other_weights_are_named_only_where_the_checksum_holds(codec, files, monkeypatch):
+    data = bytearray(files[-1])
+    monkeypatch.setattr(codec, "fingerprint", b"more")
+    with pytest.raises(CheckpointError, match=FINGERPRINT.hex()):
+        codec.read(bytes(data))
+    data[6] ^= 1
+    with pytest.raises(BitstreamError, match="checksum"):
+        codec.read(bytes(data))
+
+
+# Claims ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(65535, 65535), (10_001, 10_000), (2**20, 96), (2**20, 2**20)], ids=str)
+def test_more_pixels_than_allowed_are_refused_before_anything(codec, files, size):
+    data = pack(replace(unpack(files[-1]), height=size[0], width=size[1]))
+    for preview in (False, True):
+        memory = hostile.Memory()
+        outcome, seconds, _ = hostile.attempt(lambda preview=preview: codec.read(data, preview))
+        assert outcome == BitstreamError.__name__ and seconds < 0.1 and memory.beyond() < 20
+        with pytest.raises(BitstreamError, match=f"{size[1]}x{size[0]} pixels is above the limit of 100,000,000"):
+            codec.decode(data, preview=preview)
+
+
+@pytest.mark.parametrize("size", [(10_000, 10_000), (16, 2**20), (2**20, 16)], ids=str)
+def test_the_most_that_is_allowed_needs_sections_of_its_length(codec, files, size):
+    for file in (files[0], files[-1]):
+        data = pack(replace(unpack(file), height=size[0], width=size[1]))
+        memory = hostile.Memory()
+        outcome, seconds, _ = hostile.attempt(lambda data=data: codec.read(data))
+        assert outcome == BitstreamError.__name__ and seconds < 0.1 and memory.beyond() < 20
+
+
+@pytest.fixture(scope="module")
+def largest(codec):
+    """A picture of 100 megapixels, everywhere the cheapest symbols: a valid file, far shorter than honest ones."""
+    file = replace(unpack(codec.compress(picture(16, 16))), height=10_000, width=10_000)
+    h, w = file.latent_size
+    k = np.full(h * w, codec.base_table.argmax())
+    base, fixed = entropy_coding.encode_indices(k, len(codec.base_table), codec.base_table)
+    shape = (codec.params.residual.hyper_channels, *hyper_size(h, w))
+    n_z = np.zeros(shape, dtype=np.int8)
+    hyper = entropy_coding.encode_symbols(n_z.ravel(), *codec.residual.hyper_coding(shape, 1))
+    index = codec.residual.table_index(n_z, torch.from_numpy(k).view(1, h, w))
+    n = np.zeros(index.size, dtype=np.int8)
+    symbols = entropy_coding.encode_symbols(n, *codec.residual.residual_coding(index))
+    return replace(file, base=base, fixed_length=fixed, residual=CodedResidual(1, hyper, symbols))
+
+
+def test_a_hundred_megapixels_are_read_in_little_memory(codec, largest):
+    memory = hostile.Memory()
+    outcome, seconds, contents = hostile.attempt(lambda: codec.read(pack(largest)))
+    assert outcome == "decoded" and not contents.symbols.residual.any()
+    assert seconds < 5 and memory.beyond() < hostile.MEGABYTES
+
+
+@pytest.mark.parametrize("section", ["base", "hyper", "symbols"])
+def test_a_hundred_megapixels_of_garbage_are_refused_in_little_memory(codec, largest, section):
+    own = largest.base if section == "base" else getattr(largest.residual, section)
+    noise = np.random.default_rng(0).bytes(len(own))
+    if section == "base":
+        file = replace(largest, base=noise)
+    else:
+        file = replace(largest, residual=replace(largest.residual, **{section: noise}))
+    memory = hostile.Memory()
+    outcome, seconds, _ = hostile.attempt(lambda: codec.read(pack(file)))
+    assert outcome == BitstreamError.__name__
+    assert seconds < 3 and memory.beyond() < hostile.MEGABYTES
+
+
+def test_a_residual_without_a_codec_for_it_is_refused(codec, files):
+    bare = copy.copy(codec)
+    bare._modules = codec._modules | {"residual": None}
+    with pytest.raises(BitstreamError, match="no residual codec"):
+        bare.read(files[-1])
+    assert bare.read(files[-1], preview=True).symbols is None
+
+
+# Previews -------------------------------------------------------------------------------------------------------------
+
+
+def test_every_cut_is_previewed_from_the_base_on_and_refused_in_full(codec, files):
+    data = files[-1]
+    end = len(pack(replace(unpack(data), residual=None)))
+    whole = codec.read(data)
+    for size in range(len(data)):
+        with pytest.raises(BitstreamError):
+            codec.read(data[:size])
+        if size < end:
+            with pytest.raises(BitstreamError):
+                codec.read(data[:size], preview=True)
+        else:
+            contents = codec.read(data[:size], preview=True)
+            assert contents.symbols is None and torch.equal(contents.k, whole.k)
+
+
+def test_a_preview_is_the_picture_of_the_base_file(codec):
+    """The same indices, seed and rate: bit by bit what the base-only file decodes to."""
+    image = picture(40, 70)
+    alone, layered = codec.compress(image), codec.compress(image, 60)
+    assert noise_seed(unpack(alone).base) == noise_seed(unpack(layered).base)
+    expected = codec.decode(alone)
+    for data in (layered, layered[: len(alone)], layered[:-3]):
+        preview = codec.decode(data, preview=True)
+        assert torch.equal(preview.image, expected.image) and preview.eta == expected.eta
+    assert not torch.equal(codec.decompress(layered), expected.image)
+
+
+# The command ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_benchmark_command(tmp_path, monkeypatch, capsys):
+    photograph(tmp_path / "photos" / "a.png", 70, 40)
+    codec = new_codec()
+    monkeypatch.setattr(hostile, "load_codec", lambda folder: codec)
+    args = ["--pictures", str(tmp_path / "photos"), "--mutations", "20", "--resealed", "12", "--side", "48"]
+    assert hostile.main(args) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("5 valid files of 1 pictures") and printed.endswith("0 violations\n")
+    assert "altered    BitstreamError" in printed and "memory beyond the model" in printed
+    # Whatever is no error of the project counts, and the command says so.
+    monkeypatch.setattr(codec, "_read_residual", lambda *args: np.zeros(3)[7])
+    assert hostile.main(args) == 1
+    assert "resealed file 0: IndexError" in capsys.readouterr().out

@@ -1,0 +1,283 @@
+"""Levels and budgets: files of every rate from one model, what they cost, and CompressAI's view of them."""
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from coding import budget, ledger
+from coding.compressai_view import CompressAIView
+from models import bitstream
+from models.records import CodecParams
+from models.residual_hyperprior import LEVEL_CODES, node_of
+from release.tables import Counts, gaussian_pmf
+from release.triple import Triple, load_codec, load_triple, save_triple
+from tests.commands import ROOT, call, photograph
+from tests.residual import new_codec, picture
+from utils.config import to_mapping
+from utils.errors import BitstreamError, BudgetError, CheckpointError
+from utils.images import write_image
+
+
+@pytest.fixture(scope="module")
+def codec():
+    return new_codec()
+
+
+@pytest.fixture(scope="module")
+def image():
+    return picture(512, 512)
+
+
+@pytest.fixture(scope="module")
+def analysed(codec, image):
+    return codec.analyse(image)
+
+
+@pytest.fixture(scope="module")
+def release(codec, tmp_path_factory):
+    """The codec as a release folder."""
+    folder = tmp_path_factory.mktemp("release")
+    states = {name: getattr(codec, name).state_dict() for name in ("unet", "vq_base", "autoencoder", "residual")}
+    save_triple(Triple.of(folder, 1), states, codec.params, codec.base_table, codec.residual.tables)
+    return folder
+
+
+def test_quality_is_continuous(codec, analysed):
+    assert [codec.level_code(q) for q in (0, 1e-9, 0.2, 50, 100)] == [0, 1, 1, 128, LEVEL_CODES]
+    sizes = [len(codec.write(analysed, level)) for level in (0, 1, 64, 128, 192, 255)]
+    assert sizes == sorted(set(sizes))
+    for quality in (-1, 101, math.nan):
+        with pytest.raises(ValueError, match="quality"):
+            codec.level_code(quality)
+
+
+def test_a_base_only_file_does_not_depend_on_the_residual_codec(codec, image):
+    """Level 0, and the same weights with the residual codec switched off, give identical bytes."""
+    without = new_codec()
+    without.residual = None
+    assert without.compress(image) == codec.compress(image) == codec.compress(image, quality=0)
+    with pytest.raises(CheckpointError, match="base alone"):
+        without.compress(image, quality=1)
+
+
+def test_a_file_decodes_to_the_symbols_that_were_sent(codec, analysed):
+    residual = codec.residual
+    for level in (1, 100, 255):
+        contents = codec.read(codec.write(analysed, level))
+        sent = residual.symbols(analysed.s, analysed.y, analysed.k, level, residual.tables)
+        assert contents.file.residual.level == level and torch.equal(contents.k, analysed.k)
+        for name in ("hyper", "residual", "index"):
+            assert np.array_equal(getattr(contents.symbols, name), getattr(sent, name)), name
+
+
+def test_files_with_a_residual_need_the_residual_codec(codec, analysed):
+    data = codec.write(analysed, 9)
+    without = new_codec()
+    without.residual = None
+    with pytest.raises(BitstreamError, match="no residual codec"):
+        without.read(data)
+    assert torch.equal(without.decode(data, preview=True).image, without.decompress(codec.write(analysed, 0)))
+
+
+@pytest.mark.parametrize("share", [0.001, 0.1, 0.37, 0.5, 0.83, 1.0])
+def test_a_budget_is_used_and_kept(codec, analysed, share):
+    smallest, largest = (len(codec.write(analysed, level)) for level in (1, LEVEL_CODES))
+    allowed = smallest + math.ceil(share * (largest - smallest))
+    fitted = budget.fit(codec, analysed, allowed)
+    assert 0.97 * allowed <= len(fitted.data) <= allowed and fitted.note is None
+    assert fitted.data == codec.write(analysed, fitted.level)
+
+
+def test_a_budget_is_searched_without_the_image_encoder(codec, analysed, monkeypatch):
+    monkeypatch.setattr(codec, "to_latent", lambda image: pytest.fail("the encoder ran again"))
+    monkeypatch.setattr(codec.residual.analysis, "forward", lambda *a: pytest.fail("g_a ran again"))
+    written = []
+    write = codec.write
+    monkeypatch.setattr(codec, "write", lambda picture, level: written.append(level) or write(picture, level))
+    budget.fit(codec, analysed, 6000)
+    assert len(written) == len(set(written)) <= 3 + 8 + 2 * budget.NEIGHBOURS
+
+
+def test_sizes_that_are_not_monotone_are_searched_around(codec, analysed, monkeypatch):
+    sizes = {level: 100 + level for level in range(LEVEL_CODES + 1)} | {40: 141, 41: 139, 42: 150}
+    monkeypatch.setattr(codec, "write", lambda picture, level: bytes(sizes[level]))
+    assert (
+        len(budget.fit(codec, analysed, 140).data) == 139 + 0 and sizes[budget.fit(codec, analysed, 141).level] == 141
+    )
+
+
+def test_budgets_below_and_outside_the_range(codec, analysed):
+    base, smallest, largest = (len(codec.write(analysed, level)) for level in (0, 1, LEVEL_CODES))
+    between = budget.fit(codec, analysed, smallest - 1)
+    assert between.level == 0 and len(between.data) == base and f"{smallest:,} bytes" in between.note
+    assert budget.fit(codec, analysed, base).note is None
+    assert len(budget.fit(codec, analysed, 10 * largest).data) == largest
+    for allowed, at_most in [(base - 1, True), (largest + 1, False)]:
+        with pytest.raises(BudgetError, match=f"{base:,} to {largest:,} bytes"):
+            budget.fit(codec, analysed, allowed, at_most)
+    assert budget.bytes_of_bpp(0.1, 512, 768) == 4915
+
+
+@pytest.mark.parametrize("level", [0, 1, 130, 255])
+def test_the_ledger_adds_up(codec, analysed, level):
+    data = codec.write(analysed, level)
+    contents = codec.read(data)
+    bits = ledger.ledger(contents.file)
+    assert sum(bits.values()) == 8 * len(data)
+    assert set(bits) == {"header_bits", "base_bits", "check_bits"} | (
+        {"hyper_bits", "residual_bits"} if level else set()
+    )
+    beside = ledger.beside(codec, contents)
+    assert abs(beside["estimated_bits"] - 8 * len(data)) < 0.02 * 8 * len(data) + 128
+    assert beside["fixed_length_base_bits"] == 32 * 32 * 4
+
+
+def test_eta_follows_from_all_sections(codec, analysed):
+    files = [codec.read(codec.write(analysed, level)) for level in (0, 1, 255)]
+    etas = [codec.render(contents).eta for contents in files]
+    assert etas == [codec.rate.eta(8 * sum(c.file.section_bytes.values()) / 512**2) for c in files]
+    assert etas == sorted(etas, reverse=True)
+
+
+def test_a_release_keeps_the_residual_codec(codec, release, analysed):
+    loaded = load_codec(release)
+    assert loaded.has_levels
+    for level in (0, 1, 255):
+        theirs = loaded.write(replace_fingerprint(loaded, analysed), level)
+        assert len(theirs) == len(codec.write(analysed, level))
+        assert torch.equal(loaded.decode(theirs).image, codec.decode(codec.write(analysed, level)).image)
+
+
+def replace_fingerprint(codec, analysed):
+    return replace(analysed, file=replace(analysed.file, fingerprint=codec.fingerprint))
+
+
+def test_every_part_of_the_residual_codec_is_in_the_fingerprint(codec, release, tmp_path):
+    before = load_codec(release).fingerprint
+    states = {name: getattr(codec, name).state_dict() for name in ("unet", "vq_base", "autoencoder", "residual")}
+    tables = codec.residual.tables
+    other = replace(tables, symbols=np.roll(tables.symbols, 1, axis=0))
+    changed = {**states, "residual": states["residual"] | {"log_gain": states["residual"]["log_gain"] + 0.1}}
+    for i, (parts, residual_tables) in enumerate([(states, other), (changed, tables)]):
+        triple = Triple.of(tmp_path / str(i), 1)
+        triple.unet.parent.mkdir()
+        save_triple(triple, parts, codec.params, codec.base_table, residual_tables)
+        assert load_triple(triple).fingerprint != before
+
+
+def test_a_configuration_with_another_residual_codec_is_refused(release, codec, tmp_path):
+    config = tmp_path / "other.yaml"
+    networks = to_mapping(codec.params)
+    networks["residual"]["levels"] = 5
+    config.write_text(json.dumps({"networks": networks}))
+    with pytest.raises(CheckpointError, match="residual"):
+        load_triple(Triple.in_folder(release), config)
+    assert CodecParams().residual is None
+
+
+def test_tables_from_counts(codec, analysed):
+    """The release's own tables cost less than tables of Gaussians, on what they were counted on."""
+    counts = Counts.none(codec)
+    residual = codec.residual
+    found = {}
+    for level in range(5, 256, 25):
+        found[level] = residual.symbols(analysed.s, analysed.y, analysed.k, level)
+        counts.add(found[level], node_of(level, residual.params))
+    counts.base += np.bincount(analysed.k.numpy().ravel(), minlength=16)
+    assert counts.symbols.sum() == sum(f.residual.size for f in found.values())
+    tables = counts.residual_tables()
+    for table in (*tables.hyper.reshape(-1, 31), *tables.symbols):
+        assert table.sum() == 1 << 16 and np.array_equal(table > 0, table[::-1] > 0)
+    both = new_codec(), new_codec()
+    notes = counts.install(both[0])
+    assert notes["counted_indices"] == 32 * 32 and 0 < notes["bits_per_index"] <= 4
+    sizes = [sum(len(c.write(analysed, level)) for level in found) for c in both]
+    assert sizes[0] < sizes[1]
+    np.testing.assert_allclose(gaussian_pmf().sum(1)[:30], 1, atol=1e-6)
+
+
+# CompressAI's conventions ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quality", [0, 60])
+def test_compressai_view(codec, quality):
+    view = CompressAIView(codec, quality).eval()
+    x = torch.stack([picture(64, 128, seed) for seed in (0, 1)]).float() / 255
+    coded = view.compress(x)
+    assert coded["strings"][0] == [codec.compress(picture(64, 128, seed), quality) for seed in (0, 1)]
+    assert coded["shape"] == (4, 8) and view.update() is False and view.update(force=True) is False
+    decoded = view.decompress(coded["strings"], coded["shape"])["x_hat"]
+    out = view(x)
+    assert torch.equal(out["x_hat"], decoded) and decoded.shape == x.shape and 0 <= decoded.min() <= decoded.max() <= 1
+    bits = -sum(p.log2().sum().item() for p in out["likelihoods"].values())
+    written = 8 * sum(map(len, coded["strings"][0]))
+    assert abs(bits - written) < 2 * 24
+    with pytest.raises(ValueError, match="shape"):
+        view.decompress(coded["strings"], (8, 4))
+
+
+EVALUATE = """
+import sys
+from pathlib import Path
+from compressai.utils.eval_model.__main__ import eval_model
+from coding.compressai_view import CompressAIView
+from release import load_codec
+
+release, folder = sys.argv[1:]
+files = sorted(Path(folder).glob("*.png"))
+view = CompressAIView(load_codec(release), quality=50)
+for estimation in (False, True):
+    found = eval_model(view, folder, folder, files, estimation, architecture="diffo", half=False, per_image=False)
+    print("bpp", found["bpp"], found["psnr-rgb"])
+"""
+
+
+def test_compressai_evaluates_it(release, tmp_path):
+    """In a process of its own: importing the evaluator sets torch to one thread."""
+    for i in range(2):
+        write_image(tmp_path / f"{i}.png", picture(192, 256, i))
+    done = subprocess.run(
+        [sys.executable, "-c", EVALUATE, str(release), str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    coded, estimated = (list(map(float, line.split()[1:])) for line in done.stdout.splitlines() if line[:3] == "bpp")
+    codec = load_codec(release)
+    sizes = [len(codec.compress(picture(192, 256, i), 50)) for i in range(2)]
+    assert coded[0] == pytest.approx(8 * sum(sizes) / 2 / (192 * 256), rel=1e-9)
+    assert abs(estimated[0] - coded[0]) < 0.02 * coded[0] + 128 / (192 * 256)
+    assert estimated[1] == pytest.approx(coded[1], abs=1e-4)
+
+
+def test_bytes_beside_the_sections(codec):
+    file = codec.read(codec.write(codec.analyse(picture(512, 768)), 255)).file
+    assert file.header_bytes + file.check_bytes <= 28
+    assert bitstream.unpack(bitstream.pack(file)) == file
+
+
+def test_inference_writes_budgets_and_previews(release, tmp_path, capsys):
+    call_main = partial(call, capsys)
+    source = photograph(tmp_path / "in" / "a.png", 512, 512)
+    flags = ["--weights", release, "--one_step", "--ddim"]
+    status, out, _ = call_main("-i", source, "-o", tmp_path / "o", "--max_bytes", 4000, *flags)
+    row = json.loads((tmp_path / "o" / "metrics.json").read_text())["pictures"][0]
+    data = (tmp_path / "o" / "a.dfo").read_bytes()
+    assert status == 0 and row["bytes"] == len(data) <= 4000 and row["level"] == bitstream.unpack(data).residual.level
+    parts = ("header", "base", "hyper", "residual", "check")
+    assert sum(row[f"{part}_bits"] for part in parts) == 8 * len(data)
+    (tmp_path / "cut.dfo").write_bytes(data[: len(data) * 2 // 3])
+    decode = ["--mode", "decompress", "-i", tmp_path / "cut.dfo", "-o", tmp_path / "p", *flags]
+    status, _, err = call_main(*decode)
+    assert status == 1 and "--preview" in err and not list((tmp_path / "p").glob("*.png"))
+    status, out, _ = call_main(*decode, "--preview")
+    assert status == 0 and "preview: the base alone" in out and (tmp_path / "p" / "cut.png").is_file()
+    status, _, err = call_main("-i", source, "-o", tmp_path / "x", "--target_bpp", 9, *flags)
+    assert status == 1 and " to " in err and not list((tmp_path / "x").glob("*.dfo"))
+    status, _, err = call_main(*decode, "--preview", "--overwrite", "--max_pixels", 1000)
+    assert status == 1 and "--max_pixels" in err

@@ -1,0 +1,109 @@
+"""The command reproduce.py: the sweep of the noise level, the fit of c, and rates of one model."""
+
+import csv
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from models.diffusion import RateParams
+from release.eta import Sweep, fit
+from release.making import write_release
+from release.triple import load_codec
+from reproduce import main
+from tests.commands import NANO, photograph
+from tests.residual import new_codec
+from training.config import load_config
+
+RATES = np.array([0.03, 0.05, 0.08, 0.12])
+ETAS = np.geomspace(0.02, 1, 30)
+
+
+def parabola(best) -> Sweep:
+    """Scores with their least value at eta = best(rate)."""
+    return Sweep(ETAS, RATES, np.stack([(np.log(ETAS) - np.log(best(b))) ** 2 for b in RATES]))
+
+
+def test_c_is_found_where_the_best_eta_falls_as_the_rate_rises():
+    found = parabola(lambda b: 0.013 / b)
+    assert found.identifies_c
+    rate = fit(found, RateParams())
+    assert rate.c == pytest.approx(0.013, rel=0.03)
+    assert found.of_rule(rate) < found.of_constants().min() / 10
+
+
+@pytest.mark.parametrize("best", [0.001, 100.0])
+def test_a_monotone_sweep_identifies_nothing(best):
+    """The default stays where every rate wants the least, or the most, noise of the sweep."""
+    found = parabola(lambda b: best)
+    assert not found.identifies_c
+    assert fit(found, RateParams(c=0.02)).c == 0.02
+
+
+def test_the_rule_is_interpolated_in_log_eta():
+    found = parabola(lambda b: 0.1)
+    np.testing.assert_allclose(found.at([0.1] * 4), 0, atol=5e-3)
+    assert found.of_rule(RateParams(c=1e-9)) == pytest.approx(found.of_constants()[0])  # clipped at eta_min
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weights") / "nano"
+    codec = new_codec()
+    write_release(folder, 3, codec, replace(load_config(str(NANO)), networks=codec.params), counted_indices=7)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    for i in range(2):
+        photograph(folder / f"{i}.png", 96, 80, seed=i)
+    return folder
+
+
+def test_eta_is_swept_and_stored(release, pictures, tmp_path, capsys):
+    stored = tmp_path / "stored"
+    command = ["eta", "--weights", release, "--data", pictures, "--held_out", pictures, "-o", tmp_path / "out"]
+    command += ["--points", 3, "--limit", 1, "--metric", "gmsd", "--device", "cpu"]
+    assert main([str(a) for a in [*command, "--store", stored]]) == 0
+    about = json.loads((tmp_path / "out" / "eta.json").read_text())
+    assert about["metric"] == "gmsd" and about["better"] == "lower" and about["fit"]["pictures"] == 1
+    scores = np.array(about["sweeps"]["fit"]["scores"])
+    assert scores.shape == (6, 3) and about["fit"]["its score"] == pytest.approx(scores.mean(0).min(), abs=1e-5)
+    rates = about["sweeps"]["fit"]["rates"]
+    assert rates == sorted(rates)
+    assert Image.open(tmp_path / "out" / "eta.png").size[0] > 500
+    new, old = load_codec(stored), load_codec(release)
+    assert new.params.rate.c == pytest.approx(about["c"], abs=1e-5)
+    assert (new.fingerprint == old.fingerprint) == (new.params.rate == old.params.rate)
+    assert torch.equal(new.unet.state_dict()["out.2.weight"], old.unet.state_dict()["out.2.weight"])
+    assert json.loads((stored / "release.json").read_text())["counted_indices"] == 7
+    capsys.readouterr()
+    assert main([str(a) for a in [*command, "--store", stored]]) == 1
+    assert "not an empty folder" in capsys.readouterr().err
+
+
+def test_rates_of_one_model(release, pictures, tmp_path, capsys):
+    command = ["rates", "--weights", release, "--data", pictures, "-o", tmp_path, "--qualities", "0", "50"]
+    assert main([str(a) for a in [*command, "--metrics", "gmsd", "--device", "cpu"]]) == 0
+    rows = list(csv.DictReader((tmp_path / "rates.csv").read_text().splitlines()))
+    for row in rows:
+        files = list((tmp_path / f"quality_{row['quality']}").glob("*.dfo"))
+        assert float(row["bytes"]) == sum(f.stat().st_size for f in files) / 2
+    assert float(rows[0]["bpp"]) < float(rows[1]["bpp"])
+    assert {p.name for p in tmp_path.glob("*.png")} == {"psnr.png", "gmsd.png"}  # too small for MS-SSIM
+
+
+@pytest.mark.parametrize("metric", ["lpips", "lpips-vgg"])
+def test_a_metric_that_cannot_be_computed_is_refused(metric, pictures, tmp_path, capsys):
+    from utils.metrics import METRICS, unavailable
+
+    if metric in METRICS and unavailable(metric) is None:
+        pytest.skip("its weights are here")
+    command = ["eta", "--data", pictures, "--held_out", pictures, "-o", tmp_path / "out", "--metric", metric]
+    assert main([str(a) for a in command]) == 1
+    assert metric in capsys.readouterr().err

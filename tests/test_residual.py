@@ -1,0 +1,283 @@
+"""The residual codec alone: shapes, levels, exact indices, and what training and coding share."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from models import residual_hyperprior
+from models.entropy_coding import symbol_bits
+from models.records import Draws
+from models.residual_hyperprior import (
+    HYPER_REACH,
+    SCALE_MIN,
+    SCALE_STEP,
+    SCALES,
+    SYMBOL_REACH,
+    ResidualHyperprior,
+    ResidualParams,
+    ResidualTables,
+    hyper_size,
+    level_of,
+    node_of,
+)
+from tests.residual import SMALL, D, K, new_codec, new_residual, residual_tables
+
+SIZES = [(1, 1), (2, 5), (17, 9)]
+CODES = (1, 100, 255)
+
+
+def latents(h: int, w: int, n: int = 1, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x, y and k, with y not far from x."""
+    random = torch.Generator().manual_seed(seed)
+    y, difference = torch.randn(2, n, D, h, w, generator=random)
+    return y + 0.2 * difference, y, torch.randint(0, K, (n, h, w), generator=random)
+
+
+def centred_noise(residual: ResidualHyperprior, h: int, w: int, n: int = 1, seed: int = 0) -> torch.Tensor:
+    return torch.rand(n, residual.noise_size(h, w), generator=torch.Generator().manual_seed(seed)) - 0.5
+
+
+@pytest.fixture(scope="module")
+def residual():
+    """Frozen, with tables; no test changes it."""
+    residual = new_residual().requires_grad_(False)
+    residual.freeze(residual_tables(SMALL))
+    return residual
+
+
+@pytest.fixture
+def training():
+    torch.manual_seed(0)
+    residual = new_residual()
+    residual.train_rates()
+    residual.rate_model.bottleneck.quantiles.data[:, 0, 1] = torch.tensor([0.3, -0.2, 0.1])
+    residual.freeze(None)
+    return residual
+
+
+# Shapes and levels ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@torch.no_grad()
+def test_shapes(residual, training, size):
+    x, y, k = latents(*size, n=2)
+    out = training(x, y, k, torch.tensor([1.0, 2.7]), centred_noise(training, *size, n=2))
+    assert out.r_hat.shape == x.shape and out.r_hat.isfinite().all()
+    for bits in (out.hyper_bits, out.residual_bits):
+        assert bits.shape == (2,) and bits.isfinite().all() and (bits > 0).all()
+    s = residual.analysis(x - y, y)[:1]
+    symbols = residual.symbols(s, y[:1], k[:1], 200, residual.tables)
+    assert symbols.hyper.shape == (SMALL.hyper_channels, *hyper_size(*size))
+    assert symbols.residual.shape == symbols.index.shape == (SMALL.channels, *size)
+    assert residual.restore(symbols.hyper, symbols.residual, k[:1], y[:1], 200).shape == x[:1].shape
+
+
+def test_the_default_size_can_be_built():
+    residual = ResidualHyperprior(ResidualParams(), 16, K)
+    assert residual.noise_size(5, 4) == 192 * 5 * 4 + ResidualParams().hyper_channels * 2 * 1
+
+
+@torch.no_grad()
+def test_gains_are_geometric_between_the_levels(residual):
+    nodes = residual.log_gain.exp()
+    gains = residual.gain(torch.tensor([1.0, 2.0, 3.0]))
+    assert gains.shape == (3, SMALL.channels, 1, 1)
+    torch.testing.assert_close(gains[:, :, 0, 0], nodes)
+    torch.testing.assert_close(residual.gain(torch.tensor([1.5]))[0, :, 0, 0], (nodes[0] * nodes[1]).sqrt())
+    torch.testing.assert_close(residual.gain(torch.tensor([2.25]))[0, :, 0, 0], nodes[1] ** 0.75 * nodes[2] ** 0.25)
+    between = residual.gain(torch.linspace(1, 3, 255))[:, 0, 0, 0]
+    assert (between.diff() > 0).all()
+
+
+def test_a_fresh_codec_has_the_gains_it_is_told():
+    gains = ResidualHyperprior(SMALL, D, K).gain(torch.tensor([1.0, 3.0]))[:, 0, 0, 0]
+    assert gains.tolist() == pytest.approx([SMALL.first_gain, SMALL.last_gain])
+
+
+@pytest.mark.parametrize("extrapolated", [0, 0.8, 2])
+@pytest.mark.parametrize("levels", [2, 3, 6, 9])
+def test_bytes_stand_for_levels(levels, extrapolated):
+    params = replace(SMALL, levels=levels, extrapolated=extrapolated)
+    found = [level_of(code, params) for code in range(1, 256)]
+    assert found[0] == 1 and found[-1] == levels + extrapolated
+    assert np.allclose(np.diff(found), (levels - 1 + extrapolated) / 254)
+    for code, level in enumerate(found, 1):
+        node = node_of(code, params)
+        assert 0 <= node < levels and abs(node + 1 - min(level, levels)) <= 0.5 + 1e-9
+
+
+def test_gains_go_on_beyond_the_last_level():
+    residual = new_residual()
+    low, high, beyond = residual.gain(torch.tensor([2.0, 3.0, 3.5]))
+    torch.testing.assert_close(beyond, high * (high / low) ** 0.5)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"levels": 1}, "levels 1"),
+        ({"extrapolated": -1}, "extrapolated"),
+        ({"first_gain": 2, "last_gain": 1}, "gains"),
+        ({"blocks": 0}, "at least 1"),
+    ],
+)
+def test_impossible_sizes_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        ResidualParams(**wrong)
+
+
+def test_the_reach_of_tables():
+    tables = residual_tables(SMALL)
+    assert tables.reach("symbols").shape == (SCALES,) and tables.reach("hyper").shape == (3, 3)
+    for row, reach in zip(tables.symbols, tables.reach("symbols"), strict=True):
+        assert row[SYMBOL_REACH - reach] > 0 and row[SYMBOL_REACH + reach] > 0
+        assert not row[: SYMBOL_REACH - reach].any() and not row[SYMBOL_REACH + reach + 1 :].any()
+
+
+# Exact indices --------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_the_table_index_depends_on_decoded_integers_alone(residual):
+    """Another y, and another x that gives the same n_z, change nothing; another n_z or k does."""
+    x, y, k = latents(12, 10)
+    s = residual.analysis(x - y, y)
+    first = residual.symbols(s, y, k, 200, residual.tables)
+    other = residual.symbols(s, y + torch.randn_like(y), k, 200, residual.tables)
+    assert (other.hyper == first.hyper).all() and (other.index == first.index).all()
+    assert (other.residual != first.residual).any()  # mu does see y
+    assert (residual.table_index(first.hyper, k) == first.index).all()
+    assert (residual.table_index(first.hyper + 1, k) != first.index).any()
+    assert (residual.table_index(first.hyper, (k + 1) % K) != first.index).any()
+    assert first.index.min() >= 0 and first.index.max() < SCALES and len(np.unique(first.index)) > SCALES / 2
+
+
+@pytest.mark.parametrize("size", [*SIZES, (40, 33)], ids=str)
+def test_tiles_leave_no_trace(residual, monkeypatch, size):
+    random = np.random.default_rng(0)
+    n_z = random.integers(-HYPER_REACH, HYPER_REACH + 1, (SMALL.hyper_channels, *hyper_size(*size)))
+    k = torch.from_numpy(random.integers(0, K, (1, *size)))
+    whole = residual.scale_network(torch.from_numpy(n_z)[None].float(), k)[0].numpy()  # float32, as in training
+    for tile in (1, 2, 5, 32):
+        monkeypatch.setattr(residual_hyperprior, "_TILE", tile)
+        assert np.array_equal(residual.table_index(n_z, k), whole)
+
+
+# Training and coding --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", CODES)
+@torch.no_grad()
+def test_symbols_and_restore_are_the_equations(residual, code):
+    x, y, k = latents(6, 7)
+    gain = residual.gain(torch.tensor([level_of(code, SMALL)], dtype=torch.float64))
+    s = residual.analysis(x - y, y)
+    s_g = gain * s
+    z = residual.hyper_analysis(s_g) - residual.median.view(1, -1, 1, 1)
+    free = residual.symbols(s, y, k, code)
+    assert np.array_equal(free.hyper, z[0].round().clamp(-HYPER_REACH, HYPER_REACH).numpy())
+    n_z = torch.from_numpy(free.hyper)[None].float()
+    mu = residual.mean_network(n_z, k, y)
+    n = torch.from_numpy(free.residual)[None]
+    assert (n - (s_g - mu)).abs().max() <= 0.5 + 1e-4 and n.abs().max() < SYMBOL_REACH
+    r_hat = residual.restore(free.hyper, free.residual, k, y, code)
+    torch.testing.assert_close(r_hat, residual.synthesis((n + mu) / gain.float(), y), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_symbols_stay_within_their_tables(residual):
+    """Where a picture has symbols that no table can code, they are brought to its reach."""
+    x, y, k = latents(6, 7)
+    narrow = np.zeros_like(residual.tables.symbols)
+    narrow[:, SYMBOL_REACH - 1 : SYMBOL_REACH + 2] = [1, 65534, 1]
+    hyper = np.zeros_like(residual.tables.hyper)
+    hyper[..., HYPER_REACH - 2 : HYPER_REACH + 3] = [1, 1, 65532, 1, 1]
+    found = residual.symbols(100 * residual.analysis(x - y, y), y, k, 255, ResidualTables(hyper, narrow))
+    assert np.unique(found.residual).tolist() == [-1, 0, 1] and np.abs(found.hyper).max() == 2
+    free = residual.symbols(100 * residual.analysis(x - y, y), y, k, 255)
+    assert np.abs(free.residual).max() == SYMBOL_REACH and np.abs(free.hyper).max() == HYPER_REACH
+
+
+@pytest.mark.parametrize("code", CODES)
+@torch.no_grad()
+def test_training_sees_what_coding_does(training, code):
+    """With the noise that rounds, a training pass reconstructs and prices what coding sends."""
+    size = 9, 14
+    x, y, k = latents(*size)
+    level = torch.tensor([level_of(code, SMALL)])
+    training(x, y, k, level, centred_noise(training, *size))  # takes over the median
+    assert training.median.tolist() == pytest.approx([0.3, -0.2, 0.1])
+    s = training.analysis(x - y, y)
+    symbols = training.symbols(s, y, k, code)
+    s_g = training.gain(level) * s
+    n_z, n = (torch.from_numpy(a)[None].float() for a in (symbols.hyper, symbols.residual))
+    noise_s = n + training.mean_network(n_z, k, y) - s_g
+    noise_z = n_z - training.centred(s_g)
+    assert max(noise_s.abs().max(), noise_z.abs().max()) <= 0.5001
+    out = training(x, y, k, level, torch.cat([noise_s.flatten(1), noise_z.flatten(1)], dim=1))
+    restored = training.restore(symbols.hyper, symbols.residual, k, y, code)
+    torch.testing.assert_close(out.r_hat, restored, rtol=1e-4, atol=1e-4)
+    sigma = SCALE_MIN * SCALE_STEP ** symbols.index.astype(np.float64)
+    below, above = ((symbols.residual + side) / (sigma * math.sqrt(2)) for side in (-0.5, 0.5))
+    mass = (torch.erf(torch.from_numpy(above)) - torch.erf(torch.from_numpy(below))) / 2
+    assert out.residual_bits.item() == pytest.approx(-mass.clamp(min=1e-9).log2().sum().item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("code", CODES)
+@torch.no_grad()
+def test_the_rate_under_noise_is_close_to_that_of_rounding(training, code):
+    """Where s is spread as h_s says, the tables take about the bits that training estimates with noise."""
+    size = 24, 20
+    x, y, k = latents(*size)
+    symbols = training.symbols(training.analysis(x - y, y), y, k, code)
+    n_z = torch.from_numpy(symbols.hyper)[None].float()
+    sigma = torch.from_numpy(SCALE_MIN * SCALE_STEP ** symbols.index.astype(np.float32))[None]
+    drawn = sigma * torch.randn(sigma.shape, generator=torch.Generator().manual_seed(1))
+    mu = training.mean_network(n_z, k, y)
+    noise = centred_noise(training, *size)[:, : drawn.numel()].view_as(drawn)
+    z = torch.zeros(1, SMALL.hyper_channels, 1, 1)
+    _, estimate = training.rate_model(z, mu + drawn + noise, mu, sigma)
+    tables = residual_tables(SMALL)
+    reach = tables.reach("symbols")[symbols.index]
+    n = np.clip(drawn[0].round().numpy().astype(int), -reach, reach)
+    sent = symbol_bits(n.ravel(), symbols.index.ravel(), tables.symbols).sum()
+    assert estimate.item() == pytest.approx(sent, rel=0.1)
+
+
+def test_level_zero_sends_nothing_and_every_parameter_takes_part():
+    """The rows of a batch: level 0 is masked, not skipped, and what it gives is exactly y."""
+    codec = new_codec()
+    codec.residual.requires_grad_(True).train_rates()
+    x, y, k = latents(4, 4, n=4)
+    uniform = centred_noise(codec.residual, 4, 4, n=4)
+    level = torch.tensor([0.0, 1.3, 0.0, 2.6])
+    draws = Draws(torch.zeros(4, dtype=torch.long), torch.full((4,), math.nan), x, level, uniform)
+    y_hat, bpp = codec.with_residual(x, y, k, draws)
+    sent = level > 0
+    assert torch.equal(y_hat[~sent], y[~sent]) and bpp[~sent].tolist() == [0, 0]
+    assert (bpp[sent] > 0).all() and (y_hat[sent] != y[sent]).flatten(1).any(1).all()
+    out = codec.residual(x, y, k, level, uniform)
+    torch.testing.assert_close(bpp[sent], ((out.hyper_bits + out.residual_bits) / (256 * 16))[sent])
+
+    (y_hat.square().mean() + bpp.mean() + codec.residual.rate_model.auxiliary_loss()).backward()
+    for name, parameter in codec.residual.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), name
+    codec.residual.zero_grad()
+    nothing = Draws(draws.t, draws.spread, x, torch.zeros(4), uniform)
+    y_hat, bpp = codec.with_residual(x, y, k, nothing)
+    assert torch.equal(y_hat, y) and not bpp.any()
+    (y_hat.square().mean() + bpp.mean() + codec.residual.rate_model.auxiliary_loss()).backward()
+    for name, parameter in codec.residual.named_parameters():
+        moved = name.endswith("quantiles")
+        assert parameter.grad is not None and bool(parameter.grad.any()) == moved, name
+
+
+@torch.no_grad()
+def test_the_auxiliary_loss_moves_the_quantiles_alone(training):
+    with torch.enable_grad():
+        training.rate_model.auxiliary_loss().backward()
+    assert [n for n, p in training.named_parameters() if p.grad is not None] == ["rate_model.bottleneck.quantiles"]

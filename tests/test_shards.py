@@ -1,0 +1,245 @@
+"""Tar shards: ours and the webdataset library's, read through their indexes as folders are."""
+
+import io
+import itertools
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from PIL import Image
+
+from datapipe import prepare
+from datapipe.pictures import DataParams, Pictures, Positions, epoch_order, stream
+from datapipe.shards import ShardSource, find_shards, index_path, write_index
+from tests.commands import NANO, photograph
+from utils.errors import DiffoError, PictureError
+from utils.images import read_image
+
+SIZE = 32
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Seven photographs of several kinds, with dots and non-ASCII letters in their names and one very long name."""
+    root = tmp_path_factory.mktemp("pictures")
+    for i, name in enumerate(["a.b.png", "a_b.jpg", "c.JPG", "é.webp", "sub/a.b.png", "sub/d.bmp", "x" * 120 + ".png"]):
+        photograph(root / name, 60 + i, 50, seed=i)
+    return root
+
+
+@pytest.fixture(scope="module")
+def shards(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("made") / "shards"
+    assert prepare.main(["shards", str(folder), "-o", str(out), "--max_count", "3"]) == 0
+    return out
+
+
+def dataset(workers=0, **where) -> Pictures:
+    return Pictures(DataParams(workers=workers, **{k: str(v) for k, v in where.items()}), SIZE, 0)
+
+
+def png(level: int = 0, side: int = 16) -> bytes:
+    data = io.BytesIO()
+    Image.new("RGB", (side, side), (level, level, level)).save(data, "png")
+    return data.getvalue()
+
+
+def tar(path, members: dict[str, bytes], mode: str = "w"):
+    with tarfile.open(path, mode) as file:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            file.addfile(info, io.BytesIO(data))
+    return path
+
+
+def indexed(path, members: dict[str, bytes]):
+    write_index(tar(path, members))
+    return ShardSource([str(path)])
+
+
+# The same pictures, however they are stored ---------------------------------------------------------------------------
+
+
+def test_shards_give_the_stream_of_their_folder(folder, shards):
+    packed, whole = dataset(shards=shards), dataset(folder=folder)
+    assert [len(index) for index in packed.source._indexes] == [3, 3, 1]
+    for i, path in enumerate(whole.source.paths):
+        assert torch.equal(packed.source.read(i), read_image(path))
+    for position in range(14):
+        assert torch.equal(packed[position][0], whole[position][0])
+
+
+def test_a_run_on_shards_goes_on_where_it_stopped(shards):
+    whole = list(itertools.islice(stream(dataset(shards=shards), 3, 1, 2, 0), 5))
+    rest = list(itertools.islice(stream(dataset(2, shards=shards), 3, 1, 2, 3), 2))
+    for (images, positions), (again, same) in zip(whole[3:], rest, strict=True):
+        assert torch.equal(positions, same) and torch.equal(images, again)
+
+
+def test_64_ranks_take_each_sample_once_an_epoch(tmp_path):
+    """48 pictures of one level each, 64 ranks with batches of 3: 4 steps are 16 epochs, which end inside batches."""
+    n, world, batch, steps = 48, 64, 3, 4
+    for shard in range(4):
+        members = {f"{i:03d}.png": png(5 * i) for i in range(12 * shard, 12 * shard + 12)}
+        write_index(tar(tmp_path / f"{shard}.tar", members))
+    pictures = Pictures(DataParams(shards=str(tmp_path), workers=0), 16, 0)
+    seen = {}
+    for rank in range(world):
+        for positions in itertools.islice(Positions(batch, rank, world, 0), steps):
+            assert len(positions) == batch
+            for position in positions:
+                crop, told = pictures[position]
+                assert told == position and position not in seen
+                seen[position] = round((crop.mean().item() + 1) * 127.5 / 5)
+    assert sorted(seen) == list(range(world * batch * steps)) and len(seen) == 16 * n
+    for epoch in range(16):
+        taken = [seen[epoch * n + i] for i in range(n)]
+        assert sorted(taken) == list(range(n)) and taken == epoch_order(0, epoch, n).tolist()
+
+
+def test_training_takes_shards_and_lists(folder, shards, tmp_path, capsys):
+    """The three ways give the same losses, because they give the same pictures in the same order."""
+    from main_diffusion_train_vq import main
+
+    listed = tmp_path / "train.txt"
+    assert prepare.main(["list", str(folder), "-o", str(listed)]) == 0
+    traces = []
+    for i, data in enumerate((folder, listed, shards / "pictures-{000000..000002}.tar")):
+        out = tmp_path / str(i)
+        args = ["--cfg_path", NANO, "--save_dir", out, "--data", data, "--iterations", 2, "data.workers=0"]
+        assert main([str(a) for a in args]) == 0, capsys.readouterr().err
+        lines = (out / "nano" / "metrics.jsonl").read_text().splitlines()
+        traces.append([line.partition('"loss": ')[2].partition(",")[0] for line in lines])
+    assert len(traces[0]) == 4 and traces[0] == traces[1] == traces[2]
+
+
+# The library and we read each other -----------------------------------------------------------------------------------
+
+
+def test_the_library_reads_our_shards(folder, shards):
+    tars = [str(path) for path in find_shards([str(shards)])]
+    paths = dataset(folder=folder).source.paths
+    samples = list(webdataset.WebDataset(tars, shardshuffle=False))
+    assert len({sample["__key__"] for sample in samples}) == 7
+    for sample, path in zip(samples, paths, strict=True):
+        assert sample[path.suffix[1:].lower()] == path.read_bytes() and path.stem[0] in sample["__key__"]
+    (first, *_) = webdataset.WebDataset(tars[:1], shardshuffle=False).decode("rgb8")
+    np.testing.assert_array_equal(first["png"], read_image(paths[0]).permute(1, 2, 0).numpy())
+
+
+def test_we_read_the_shards_of_the_library(folder, tmp_path):
+    paths = dataset(folder=folder).source.paths
+    with webdataset.ShardWriter(str(tmp_path / "set-%03d.tar"), maxcount=3, verbose=0) as writer:
+        for i, path in enumerate(paths):
+            writer.write(
+                {
+                    "__key__": f"folder.with.dots/{i}",
+                    "json": {"file": path.name},
+                    path.suffix[1:].lower(): path.read_bytes(),
+                    "txt": "text after the picture",
+                }
+            )
+    assert prepare.main(["index", str(tmp_path)]) == 0
+    source = ShardSource([str(tmp_path / "set-{000..002}.tar")])
+    assert len(source) == 7
+    assert all(torch.equal(source.read(i), read_image(path)) for i, path in enumerate(paths))
+
+
+def test_the_picture_of_a_sample(tmp_path, capsys):
+    """Members without a picture's suffix, folders, links and hidden files do not count; a plain suffix comes first."""
+    members = {"a.seg.png": png(1), "a.png": png(2), "b.txt": b"text", "c.JSON": b"{}", "c.left.PNG": png(3)}
+    path = tar(tmp_path / "s.tar", members | {".hidden.png": png(4), "noname": b"", "d/.png": png(5)})
+    with tarfile.open(path, "a") as file:
+        link = tarfile.TarInfo("e.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "a.png"
+        file.addfile(link)
+    assert prepare.main(["index", str(path)]) == 0
+    assert "2 pictures; 1 samples have none" in capsys.readouterr().out
+    source = ShardSource([str(path)])
+    assert [source.read(i)[0, 0, 0].item() for i in range(2)] == [2, 3]
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_every_form_of_tar(tmp_path, form):
+    name = "f/" * 40 + "n" * 60 + ".png"
+    with tarfile.open(tmp_path / "s.tar", "w", format=form) as file:
+        for i in range(2):
+            info = tarfile.TarInfo(f"{i}/{name}")
+            info.size = len(png(i))
+            file.addfile(info, io.BytesIO(png(i)))
+    write_index(tmp_path / "s.tar")
+    source = ShardSource([str(tmp_path / "s.tar")])
+    assert [source.read(i)[0, 0, 0].item() for i in range(2)] == [0, 1]
+
+
+def test_the_same_pictures_give_the_same_shards(folder, shards, tmp_path):
+    assert prepare.main(["shards", str(folder), "-o", str(tmp_path / "again"), "--max_count", "3"]) == 0
+    assert sorted(p.name for p in (tmp_path / "again").iterdir()) == sorted(p.name for p in shards.iterdir())
+    assert all((tmp_path / "again" / path.name).read_bytes() == path.read_bytes() for path in shards.iterdir())
+
+
+# Damage ---------------------------------------------------------------------------------------------------------------
+
+
+def test_unreadable_pictures_in_shards_are_named_with_their_member(tmp_path):
+    source = indexed(
+        tmp_path / "s.tar", {"a.png": png(), "b.png": b"rubbish", "c.png": b"", "d.png": png(side=400)[:80]}
+    )
+    for index, told in ((1, "s.tar: b.png: not a picture"), (2, "c.png: empty file"), (3, "d.png: ")):
+        with pytest.raises(PictureError, match=told):
+            source.read(index)
+
+
+def test_a_tar_damaged_after_indexing_is_an_unreadable_picture(tmp_path):
+    path = tmp_path / "s.tar"
+    source = indexed(path, {"a.png": png(), "b.png": png()})
+    data = bytearray(path.read_bytes())
+    data[:100] = b"\xff" * 100  # the first header
+    path.write_bytes(data)
+    with pytest.raises(PictureError, match="s.tar: picture at byte 0 cannot be read"):
+        source.read(0)
+    assert source.read(1).shape == (3, 16, 16)
+    path.write_bytes(data[:100])
+    with pytest.raises(PictureError, match="is the tar whole"):
+        source.read(1)
+
+
+def test_indexes_that_do_not_fit_are_refused_with_the_command(tmp_path):
+    path = tar(tmp_path / "s.tar", {"a.png": png()})
+    with pytest.raises(DiffoError, match=f"no index beside it.*datapipe.prepare index {path}"):
+        ShardSource([str(path)])
+    write_index(path)
+    tar(path, {"b.png": png(), "c.png": png(side=70)}, "a")
+    with pytest.raises(DiffoError, match="the tar has changed since"):
+        ShardSource([str(path)])
+    write_index(path)
+    assert len(ShardSource([str(path)])) == 3
+    for content in (b"", b"rubbish"):
+        index_path(path).write_bytes(content)
+        with pytest.raises(DiffoError, match="not a readable index"):
+            ShardSource([str(path)])
+    np.save(index_path(path), np.zeros((2, 2), np.int64))
+    with pytest.raises(DiffoError, match="not an index of version 1"):
+        ShardSource([str(path)])
+
+
+@pytest.mark.parametrize("kept", [300, 900, 1024])
+def test_a_cut_tar_is_not_indexed(tmp_path, kept, capsys):
+    path = tar(tmp_path / "s.tar", {"a.png": png(), "b.png": b"\1" * 2000})
+    path.write_bytes(path.read_bytes()[: kept if kept < 1024 else 2600])
+    assert prepare.main(["index", str(path)]) == 1
+    assert f"{path}: not a tar, damaged or cut short" in capsys.readouterr().err
+    assert not index_path(path).exists()
+
+
+@pytest.mark.parametrize(
+    "name, told", [("none.tar", "no such shard"), ("{0..2}.tar", "1.tar: no such shard"), ("0.tar.gz", "gunzip")]
+)
+def test_shards_that_cannot_be_used_are_named(tmp_path, name, told):
+    tar(tmp_path / "0.tar", {"a.png": png()})
+    (tmp_path / "0.tar.gz").write_bytes(b"")
+    with pytest.raises(DiffoError, match=told):
+        ShardSource([str(tmp_path / name)])

@@ -1,0 +1,174 @@
+"""Where pictures come from: folders and lists, what is said of pictures that cannot be read, and the configuration."""
+
+import itertools
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing
+
+from datapipe.pictures import TRIED, DataParams, Pictures, epoch_order, stream
+from datapipe.sources import FileSource, data_options, demo_photographs, open_source, read_list
+from tests.commands import NANO, photograph
+from training.config import load_config
+from utils.errors import ConfigError, DiffoError
+from utils.images import read_image, to_signed
+
+SIZE = 32
+
+
+def dataset(workers=0, **where) -> Pictures:
+    return Pictures(DataParams(workers=workers, **where), SIZE, 0)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for i in range(3):
+        photograph(tmp_path / "in" / f"{i}.png", 60, 60, seed=i)
+    (tmp_path / "in" / "broken.png").write_bytes(b"no picture")
+    return tmp_path / "in"
+
+
+# Lists ----------------------------------------------------------------------------------------------------------------
+
+
+def test_lists_name_pictures_relative_to_themselves_or_absolutely(tmp_path):
+    for i in range(3):
+        photograph(tmp_path / "in" / f"{i} é.png", 60, 60, seed=i)
+    absolute = tmp_path / "in" / "2 é.png"
+    (tmp_path / "a.txt").write_bytes(f"\ufeffin/0 é.png\r\n\r\n  in/1 é.png\n{absolute}".encode())
+    assert read_list(tmp_path / "a.txt") == [tmp_path / "in" / f"{i} é.png" for i in range(3)]
+    (tmp_path / "b.txt").write_text("in/0 é.png\n", encoding="utf-8")
+    several = open_source(txt_file_path=(str(tmp_path / "a.txt"), str(tmp_path / "b.txt")))
+    assert len(several) == 4 and torch.equal(several.read(0), several.read(3))
+    assert torch.equal(several.read(2), read_image(absolute))
+
+
+def test_a_list_gives_the_stream_of_its_folder(folder, tmp_path):
+    (folder / "broken.png").unlink()
+    (tmp_path / "l.txt").write_text("".join(f"in/{i}.png\n" for i in range(3)))
+    listed, whole = dataset(txt_file_path=str(tmp_path / "l.txt")), dataset(folder=str(folder))
+    for position in range(6):
+        assert torch.equal(listed[position][0], whole[position][0])
+
+
+@pytest.mark.parametrize(
+    "content, told", [(None, "no such list"), (b"\n \n", "no pictures there"), (b"\xff\xfe\x00", "not a readable text")]
+)
+def test_lists_that_cannot_be_used_are_named(tmp_path, content, told):
+    path = tmp_path / "l.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DiffoError, match=told) as caught:
+        dataset(txt_file_path=str(path))
+    assert str(path) in str(caught.value)
+
+
+# Unreadable pictures --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_pictures_are_replaced_counted_and_named_once(folder, workers, capfd):
+    pictures = dataset(workers, folder=str(folder))
+    found = list(itertools.islice(stream(pictures, 4, 0, 1, 0), 3))
+    order = [[pictures.source.paths[i].name for i in epoch_order(0, epoch, 4)] for epoch in range(3)]
+    for epoch, names in enumerate(order):
+        at = names.index("broken.png")
+        follower = folder / names[(at + 1) % 4]
+        assert torch.equal(pictures._picture(4 * epoch + at), to_signed(read_image(follower)))
+        again = pictures[4 * epoch + at][0]
+        assert torch.equal(found[epoch][0][at], again)
+    lines = pictures.source.unreadable_lines()
+    assert len(lines) == 2 and "broken.png: not a picture" in lines[0] and "1 of 4 pictures" in lines[1]
+    list(itertools.islice(stream(pictures, 4, 0, 1, 3), 2))
+    assert pictures.source.unreadable_lines() == []
+    assert "broken" not in capfd.readouterr().err  # the processes that decode say nothing themselves
+
+
+def rank_worker(rank: int, folder: str, port: int) -> None:
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    source = open_source(folder=folder)
+    source.mark_unreadable((0, 3)[rank])
+    Path(f"{folder}.{rank}").write_text("\n".join(source.unreadable_lines()))
+    torch.distributed.destroy_process_group()
+
+
+def test_what_all_ranks_found_is_told_by_the_main_one(folder):
+    (folder / "0.png").write_bytes(b"")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.start_processes(rank_worker, (str(folder), port), nprocs=2, start_method="fork")
+    first, second, total = Path(f"{folder}.0").read_text().splitlines()
+    assert "0.png: empty file" in first and "broken.png" in second and "2 of 4" in total
+    assert Path(f"{folder}.1").read_text() == ""
+
+
+def test_a_picture_that_can_be_read_again_is_said_to_be(folder):
+    source = open_source(folder=str(folder))
+    source.mark_unreadable(1)
+    assert "picture 1 could not be read at first" in source.unreadable_lines()[0]
+
+
+def test_a_source_without_readable_pictures_is_an_error(tmp_path):
+    for i in range(2):
+        (tmp_path / f"{i}.png").write_bytes(b"no picture")
+    with pytest.raises(ConfigError, match=f"{tmp_path}: 2 pictures in a row cannot be read.*png: not a picture"):
+        dataset(folder=str(tmp_path))  # at once, not in a worker later
+    many = FileSource([Path("none.png")] * 10**6, "many")
+    with pytest.raises(ConfigError, match=f"many: {TRIED} pictures in a row"):
+        Pictures(DataParams(), SIZE, 0, many)
+
+
+def test_a_disk_that_goes_away_is_one_line(folder):
+    pictures = dataset(1, folder=str(folder))
+    for path in folder.iterdir():
+        os.remove(path)
+    with pytest.raises(ConfigError) as caught:
+        next(iter(stream(pictures, 2, 0, 1, 0)))
+    assert "in a row cannot be read" in str(caught.value) and "Traceback" not in str(caught.value)
+
+
+def test_empty_and_missing_folders_are_named(tmp_path):
+    (tmp_path / "notes.txt").write_text("no picture")
+    with pytest.raises(ConfigError, match=f"{tmp_path}: no pictures there"):
+        dataset(folder=str(tmp_path))
+    with pytest.raises(DiffoError, match="none: no such folder"):
+        dataset(folder=str(tmp_path / "none"))
+
+
+def test_demo_photographs_exist():
+    found = demo_photographs()
+    assert len(found) == 5 and all(min(read_image(path).shape[1:]) >= 256 for path in found)
+    assert dataset().source.paths == found
+
+
+# Configuration --------------------------------------------------------------------------------------------------------
+
+
+def test_one_place_or_several_of_one_kind():
+    def data(**where):
+        return load_config(str(NANO), values={f"data.{key}": value for key, value in where.items()}).data
+
+    assert data(txt_file_path="a.txt").txt_file_path == "a.txt"
+    assert data(txt_file_path=["a.txt", "b.txt"]).txt_file_path == ("a.txt", "b.txt")
+    with pytest.raises(ConfigError, match="folder and shards are both set"):
+        data(folder="a", shards="b")
+    with pytest.raises(ConfigError, match="folder"):
+        data(folder=3)
+
+
+def test_the_data_option_tells_what_it_is_given(tmp_path):
+    (tmp_path / "a.tar").touch()
+    for path, kind in {
+        "pictures": "folder",
+        "train.txt": "txt_file_path",
+        "s/{000..127}.tar": "shards",
+        "s/*.tar": "shards",
+        str(tmp_path): "shards",
+    }.items():
+        options = data_options(path)
+        assert len(options) == 3 and {k for k, v in options.items() if v == path} == {f"data.{kind}"}
+        assert [v for k, v in options.items() if k != f"data.{kind}"] == [None, None]
