@@ -95,7 +95,7 @@ class Speed:
         """Apply layout, checkpointing and compilation to a network, in place; once more changes nothing."""
         if self.channels_last:
             network.to(memory_format=torch.channels_last)
-        if self.params.checkpointing:
+        if self.params.checkpointing and self.device.type != "meta":
             for module in network.modules():
                 if isinstance(module, (ResnetBlock, AttnBlock, Stage)):
                     _checkpoint(module)
