@@ -119,6 +119,12 @@ def test_the_layout_does_not_change_the_fingerprint():
     assert digest(ours.state_dict()) == digest(theirs.state_dict())
 
 
+def test_auto_on_the_cpu():
+    """What did not win there is off (docs/speed.md)."""
+    speed = Speed(SpeedParams(), CPU)
+    assert not (speed.channels_last or speed.fused_adamw or speed.compile) and not speed.params.tf32
+
+
 def test_bfloat16_is_chosen_where_the_hardware_has_it(monkeypatch):
     for capability, expected in [("avx512_bf16", True), ("amx_bf16", True), ("avx2", False)]:
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda name=capability: {name: True})

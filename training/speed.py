@@ -28,18 +28,18 @@ _NEVER = 2**31 - 1
 
 @dataclass(frozen=True)
 class SpeedParams:
-    """How fast and in how much memory to train; `auto` is on where it was measured to win (docs/speed.md).
+    """How fast and in how much memory to train. What `auto` comes to, and what was measured: docs/speed.md.
 
     Attributes:
         precision: `bfloat16` computes convolutions and matrix products in it (autocast); `auto` does so where the
             hardware has it: CUDA from Ampere on, CPUs with AVX-512-BF16 or AMX-BF16.
         tf32: CUDA: 10-bit mantissas inside float32 convolutions and matrix products.
-        channels_last: layout NHWC of feature maps.
+        channels_last: layout NHWC of feature maps; `auto` on CUDA.
         compile: torch.compile of the large networks; the first steps take minutes.
-        fused_adamw: one kernel for the update of the weights.
+        fused_adamw: one kernel for the update of the weights; `auto` on CUDA.
         checkpointing: activations of the blocks are computed again in the backward pass instead of kept.
-        keep_memory: CPU, Linux: memory that was freed stays with the process instead of going back and being cleared
-            again by the system.
+        keep_memory: Linux: memory that was freed stays with the process instead of going back and being cleared again
+            by the system; `auto` on the CPU.
     """
 
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -77,8 +77,8 @@ class Speed:
         auto = params.precision == "auto"
         self.bfloat16 = real and (has_bfloat16(device) if auto else params.precision == "bfloat16")
         self.compile = real and params.compile
-        self.channels_last = _decided(params.channels_last, True)
-        self.fused_adamw = real and _decided(params.fused_adamw, True)
+        self.channels_last = _decided(params.channels_last, cuda)
+        self.fused_adamw = real and _decided(params.fused_adamw, cuda)
         self.keep_memory = _decided(params.keep_memory, not cuda) and platform.libc_ver()[0] == "glibc"
 
     def settle(self) -> None:
@@ -95,7 +95,7 @@ class Speed:
         """Apply layout, checkpointing and compilation to a network, in place; once more changes nothing."""
         if self.channels_last:
             network.to(memory_format=torch.channels_last)
-        if self.params.checkpointing:
+        if self.params.checkpointing and self.device.type != "meta":
             for module in network.modules():
                 if isinstance(module, (ResnetBlock, AttnBlock, Stage)):
                     _checkpoint(module)
