@@ -90,7 +90,7 @@ def fit_eta(args: argparse.Namespace) -> None:
 def measure_rates(args: argparse.Namespace) -> None:
     """One run of inference.py per quality; then the means in rates.csv and one chart per metric."""
     import inference
-    from coding.report import TABLES, aligned_table, write_rows
+    from coding.report import COLUMNS, TABLES, aligned_table, write_rows
     from utils.curves import Curve, chart
 
     rows = []
@@ -109,8 +109,9 @@ def measure_rates(args: argparse.Namespace) -> None:
         points = [(row["bpp"], row[metric]) for row in rows if row.get(metric) is not None]
         if points:
             x, y = zip(*points, strict=True)
-            title = f"{metric} by rate, one model, mean of {args.data.name}"
-            chart([Curve(metric, x, y)], args.out_path / f"{metric}.png", "bits per pixel (files)", metric, title)
+            name = COLUMNS.get(metric, (metric,))[0]
+            title = f"{name} by rate: one model, mean over {args.data.name}"
+            chart([Curve(name, x, y)], args.out_path / f"{metric}.png", "bits per pixel (files)", name, title)
     print(aligned_table(rows))
 
 

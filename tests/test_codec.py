@@ -337,7 +337,9 @@ def test_training_sees_what_the_decoder_sees(codec):
 @pytest.mark.parametrize("eta", [math.nan, 0.4], ids=["published", "decoder"])
 def test_gradients_reach_all_that_is_trained(eta):
     codec = new_codec()
-    stage = CodecStage(TrainConfig(networks=PARAMS, codec=CodecStageParams(perceptual="none")), codec, "cpu")
+    stage = CodecStage(
+        TrainConfig(networks=PARAMS, codec=CodecStageParams(perceptual="none")), codec, torch.device("cpu")
+    )
     image = torch.stack([to_signed(picture(48, 64, seed)) for seed in range(2)])
     out = codec(image, draws(codec, [3, 1], [eta, eta], (D, 3, 4)))
     (out.image.square().mean() + 0.25 * (out.base.z - out.base.z_q.detach()).square().mean()).backward()

@@ -212,6 +212,7 @@ def test_a_file_of_other_weights_names_its_release(pictures, weights, tmp_path, 
 def test_coding_imports_nothing_heavy(pictures, weights, tmp_path):
     program = f"""
 import sys
+from inference import main
 status = main({["-i", str(pictures / "a.png"), "-o", str(tmp_path / "out"), *weights, *DENOISE]!r})
 heavy = [name for name in ("compressai", "pyiqa", "transformers", "tensorboard", "lpips", "torchvision") if name in sys.modules]
 sys.exit(status or (f"imported {{heavy}}" if heavy else 0))

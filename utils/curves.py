@@ -35,7 +35,7 @@ def chart(
 
     figure = Figure(figsize=(7.2, 4.6), dpi=150, layout="constrained")
     axes = figure.subplots()
-    shades = matplotlib.colormaps["viridis_r"](np.linspace(0.15, 1, len(curves)))
+    shades = matplotlib.colormaps["viridis_r"](np.linspace(0.15 if len(curves) > 1 else 0.7, 1, len(curves)))
     for curve, shade in zip(curves, shades, strict=True):
         axes.plot(curve.x, curve.y, "o-", color=shade, label=curve.label, markersize=4, linewidth=1.6)
         if curve.mark is not None:
@@ -47,6 +47,6 @@ def chart(
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     if len(curves) > 1:
-        axes.legend(frameon=False, fontsize=9)
+        figure.legend(frameon=False, fontsize=9, loc="outside right upper")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png")
