@@ -16,7 +16,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3 python; do \
 .DEFAULT_GOAL := demo
 
 demo: $(INSTALLED)
-	@$(PY) inference.py --demo -o results/demo --ddim --one_step --overview --overwrite --metrics lpips-vgg dists
+	@$(PY) inference.py --demo --quality 30 -o results/demo --ddim --one_step --overview --overwrite --metrics lpips-vgg dists
 	@echo "pictures and tables: results/demo (start with overview.png)"
 
 test: $(INSTALLED)
