@@ -145,7 +145,7 @@ def inspect(jobs: list[Job], as_json: bool) -> int:
     """Print header, ledger and, of files of a release that ships, the estimated cost of every file."""
     from coding.run import describe, read_bytes
     from models.bitstream import VERSION, unpack
-    from release.triple import load_codec, release_named, release_of
+    from store.triple import load_codec, release_named, release_of
 
     codecs = cache(lambda fingerprint: load_codec(release_of(fingerprint)))
 

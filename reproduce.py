@@ -56,7 +56,7 @@ def fetch_weights(args: argparse.Namespace) -> None:
 def fit_eta(args: argparse.Namespace) -> None:
     from release import eta as fitting
     from release.making import require_empty, with_rate
-    from release.triple import SMALL, load_codec
+    from store.triple import SMALL, load_codec
     from utils.distributed import local_device
     from utils.files import atomic_write, make_folder, require_writable
     from utils.metrics import METRICS, unavailable

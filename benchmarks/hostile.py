@@ -29,7 +29,7 @@ from models.bitstream import CodedResidual, pack, unpack
 from models.codec import Codec
 from models.entropy_coding import encode_indices, encode_symbols
 from models.residual_hyperprior import hyper_size
-from release.triple import SMALL, load_codec
+from store.triple import SMALL, load_codec
 from utils.commandline import answer, positive
 from utils.errors import BitstreamError, DiffoError
 from utils.images import find_pictures, read_image

@@ -13,7 +13,7 @@ from coding.plan import Job
 from models.bitstream import unpack
 from models.codec import Codec
 from models.records import Analysed, Sampling
-from release.triple import SMALL, Triple, load_codec, load_triple, release_of
+from store.triple import SMALL, Triple, load_codec, load_triple, release_of
 from utils.distributed import local_device
 from utils.errors import BitstreamError, DiffoError, PictureError
 from utils.files import atomic_write, make_folder

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from datapipe.sources import KINDS, Paths, Source, open_source
+from datapipe.source import Source
+from datapipe.sources import KINDS, Paths, open_source
 from utils.errors import ConfigError, PictureError
 from utils.images import to_signed
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from datapipe.sources import Source
+from datapipe.source import Source
 from utils.errors import DiffoError, PictureError
 from utils.files import PICTURES, atomic_path
 from utils.images import decode_image

@@ -1,70 +1,19 @@
 """Where pictures come from: index -> decoded picture, from folders, text lists or tar shards."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from utils import distributed
-from utils.errors import ConfigError, DiffoError, PictureError
+from datapipe.shards import ShardSource
+from datapipe.source import Source
+from utils.errors import DiffoError
 from utils.images import find_pictures, read_image
 
 Paths = tuple[str, ...] | str | None  # one path or several
 
 KINDS = ("folder", "txt_file_path", "shards")  # keys of the configuration; one of them may be set
-
-
-class Source(ABC):
-    """Pictures by index, 0 <= index < len(source), and a record of those that cannot be read.
-
-    Attributes:
-        name: where the pictures are, for messages.
-    """
-
-    def __init__(self, name: str, count: int):
-        if not count:
-            raise ConfigError(f"{name}: no pictures there")
-        self.name = name
-        # Shared with the processes that decode: they mark, the main process tells.
-        self._unreadable = torch.zeros(count, dtype=torch.bool).share_memory_()
-        self._told: set[int] = set()
-
-    def __len__(self) -> int:
-        return len(self._unreadable)
-
-    @abstractmethod
-    def read(self, index: int) -> Tensor:
-        """The picture as uint8 (3, H, W), RGB. Raises PictureError, which names it, if it cannot be read."""
-
-    def mark_unreadable(self, index: int) -> None:
-        self._unreadable[index] = True
-
-    def unreadable_lines(self) -> list[str]:
-        """What to say of pictures found unreadable by any rank: each is named once, and a last line counts them all.
-
-        A collective: all ranks call it. Empty on all ranks but the main one, and where there is nothing new.
-        """
-        found = distributed.gather_objects(torch.nonzero(self._unreadable).flatten().tolist())
-        new = sorted(set().union(*found) - self._told)
-        self._told.update(new)
-        if not new or not distributed.is_main():
-            return []
-        lines = [f"skipped: {self._reason(index)}" for index in new]
-        return [
-            *lines,
-            f"unreadable so far: {len(self._told)} of {len(self)} pictures; the next in order replaces each",
-        ]
-
-    def _reason(self, index: int) -> str:
-        """Why a picture cannot be read, found out anew: the process that first met it has no way to tell."""
-        try:
-            self.read(index)
-        except PictureError as error:
-            return str(error)
-        return f"{self.name}: picture {index} could not be read at first, and can be now"
 
 
 class FileSource(Source):
@@ -85,8 +34,6 @@ def open_source(folder: Paths = None, txt_file_path: Paths = None, shards: Paths
         DiffoError: a folder, list, shard or index that is not there or cannot be used, or holds no pictures.
     """
     if shards:
-        from datapipe.shards import ShardSource
-
         return ShardSource(several(shards))
     if txt_file_path:
         lists = several(txt_file_path)

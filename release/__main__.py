@@ -11,7 +11,7 @@ from pathlib import Path
 from datapipe.sources import data_options
 from release.making import COUNTED, require_empty, write_release
 from release.tables import count
-from release.triple import NAMES, Triple, load_triple
+from store.triple import NAMES, Triple, load_triple
 from training.checkpointing import BEST
 from training.config import RUN_CONFIG, load_config
 from utils.commandline import answer, positive

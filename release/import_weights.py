@@ -19,7 +19,7 @@ from models.autoencoder import Autoencoder
 from models.codec import Codec
 from release.making import COUNTED, require_empty, write_release
 from release.tables import count
-from release.triple import NAMES, OURS
+from store.triple import NAMES, OURS
 from training.config import load_config
 from utils import checkpoints
 from utils.commandline import answer, positive

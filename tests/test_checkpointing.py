@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from release.triple import NAMES
+from store.triple import NAMES
 from tests.commands import NANO, ROOT, photograph, run
 from training.checkpointing import Checkpoints, Point
 from utils import checkpoints

@@ -17,7 +17,7 @@ from models import entropy_coding
 from models.codec import Codec
 from models.diffusion import RateParams
 from release import load_codec
-from release.triple import NAMES, OURS, Triple, load_triple, save_triple
+from store.triple import NAMES, OURS, Triple, load_triple, save_triple
 from tests.commands import NANO
 from tests.residual import new_codec
 from training.config import load_config

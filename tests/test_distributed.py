@@ -11,7 +11,7 @@ import torch
 import torch.multiprocessing as multiprocessing
 
 from models.codec import Codec
-from release.triple import NETWORKS
+from store.triple import NETWORKS
 from tests.commands import NANO
 from training.config import load_config
 from training.stages import STAGES

@@ -16,7 +16,7 @@ from models.autoencoder import Autoencoder
 from models.codec import Codec
 from release import load_codec
 from release.import_weights import main, take
-from release.triple import NAMES, Triple, save_triple
+from store.triple import NAMES, Triple, save_triple
 from tests.commands import NANO, ROOT, photograph, run
 from tests.parity import fixture_file
 from training.config import load_config

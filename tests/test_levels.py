@@ -17,7 +17,7 @@ from models import bitstream
 from models.records import CodecParams
 from models.residual_hyperprior import LEVEL_CODES, node_of
 from release.tables import Counts, gaussian_pmf
-from release.triple import Triple, load_codec, load_triple, save_triple
+from store.triple import Triple, load_codec, load_triple, save_triple
 from tests.commands import ROOT, call, photograph
 from tests.residual import new_codec, picture
 from utils.config import to_mapping

@@ -12,8 +12,8 @@ from PIL import Image
 from models.diffusion import RateParams
 from release.eta import Sweep, fit
 from release.making import write_release
-from release.triple import load_codec
 from reproduce import main
+from store.triple import load_codec
 from tests.commands import NANO, photograph
 from tests.residual import new_codec
 from training.config import load_config

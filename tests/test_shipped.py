@@ -11,7 +11,7 @@ import torch
 from datapipe.sources import demo_photographs
 from models.entropy_coding import fixed_length_bytes
 from release import load_codec
-from release.triple import ABOUT, RELEASES, SMALL, releases
+from store.triple import ABOUT, RELEASES, SMALL, releases
 from tests.commands import ROOT, levels, run
 from utils.images import read_image
 

@@ -7,7 +7,7 @@ import yaml
 from torch import Tensor, nn
 
 from models.codec import Codec
-from release.triple import NETWORKS
+from store.triple import NETWORKS
 from training.config import TrainConfig
 from training.optimiser import micro_batches
 from training.perceptual import perceptual_term

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from datapipe.pictures import Pictures, stream
 from datapipe.sources import open_source
 from models.codec import Codec
-from release.triple import NAMES, NETWORKS
+from store.triple import NAMES, NETWORKS
 from training.checkpointing import Checkpoints, Point
 from training.config import RUN_CONFIG, TrainConfig
 from training.optimiser import NotFinite

@@ -1,0 +1,59 @@
+"""What every source of pictures is: pictures by index, and a record of those that cannot be read."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from utils import distributed
+from utils.errors import ConfigError, PictureError
+
+
+class Source(ABC):
+    """Pictures by index, 0 <= index < len(source), and a record of those that cannot be read.
+
+    Attributes:
+        name: where the pictures are, for messages.
+    """
+
+    def __init__(self, name: str, count: int):
+        if not count:
+            raise ConfigError(f"{name}: no pictures there")
+        self.name = name
+        # Shared with the processes that decode: they mark, the main process tells.
+        self._unreadable = torch.zeros(count, dtype=torch.bool).share_memory_()
+        self._told: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self._unreadable)
+
+    @abstractmethod
+    def read(self, index: int) -> Tensor:
+        """The picture as uint8 (3, H, W), RGB. Raises PictureError, which names it, if it cannot be read."""
+
+    def mark_unreadable(self, index: int) -> None:
+        self._unreadable[index] = True
+
+    def unreadable_lines(self) -> list[str]:
+        """What to say of pictures found unreadable by any rank: each is named once, and a last line counts them all.
+
+        A collective: all ranks call it. Empty on all ranks but the main one, and where there is nothing new.
+        """
+        found = distributed.gather_objects(torch.nonzero(self._unreadable).flatten().tolist())
+        new = sorted(set().union(*found) - self._told)
+        self._told.update(new)
+        if not new or not distributed.is_main():
+            return []
+        lines = [f"skipped: {self._reason(index)}" for index in new]
+        return [
+            *lines,
+            f"unreadable so far: {len(self._told)} of {len(self)} pictures; the next in order replaces each",
+        ]
+
+    def _reason(self, index: int) -> str:
+        """Why a picture cannot be read, found out anew: the process that first met it has no way to tell."""
+        try:
+            self.read(index)
+        except PictureError as error:
+            return str(error)
+        return f"{self.name}: picture {index} could not be read at first, and can be now"
