@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from models.codec import Codec
-from models.entropy_coding import PRECISION, TOTAL
+from models.entropy_coding import TOTAL, symbol_bits
 from models.records import Contents
 from utils.images import to_uint8
 
@@ -72,18 +72,12 @@ class CompressAIView(nn.Module):
         return (torch.stack(images).float() / 255).to(like.device)
 
     def _likelihoods(self, contents: Contents) -> dict[str, Tensor]:
-        file, residual = contents.file, self.codec.residual
+        file, found = contents.file, contents.symbols
         k = contents.k.numpy()
         size = self.codec.params.vq_base.codebook_size
         base = np.full(k.shape, 1 / size) if file.fixed_length else self.codec.base_table[k] / TOTAL
-        found = {"header": np.array([2.0 ** (-8 * (file.header_bytes + file.check_bytes))]), "base": base}
-        if contents.symbols is not None:
-            s = contents.symbols
-            groups, tables = residual.hyper_coding(s.hyper.shape, file.residual.level)
-            found["hyper"] = _probability(s.hyper, groups, tables)
-            found["residual"] = _probability(s.residual, *residual.residual_coding(s.index))
-        return {name: torch.from_numpy(p) for name, p in found.items()}
-
-
-def _probability(symbols: np.ndarray, groups: np.ndarray, tables: np.ndarray) -> np.ndarray:
-    return (tables[groups, symbols.ravel() + tables.shape[1] // 2] / (1 << PRECISION)).reshape(symbols.shape)
+        likelihoods = {"header": np.array([2.0 ** (-8 * (file.header_bytes + file.check_bytes))]), "base": base}
+        if found is not None:
+            for name, section in self.codec.residual.coded(found, file.residual.level).items():
+                likelihoods[name] = 2.0 ** -symbol_bits(*section).reshape(getattr(found, name).shape)
+        return {name: torch.from_numpy(p) for name, p in likelihoods.items()}

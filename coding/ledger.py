@@ -24,12 +24,8 @@ def estimate(codec: Codec, contents: Contents) -> dict[str, float]:
     k = contents.k.numpy().ravel()
     bits = {"base": fixed_length_bits(codec, file) if file.fixed_length else table_cost_bits(k, codec.base_table)}
     if contents.symbols is not None:
-        found, residual = contents.symbols, codec.residual
-        coded = {
-            "hyper": (found.hyper, residual.hyper_coding(found.hyper.shape, file.residual.level)),
-            "residual": (found.residual, residual.residual_coding(found.index)),
-        }
-        bits |= {name: float(np.sum(symbol_bits(n.ravel(), *tables))) for name, (n, tables) in coded.items()}
+        coded = codec.residual.coded(contents.symbols, file.residual.level)
+        bits |= {name: float(np.sum(symbol_bits(*section))) for name, section in coded.items()}
     return bits
 
 

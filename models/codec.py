@@ -200,13 +200,7 @@ class Codec(nn.Module):
         if code == 0:
             return bitstream.pack(analysed.file)
         symbols = self.residual.symbols(analysed.s, analysed.y, analysed.k, code, self.residual.tables)
-        sections = [
-            entropy_coding.encode_symbols(values.ravel(), groups, tables)
-            for values, (groups, tables) in [
-                (symbols.hyper, self.residual.hyper_coding(symbols.hyper.shape, code)),
-                (symbols.residual, self.residual.residual_coding(symbols.index)),
-            ]
-        ]
+        sections = [entropy_coding.encode_symbols(*coded) for coded in self.residual.coded(symbols, code).values()]
         return bitstream.pack(replace(analysed.file, residual=CodedResidual(code, *sections)))
 
     @torch.inference_mode()

@@ -345,6 +345,13 @@ class ResidualHyperprior(nn.Module):
         """Group of every symbol of n, flattened, and the tables of the groups."""
         return index.ravel(), self.tables.symbols
 
+    def coded(self, symbols: Symbols, code: int) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Values, groups and tables of both sections, by name and in the file's order: what `encode_symbols` takes."""
+        return {
+            "hyper": (symbols.hyper.ravel(), *self.hyper_coding(symbols.hyper.shape, code)),
+            "residual": (symbols.residual.ravel(), *self.residual_coding(symbols.index)),
+        }
+
     def restore(self, n_z: np.ndarray, n: np.ndarray, k: Tensor, y: Tensor, code: int) -> Tensor:
         """r^ from decoded integers and y: 1 x d x h x w."""
         s_hat = torch.from_numpy(n)[None].to(y) + self._mean(n_z, k, y)
