@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models.blocks import Decoder, Encoder, nearest_codes
+from models.blocks import Decoder, Encoder, nearest_codes, start_linear
 
 COMMITMENT = 0.25  # beta of the VQGAN quantiser loss
 
@@ -56,6 +56,7 @@ class Autoencoder(nn.Module):
             self.quantize.embedding.requires_grad_(False)  # no latent of the codec passes through it
         self.quant_conv = nn.Conv2d(params.z_channels, params.embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(params.embed_dim, params.z_channels, 1)
+        start_linear(self)
 
     def encode(self, image: Tensor) -> Tensor:  # N 3 H W -> N d h w
         return self.quant_conv(self.encoder(image)).to(image.dtype)

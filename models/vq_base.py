@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.blocks import Decoder, Encoder, nearest_codes
+from models.blocks import Decoder, Encoder, nearest_codes, start_linear
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,7 @@ class VQBase(nn.Module):
         )
         self.quant_conv = nn.Conv2d(params.z_channels, params.embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(params.embed_dim, params.z_channels, 1)
+        start_linear(self)
 
     def forward(self, x: Tensor) -> BaseCode:  # N d h w
         """VQ-E, nearest codes (codec.md section 2) and what the code-book update needs."""

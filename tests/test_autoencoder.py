@@ -100,3 +100,21 @@ def test_pictures_are_padded_by_edge_values_right_and_bottom(size):
     x = codec.to_latent(image)
     assert x.shape[2:] == (-(-height // 16), -(-width // 16))
     assert torch.equal(x, codec.autoencoder.encode(image[:, :, rows][..., columns]))
+
+
+def test_the_signal_and_its_gradient_cross_an_untrained_network():
+    """start_linear: what PyTorch's own start divides by about 1.7 at every convolution keeps its size."""
+    torch.manual_seed(0)
+    network = Autoencoder(AutoencoderParams(**{**SMALL, "ch": 16, "z_channels": 32, "embed_dim": 32}, n_embed=0))
+    image = picture(64, 64, n=4).requires_grad_()
+    x = network.encode(image)
+    assert 0.3 < x.std() < 3
+    restored = network.decode(x)
+    assert 0.3 < restored.std() < 3
+    (restored * torch.randn_like(restored)).sum().backward()
+    assert 0.1 < network.encoder.conv_in.weight.grad.norm() / network.decoder.conv_in.weight.grad.norm() < 30
+
+
+def test_residual_branches_start_at_zero(autoencoder):
+    middle, h = autoencoder.encoder.mid, torch.randn(1, 16, 5, 7)
+    assert torch.equal(middle(h), h)
