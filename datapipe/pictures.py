@@ -5,7 +5,7 @@ shuffled order of epoch p // n) and every random choice made about it. So a run 
 same run on another number of processes sees the same crops.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -105,10 +105,10 @@ class Pictures(Dataset):
         factor = low * (high / low) ** random.random()
         height, width = picture.shape[2:]
         factor = max(factor, self.size / min(height, width))
+        enlarged = [max(self.size, round(side * factor)) for side in (height, width)] if factor > 1 else (height, width)
+        top, left = (int(random.integers(0, side - self.size + 1)) for side in enlarged)
         if factor > 1:
-            target = [max(self.size, round(side * factor)) for side in (height, width)]
-            picture = F.interpolate(picture, size=target, mode="bicubic", align_corners=False)
-        top, left = (int(random.integers(0, side - self.size + 1)) for side in picture.shape[2:])
+            return enlarged_crop(picture, enlarged, top, left, self.size)
         return picture[:, :, top : top + self.size, left : left + self.size]
 
     def _square(self, picture: Tensor, random: np.random.Generator) -> Tensor:
@@ -130,6 +130,20 @@ class Positions(Sampler[list[int]]):
             start = step * self.batch * self.world + self.rank
             yield [start + i * self.world for i in range(self.batch)]
             step += 1
+
+
+def enlarged_crop(picture: Tensor, enlarged: Sequence[int], top: int, left: int, size: int) -> Tensor:
+    """A square of a picture as bicubic interpolation to `enlarged` (rows, columns) shows it; the rest is never computed.
+
+    Args:
+        picture: 1 x C x H x W. top, left: of the square, in pixels of the enlarged picture; size: its side.
+    """
+    axes = []
+    for start, side in ((left, enlarged[1]), (top, enlarged[0])):
+        centre = torch.arange(start, start + size, dtype=torch.float64) + 0.5
+        axes.append((2 * centre / side - 1).float())  # -1 and 1 are the outer edges of the picture
+    grid = torch.stack(torch.meshgrid(*axes, indexing="xy"), dim=-1)[None]  # 1 size size (x, y)
+    return F.grid_sample(picture, grid, mode="bicubic", padding_mode="border", align_corners=False)
 
 
 @lru_cache(maxsize=2)

@@ -5,10 +5,11 @@ import itertools
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from datapipe import pictures as module
-from datapipe.pictures import DataParams, Pictures, Positions, epoch_order, generator, stream
+from datapipe.pictures import DataParams, Pictures, Positions, enlarged_crop, epoch_order, generator, stream
 from tests.commands import photograph
 from utils.images import read_image, to_signed
 
@@ -180,6 +181,16 @@ def test_enlarged_crops_show_less_of_the_picture(coordinates):
         shown = (red[:, -1] - red[:, 0]).mean().item() * 127.5  # columns between the first and the last
         factors.append((SIZE - 1) / shown)
     assert 1.4 < min(factors) < 1.8 and 2.4 < max(factors) < 3.2
+
+
+@pytest.mark.parametrize("place", [(0, 0), (29, 90), (61, 90)], ids=str)
+def test_an_enlarged_crop_is_one_of_the_enlarged_picture(place):
+    """Only the crop is computed; its pixels are those of bicubic interpolation of the whole, rims included."""
+    picture = torch.rand(1, 3, 48, 88, generator=torch.Generator().manual_seed(0))
+    whole = F.interpolate(picture, size=(93, 122), mode="bicubic", align_corners=False)
+    top, left = place
+    crop = enlarged_crop(picture, (93, 122), top, left, 32)
+    torch.testing.assert_close(crop, whole[:, :, top : top + 32, left : left + 32], rtol=0, atol=1e-4)
 
 
 def test_small_pictures_are_enlarged_to_a_crop(tmp_path):
