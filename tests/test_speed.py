@@ -119,17 +119,49 @@ def test_the_layout_does_not_change_the_fingerprint():
     assert digest(ours.state_dict()) == digest(theirs.state_dict())
 
 
-def test_auto_on_the_cpu():
+@pytest.fixture
+def processor(monkeypatch):
+    """Pretends that the processor can do what is named."""
+
+    def can(*names: str) -> None:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(names, True))
+
+    return can
+
+
+def test_auto_on_the_cpu(processor):
     """What did not win there is off (docs/speed.md)."""
-    speed = Speed(SpeedParams(), CPU)
-    assert not (speed.channels_last or speed.fused_adamw or speed.compile) and not speed.params.tf32
+    for names, channels_last in [(("avx2",), False), (("avx512_f",), True)]:
+        processor(*names)
+        speed = Speed(SpeedParams(), CPU)
+        assert speed.channels_last == channels_last
+        assert not (speed.bfloat16 or speed.fused_adamw or speed.compile) and not speed.params.tf32
 
 
-def test_bfloat16_is_chosen_where_the_hardware_has_it(monkeypatch):
+def test_bfloat16_is_chosen_where_the_hardware_has_it(processor):
     for capability, expected in [("avx512_bf16", True), ("amx_bf16", True), ("avx2", False)]:
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda name=capability: {name: True})
+        processor(capability)
         assert Speed(SpeedParams(), CPU).bfloat16 == expected
         assert Speed(SpeedParams("bfloat16"), CPU).bfloat16 and not Speed(SpeedParams("float32"), CPU).bfloat16
+
+
+@pytest.mark.parametrize("precision", ["auto", "bfloat16"])
+def test_bfloat16_chosen_on_a_cpu_leaves_narrow_networks_alone(precision, processor):
+    """They are faster in float32; one that is wide enough, and a bfloat16 that was asked for, are not held back."""
+    processor("avx512_bf16")
+    config = load_config(str(NANO), [f"speed.precision={precision}", "networks.vq_base.ch=64"])
+    ours, seen = STAGES["codec"](config, new_codec(config), CPU), {}
+    codec = ours.codec
+    watched = {
+        "autoencoder": codec.autoencoder.decoder.up[0].block[0].conv1,
+        "unet": codec.unet.middle_block[0].in_layers[2],
+        "vq_base": codec.vq_base.encoder.mid.block_1.conv1,
+    }
+    for name, module in watched.items():
+        module.register_forward_hook(lambda _, __, output, name=name: seen.update({name: output.dtype}))
+    ours.step(torch.rand(BATCH, 3, SIZE, SIZE) * 2 - 1, torch.arange(BATCH), 0)
+    narrow = torch.float32 if precision == "auto" else torch.bfloat16
+    assert seen == {"autoencoder": narrow, "unet": narrow, "vq_base": torch.bfloat16}
 
 
 def test_tf32_is_off_unless_asked_for():
