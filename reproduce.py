@@ -3,6 +3,7 @@
 python reproduce.py weights                                      fetch the weights of LPIPS and DISTS once, online
 python reproduce.py eta --data VAL --held_out PICTURES -o OUT    sweep and fit the noise level of the one step (Fig. 5)
 python reproduce.py rates --data kodak -o OUT                    code the pictures at several qualities: table and curves
+python reproduce.py equal_bytes --against DIR --data kodak -o OUT    two layers against a base-only release, at its bytes
 """
 
 import argparse
@@ -44,6 +45,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     rates.add_argument("--metrics", nargs="+", default=["fsim", "nlpd"], metavar="NAME", help="default: fsim nlpd")
     rates.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
     rates.set_defaults(work=measure_rates)
+    equal = what.add_parser("equal_bytes", help="compare with base-only releases, each picture at their bytes")
+    equal.add_argument("--weights", type=Path, metavar="DIR", help="release folder (default: the small one that ships)")
+    equal.add_argument("--against", type=Path, nargs="+", required=True, metavar="DIR", help="base-only releases")
+    equal.add_argument("--data", type=Path, required=True, metavar="DIR", help="pictures, for instance Kodak")
+    equal.add_argument("-o", "--out_path", type=Path, required=True, metavar="DIR", help="for equal_bytes.csv")
+    equal.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
+    equal.set_defaults(work=compare_at_equal_bytes)
     return parser.parse_args(argv)
 
 
@@ -113,6 +121,26 @@ def measure_rates(args: argparse.Namespace) -> None:
             title = f"{name} by rate: one model, mean over {args.data.name}"
             chart([Curve(name, x, y)], args.out_path / f"{metric}.png", "bits per pixel (files)", name, title)
     print(aligned_table(rows))
+
+
+def compare_at_equal_bytes(args: argparse.Namespace) -> None:
+    """Every picture by each rival's base code, then by the two layers within as many bytes: rows and their means."""
+    from coding.equal_bytes import contest
+    from coding.report import aligned_table, write_rows
+    from store.triple import SMALL, load_codec
+    from utils.distributed import local_device
+    from utils.files import make_folder, require_writable
+
+    require_writable(make_folder(args.out_path))
+    pictures, device = photographs(args.data, None), local_device(args.device)
+    ours = load_codec(args.weights or SMALL, device)
+    rows, means = [], []
+    for folder in args.against:
+        found = contest(ours, load_codec(folder, device), folder.name, pictures)
+        rows += [row for pair in zip(found.theirs, found.ours, strict=True) for row in pair]
+        means += found.means()
+    write_rows(rows, args.out_path / "equal_bytes.csv")
+    print(aligned_table(means))
 
 
 def photographs(folder: Path, limit: int | None) -> list[Path]:

@@ -12,6 +12,7 @@ from utils.files import atomic_write
 # column -> (heading in the printed table, format)
 COLUMNS = {
     "quality": ("quality", "s"),
+    "weights": ("weights", "s"),
     "picture": ("picture", "s"),
     "width": ("width", "d"),
     "height": ("height", "d"),
@@ -29,6 +30,7 @@ COLUMNS = {
     "eta": ("eta", ".3f"),
     "psnr": ("PSNR dB", ".2f"),
     "ms_ssim": ("MS-SSIM", ".4f"),
+    "won": ("won", "s"),
     "error_r": ("err R", "+.2f"),
     "error_g": ("err G", "+.2f"),
     "error_b": ("err B", "+.2f"),

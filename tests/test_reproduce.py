@@ -9,9 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
+from models.codec import Codec
 from models.diffusion import RateParams
 from release.eta import Sweep, fit
 from release.making import write_release
+from release.tables import Counts
 from reproduce import main
 from store.triple import load_codec
 from tests.commands import NANO, photograph
@@ -96,6 +98,32 @@ def test_rates_of_one_model(release, pictures, tmp_path, capsys):
         assert float(row["bytes"]) == sum(f.stat().st_size for f in files) / 2
     assert float(rows[0]["bpp"]) < float(rows[1]["bpp"])
     assert {p.name for p in tmp_path.glob("*.png")} == {"psnr.png", "gmsd.png"}  # too small for MS-SSIM
+
+
+def test_two_layers_against_a_base_alone_at_its_bytes(release, tmp_path, capsys):
+    """The same base and a larger code book: ours never takes more bytes, and the means are those of the rows."""
+    rival, data = tmp_path / "k2048", tmp_path / "data"
+    config = load_config(str(NANO), ["networks.vq_base.codebook_size=2048"])
+    codec = Codec(config.networks)
+    codec.base_table = Counts.none(codec).base_table()
+    write_release(rival, 3, codec, config)
+    data.mkdir()
+    for i in range(2):
+        photograph(data / f"{i}.png", 176, 192, seed=i)
+    command = ["equal_bytes", "--weights", release, "--against", rival, "--data", data, "-o", tmp_path / "out"]
+    assert main([str(a) for a in [*command, "--device", "cpu"]]) == 0
+    rows = list(csv.DictReader((tmp_path / "out" / "equal_bytes.csv").read_text().splitlines()))
+    assert [row["picture"] for row in rows] == ["0.png", "0.png", "1.png", "1.png"]
+    theirs, ours = rows[::2], rows[1::2]
+    won = 0
+    for their, our in zip(theirs, ours, strict=True):
+        assert their["weights"] == "k2048" and int(our["bytes"]) <= int(their["bytes"])
+        won += float(our["ms_ssim"]) > float(their["ms_ssim"])
+    table = capsys.readouterr().out
+    assert f"{won} of 2" in table and f"{2 - won} of 2" in table
+    photograph(data / "small.png", 96, 96, seed=3)
+    assert main([str(a) for a in [*command, "--device", "cpu"]]) == 1
+    assert "small.png: MS-SSIM" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("metric", ["lpips", "lpips-vgg"])
