@@ -52,8 +52,8 @@ SEEDS = (1, 2, 3)  # of further plain runs, whose losses tell what is noise
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/tiny.yaml", metavar="YAML")
-    parser.add_argument("--options", nargs="+", choices=OPTIONS, metavar="NAME", help=f"of: {', '.join(OPTIONS)}")
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), metavar="NAME")
+    parser.add_argument("--options", nargs="+", metavar="NAME", help=f"of: {', '.join(OPTIONS)}")
+    parser.add_argument("--stages", nargs="+", metavar="NAME", help=f"of: {', '.join(STAGES)}")
     parser.add_argument("--width", type=positive, metavar="C", help="networks of C channels at every level instead")
     parser.add_argument("--steps", type=positive, default=4, metavar="N", help="steps of a round (default: 4)")
     parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="rounds of each (default: 5)")
@@ -61,9 +61,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args(argv)
-    for name in ("options", "stages"):  # argparse gives them all that follows
-        taken = getattr(args, name) or []
-        setattr(args, name, [value for value in taken if "=" not in value] or None)
+    for name, known in (("options", OPTIONS), ("stages", STAGES)):
+        given = getattr(args, name) or []
+        names = [value for value in given if "=" not in value]  # argparse gives them all that follows
+        args.overrides += [value for value in given if "=" in value]
+        if unknown := [value for value in names if value not in known]:
+            parser.error(f"--{name} {unknown[0]}: none of {', '.join(known)}")
+        setattr(args, name, names or None)
+    args.stages = args.stages or list(STAGES)
     return args
 
 

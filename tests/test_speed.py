@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.train import OPTIONS, PLAIN
+from benchmarks.train import OPTIONS, PLAIN, parse
 from models.blocks import nearest_codes
 from tests.commands import NANO, run
 from training.config import load_config
@@ -189,6 +189,15 @@ def test_the_fused_update_is_asked_for():
     params = load_config(str(NANO)).codec.optim
     assert Optimiser(network.named_parameters(), params, 10, fused=True).adamw.param_groups[0]["fused"]
     assert not Optimiser(network.named_parameters(), params, 10).adamw.param_groups[0]["fused"]
+
+
+def test_overrides_may_follow_the_benchmarks_lists(capsys):
+    args = parse(["--stages", "gt", "gt.batch_size=3", "--options", "plain", "compile", "seed=4"])
+    assert (args.stages, args.options) == (["gt"], ["plain", "compile"])
+    assert args.overrides == ["seed=4", "gt.batch_size=3"] and parse([]).stages == list(STAGES)
+    with pytest.raises(SystemExit):
+        parse(["--options", "fast"])
+    assert "--options fast: none of channels_last" in capsys.readouterr().err
 
 
 def test_the_benchmark_runs():
