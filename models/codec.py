@@ -49,6 +49,8 @@ class Codec(nn.Module):
         self.autoencoder = Autoencoder(params.autoencoder)
         self.vq_base = VQBase(params.vq_base)
         self.unet = UNet(params.unet)
+        if params.prediction == "correction":
+            self.unet.start_silent()
         self.residual: ResidualHyperprior | None = None
         if params.residual:
             self.residual = ResidualHyperprior(
@@ -102,6 +104,11 @@ class Codec(nn.Module):
             y_hat = 0.0 * y_hat
         return y_hat, lq, y_hat if difference else 0.0
 
+    def denoiser(self, x: Tensor, t: Tensor, lq: Tensor) -> Tensor:
+        """x^ of a scaled noisy latent: U(x, t, lq), or what it is told, y^, corrected by that."""
+        predicted = self.unet(x, t, lq)
+        return lq + predicted if self.params.prediction == "correction" else predicted
+
     # Training -------------------------------------------------------------------------------------------------------
 
     def forward(self, image: Tensor, draws: Draws) -> CodecOutput:
@@ -115,7 +122,7 @@ class Codec(nn.Module):
         x_t, eta = self.noisy_input(x, known, residual_bpp.detach(), draws)
         scaled = diffusion.scale_input(x_t - centre, eta, self.schedule.kappa)
         time = diffusion.time_of_eta(eta, self.params.diffusion).float()
-        x_hat = self.unet(scaled, time, lq)  # x^ = U(scaled x_t, t, lq)
+        x_hat = self.denoiser(scaled, time, lq)  # x^ = U(scaled x_t, t, lq)
         auxiliary = self.residual.rate_model.auxiliary_loss() if self.residual else None
         return CodecOutput(x, y_hat, x_hat, self.to_image(x_hat), base, residual_bpp, auxiliary)
 
@@ -284,11 +291,11 @@ class Codec(nn.Module):
         if sampling.steps is not None:
             schedule = self.schedule.spaced(sampling.steps)
             draw = lambda: next(noise)  # noqa: E731
-            x_hat = diffusion.sample(schedule, self.unet, known, lq, draw, sampling.ddim, centre)
+            x_hat = diffusion.sample(schedule, self.denoiser, known, lq, draw, sampling.ddim, centre)
             return x_hat, float(schedule.etas[-1])
         eta = self.rate.eta(file.section_bpp) if sampling.eta is None else sampling.eta
         levels = torch.tensor([eta], dtype=torch.float64, device=self.device)
-        x_hat = diffusion.one_step(self.unet, known, lq, levels, next(noise), self.params.diffusion, centre)
+        x_hat = diffusion.one_step(self.denoiser, known, lq, levels, next(noise), self.params.diffusion, centre)
         return x_hat, eta
 
 

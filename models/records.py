@@ -22,6 +22,8 @@ class CodecParams:
     Attributes:
         residual: the residual codec; None leaves it out (the paper's pure-VQ mode).
         adapter: input of the denoiser: `published`, U(x~, t, z_q), or `difference`, the paper's U(x~ - y^, t, y^).
+        prediction: `latent`, x^ = U(...) as published, or `correction`, x^ = y^ + U(...), where training starts from y^
+            and what the residual sends need not pass through the denoiser. It needs adapter `difference`.
         detail_branch: False puts 0 for y^ in x~. perceptual_branch: False puts 0 for lq (the paper's Figs. 4 and 10).
     """
 
@@ -32,6 +34,7 @@ class CodecParams:
     rate: RateParams = field(default_factory=RateParams)
     residual: ResidualParams | None = None
     adapter: Literal["published", "difference"] = "published"
+    prediction: Literal["latent", "correction"] = "latent"
     detail_branch: bool = True
     perceptual_branch: bool = True
 
@@ -48,6 +51,8 @@ class CodecParams:
         ]:
             if left != right:
                 raise ValueError(f"{what}: {left} is not {right}")
+        if self.prediction == "correction" and not difference:
+            raise ValueError("prediction correction: needs adapter difference, whose condition is y^")
         # A 1x1 latent has one value per channel, and a normalisation over a single value is undefined. (The UNet pads.)
         for name, width, groups in [("autoencoder", ae.ch * ae.ch_mult[-1], ae.groups), ("vq_base", vq.ch, vq.groups)]:
             if width < 2 * groups:

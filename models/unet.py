@@ -157,6 +157,11 @@ class UNet(nn.Module):
             nn.GroupNorm(p.groups, width), nn.SiLU(), nn.Conv2d(width, p.latent_channels, 3, padding=1)
         )
 
+    def start_silent(self) -> None:
+        """Weights to train from that predict 0 everywhere."""
+        nn.init.zeros_(self.out[-1].weight)
+        nn.init.zeros_(self.out[-1].bias)
+
     def forward(self, x: Tensor, t: Tensor, lq: Tensor) -> Tensor:
         """Predict the clean latent.
 

@@ -174,7 +174,7 @@ def meaning(params: CodecParams) -> dict[str, Any]:
     mapping = to_mapping(params)
     del mapping["rate"]
     later = CodecParams.__dataclass_fields__
-    for key in ("residual", "adapter", "detail_branch", "perceptual_branch"):
+    for key in ("residual", "adapter", "prediction", "detail_branch", "perceptual_branch"):
         if mapping[key] == later[key].default:
             del mapping[key]
     for key in ("decay", "epsilon", "revive_below"):

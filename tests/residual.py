@@ -20,6 +20,7 @@ from models.residual_hyperprior import (
     ResidualTables,
 )
 from tests.commands import NANO
+from tests.networks import off_zero
 from training.config import load_config
 from utils.images import to_signed, to_uint8
 
@@ -65,6 +66,7 @@ def new_codec() -> Codec:
     networks = replace(load_config(str(NANO)).networks, residual=SMALL)
     torch.manual_seed(0)
     codec = Codec(networks).eval().requires_grad_(False)
+    off_zero(codec)
     codec.residual = new_residual().requires_grad_(False)
     x = codec.to_latent(to_signed(picture(256, 256))[None])
     z = codec.vq_base(x).z.permute(0, 2, 3, 1).flatten(0, 2)

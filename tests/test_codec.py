@@ -12,8 +12,9 @@ from models.autoencoder import AutoencoderParams
 from models.codec import Codec, portable_noise
 from models.diffusion import DiffusionParams, RateParams
 from models.records import CodecParams, Draws, Sampling
-from models.unet import ResBlock, UNetParams
+from models.unet import UNetParams
 from models.vq_base import VQBaseParams
+from tests.networks import off_zero
 from training.config import CodecStageParams, TrainConfig
 from training.stages import CodecStage
 from utils.errors import BitstreamError, CheckpointError
@@ -55,9 +56,7 @@ def new_codec() -> Codec:
     """Random weights, no layer at zero, a code book in the middle of the latents."""
     torch.manual_seed(0)
     codec = Codec(PARAMS)
-    for module in codec.unet.modules():
-        if isinstance(module, ResBlock):
-            torch.nn.init.normal_(module.out_layers[3].weight, std=0.1)
+    off_zero(codec)
     with torch.no_grad():
         codec.autoencoder.quant_conv.weight.mul_(10)
         z = codec.vq_base(codec.to_latent(to_signed(picture(256, 256, seed=9))[None])).z
@@ -332,6 +331,28 @@ def test_training_sees_what_the_decoder_sees(codec):
     assert difference.abs().max() <= 1 and difference.bool().float().mean() < 0.001
     assert out.x.shape == out.y_hat.shape == out.x_hat.shape == (1, D, 4, 3)
     torch.testing.assert_close(out.y_hat, y_of(codec, data), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_correction_is_added_to_what_the_decoder_knows():
+    """prediction: correction. x^ = y^ + U in training and decoding, and U starts silent; `latent` has U alone."""
+    ours = replace(PARAMS, unet=replace(PARAMS.unet, condition_channels=D), adapter="difference")
+    codec, plain = Codec(replace(ours, prediction="correction")).eval(), Codec(ours).eval()
+    codec.fingerprint = b"\x01\x02\x03\x04"
+    image = picture(64, 48)
+    out = codec(to_signed(image)[None], draws(codec, [3], [0.5], (D, 4, 3)))
+    assert torch.equal(out.x_hat, out.y_hat)
+    data = codec.compress(image)
+    silent = to_uint8(codec.to_image(y_of(codec, data))[0])
+    assert torch.equal(codec.decompress(data), silent)
+    torch.nn.init.normal_(codec.unet.out[-1].weight, std=0.1)
+    x, lq = torch.randn(2, 1, D, 4, 3, generator=torch.Generator().manual_seed(1))
+    t = torch.tensor([2.5])
+    torch.testing.assert_close(codec.denoiser(x, t, lq), lq + codec.unet(x, t, lq))
+    assert not torch.equal(codec.decompress(data), silent)
+    assert torch.equal(plain.denoiser(x, t, lq), plain.unet(x, t, lq))
+    with pytest.raises(ValueError, match="needs adapter difference"):
+        replace(PARAMS, prediction="correction")
 
 
 @pytest.mark.parametrize("eta", [math.nan, 0.4], ids=["published", "decoder"])

@@ -31,7 +31,8 @@ def test_the_papers_size_in_seconds_and_without_a_trace(tmp_path):
 
 @pytest.mark.parametrize("name", ["gt", "codec"])
 def test_counts_and_activations_are_those_of_real_networks(name):
-    config = load_config(str(NANO), [f"networks.residual={RESIDUAL}", "networks.adapter=difference"])
+    plain = ["speed.precision=float32", "speed.channels_last=false"]
+    config = load_config(str(NANO), [f"networks.residual={RESIDUAL}", "networks.adapter=difference", *plain])
     told = dry_run(config)
     codec = new_codec(config)
     stage = STAGES[name](config, codec, torch.device("cpu"))
