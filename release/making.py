@@ -47,8 +47,9 @@ def write_release(out: Path, iteration: int | str, codec: Codec, config: TrainCo
     }
     about |= notes
     atomic_write(out / ABOUT, (json.dumps(about, indent=1) + "\n").encode())
-    # Where the pictures lay on the training machine means nothing elsewhere.
-    config = replace(config, data=replace(config.data, folder=None, txt_file_path=None, shards=None))
+    # Where pictures and earlier weights lay on the training machine means nothing elsewhere.
+    starts = {name: Path(path).name for name in ("autoencoder", "vq_base", "unet") if (path := getattr(config, name))}
+    config = replace(config, **starts, data=replace(config.data, folder=None, txt_file_path=None, shards=None))
     atomic_write(out / RUN_CONFIG, yaml.safe_dump(to_mapping(config), sort_keys=False).encode())
     return about
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -67,14 +68,18 @@ def test_the_codec_stage_leaves_the_autoencoder_alone(finished):
 
 
 def test_release_and_code_with_it(finished, data, tmp_path):
-    run("-m", "release", finished, tmp_path / "mine", "--data", data, "--crops", 16)
+    folder = shutil.copytree(finished, tmp_path / "run")
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    (folder / "config.yaml").write_text(yaml.safe_dump(config | {"autoencoder": str(data / "start.pth.tar")}))
+    run("-m", "release", folder, tmp_path / "mine", "--data", data, "--crops", 16)
     about = json.loads((tmp_path / "mine" / "release.json").read_text())
     codec = load_codec(tmp_path / "mine")
     assert codec.fingerprint.hex() == about["fingerprint"]
     assert codec.base_table.sum() == 2**16 and (codec.base_table > 0).all()
     image = torch.randint(0, 256, (3, 40, 56), dtype=torch.uint8)
     assert codec.decompress(codec.compress(image)).shape == image.shape
-    assert str(data) not in (tmp_path / "mine" / "config.yaml").read_text()
+    told = (tmp_path / "mine" / "config.yaml").read_text()
+    assert str(data) not in told and yaml.safe_load(told)["autoencoder"] == "start.pth.tar"
 
 
 def test_resume_after_a_kill_gives_the_same_losses(finished, data, tmp_path):
