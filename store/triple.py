@@ -27,7 +27,7 @@ NAMES = {"unet": "ema_model_{}.pth", "vq_base": "vq_model_{}.pth.tar", "autoenco
 NETWORKS = (*NAMES, "residual")
 RATE_MODEL = "rate_model."  # densities of the residual codec: training's alone, tables take their place
 RELEASES = Path(__file__).resolve().parents[1] / "weights"
-SMALL = RELEASES / "tiny-levels"
+SMALL = RELEASES / "tiny-2"
 ABOUT = "release.json"
 
 NEVER_PUBLISHED = (
