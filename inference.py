@@ -10,7 +10,6 @@ python inference.py --mode inspect -i files/photo.dfo                header and 
 import argparse
 import json
 import sys
-from functools import cache
 from pathlib import Path
 
 from coding import report
@@ -86,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--eta", type=noise_level, metavar="ETA", help="noise level of the single step, instead of the rate's"
     )
     steps.add_argument("--seed", type=noise_seed, metavar="N", help="noise seed, instead of the file's own")
-    add("--preview", action="store_true", help="decompress: from the base alone, also of a file that was cut after it")
+    add("--preview", action="store_true", help="the base alone, also of a file that was cut after it")
     add("--max_pixels", type=positive, default=MAX_PIXELS, metavar="N", help="refuse files that claim more pixels")
     add("--scale", type=int, choices=[1], default=1, help="kept for the published command; a codec does not enlarge")
     add(
@@ -132,8 +131,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--one_step and --infer_steps {args.infer_steps} contradict each other")
     if args.mode == "compress" and (args.ref_path or args.metrics or args.overview):
         parser.error("--mode compress decodes nothing: leave out --ref_path, --metrics and --overview")
-    if args.preview and args.mode != "decompress":
-        parser.error("--preview goes with --mode decompress")
+    if args.mode == "inspect" and (args.ref_path or args.metrics or args.overview):
+        parser.error("--mode inspect decodes nothing: leave out --ref_path, --metrics and --overview")
+    if args.mode == "decompress" and (args.metrics or args.overview) and not args.ref_path:
+        parser.error("--metrics and --overview compare with originals: name them with --ref_path")
+    if args.json and args.mode != "inspect":
+        parser.error("--json goes with --mode inspect; the other modes write metrics.json")
+    if args.preview and args.mode not in ("decompress", "inspect"):
+        parser.error("--preview goes with --mode decompress or inspect")
     if (args.quality or args.target_bpp or args.max_bytes) and args.mode not in ("roundtrip", "compress"):
         parser.error("--quality, --target_bpp and --max_bytes go with --mode roundtrip or compress")
     if args.eta is not None and not args.one_step:
@@ -141,20 +146,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def inspect(jobs: list[Job], as_json: bool) -> int:
-    """Print header, ledger and, of files of a release that ships, the estimated cost of every file."""
+def inspect(jobs: list[Job], args: argparse.Namespace) -> int:
+    """Print header, ledger and, where the weights are named or ship, the estimated cost of every file."""
     from coding.run import describe, read_bytes
+    from coding.weights import Weights
     from models.bitstream import VERSION, unpack
-    from store.triple import load_codec, release_named, release_of
+    from store.triple import release_named
 
-    codecs = cache(lambda fingerprint: load_codec(release_of(fingerprint)))
-
-    failed = 0
+    weights, failed = Weights(args), 0
     for job in jobs:
         try:
-            picture = unpack(read_bytes(job.source))
+            data = read_bytes(job.source, args.max_pixels)
+            picture = unpack(data, args.preview)
             release = release_named(picture.fingerprint)
-            sizes = describe(job.source, codecs if release else None)
+            sizes = describe(data, weights.codec if release or weights.named else None, args.preview)
         except DiffoError as error:
             failed += 1
             print(f"error: {_with_path(job.source, error)}", file=sys.stderr)
@@ -163,7 +168,7 @@ def inspect(jobs: list[Job], as_json: bool) -> int:
         facts["base_coding"] = "fixed length" if picture.fixed_length else "range coder"
         facts["weights"] = picture.fingerprint.hex()
         facts["release"] = release
-        if as_json:
+        if args.json:
             print(json.dumps(facts))
         else:
             print("\n".join(f"{name:22} {value}" for name, value in facts.items()), end="\n\n")
@@ -186,7 +191,7 @@ def run(args: argparse.Namespace) -> int:
     tables = [*report.TABLES, *(["overview.png"] if args.overview else [])] if written else []
     jobs = plan(files, args.out_path if written else None, args.ref_path, written, tables)
     if args.mode == "inspect":
-        return inspect(jobs, args.json)
+        return inspect(jobs, args)
     there = [path for job in jobs for path in outputs(job, written) if path.exists()]
     there += [args.out_path / name for name in tables if (args.out_path / name).exists()]
     if there and not args.overwrite:

@@ -108,7 +108,7 @@ def write_rows(rows: list[Row], path: Path) -> None:
     table = csv.DictWriter(text, columns_of(rows), restval="", extrasaction="ignore", lineterminator="\n")
     table.writeheader()
     table.writerows(rows)
-    atomic_write(path, text.getvalue().encode())
+    atomic_write(path, text.getvalue().encode(errors="backslashreplace"))  # names of files need not be text
 
 
 def _cell(name: str, value: str | int | float | None) -> str:

@@ -7,19 +7,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from coding import budget, ledger, report
 from coding.plan import Job
-from models.bitstream import unpack
+from coding.weights import Weights
+from models.bitstream import CodedPicture, unpack
 from models.codec import Codec
 from models.records import Analysed, Sampling
-from store.triple import SMALL, Triple, load_codec, load_triple, release_of
-from utils.distributed import local_device
-from utils.errors import BitstreamError, DiffoError, PictureError
+from utils.errors import BitstreamError, PictureError, out_of_memory
 from utils.files import atomic_write, make_folder
 from utils.images import read_image, write_image
 from utils.metrics import bpp, colour_shift, ms_ssim, psnr, score_with_pyiqa, unavailable
 from utils.plots import contact_sheet
+
+LARGEST_BPP = 2  # ten times what the largest files have
+MIN_LIMIT = 1 << 20  # bytes; small pictures may take more than that per pixel
 
 
 class Run:
@@ -28,30 +31,12 @@ class Run:
     def __init__(self, args: argparse.Namespace):
         self.args = args
         self.unavailable = {name: unavailable(name) for name in args.metrics}  # unknown names stop here
-        self.device = local_device(args.device)
-        self.codecs: dict[bytes | None, Codec] = {}
-        self.fixed = bool(args.ckpt or args.weights) or args.mode != "decompress"  # the same weights for every input
-        if self.fixed:
-            self.codec(None)
+        self.weights = Weights(args)
+        self.device = self.weights.device
+        if self.weights.fixed:
+            self.weights.codec()  # wrong ones are told before any picture is read
         self.rows: list[report.Row] = []
         self.pairs: list[tuple[Path, Path, report.Row]] = []  # original, decoded
-
-    def codec(self, fingerprint: bytes | None) -> Codec:
-        """The weights named on the command line, the small ones that ship, or the release that a file needs."""
-        key = None if self.fixed else fingerprint
-        if key not in self.codecs:
-            args = self.args
-            if args.ckpt:
-                codec = load_triple(Triple(args.ckpt, args.vqckpt, args.GT_vqckpt), args.config, self.device)
-            else:
-                folder = args.weights or (SMALL if self.fixed else release_of(fingerprint))
-                codec = load_codec(folder, self.device)
-            trained = codec.params.diffusion.steps
-            if args.steps not in (None, trained):
-                raise DiffoError(f"--steps {args.steps}: these weights were trained with a schedule of {trained} steps")
-            codec.max_pixels = args.max_pixels
-            self.codecs[key] = codec
-        return self.codecs[key]
 
     def sampling(self, codec: Codec) -> Sampling:
         args, trained = self.args, codec.params.diffusion.steps
@@ -65,26 +50,24 @@ class Run:
             DiffoError: this input cannot be done; no file is left half written.
         """
         make_folder(job.target.parent)
+        args = self.args
         row: report.Row = {"picture": job.name}
-        if self.args.mode == "decompress":
-            stream = job.source
-        else:
-            stream = job.stream
+        stream = job.source if args.mode == "decompress" else job.stream
+        original = job.reference or (job.source if args.mode == "roundtrip" else None)
+        pixels = read_image(original, args.max_pixels) if original else None
+        if args.mode != "decompress":
             row |= self._encode(job)
-        if self.args.mode != "compress":
-            row |= self._decode(stream, job)
-        row |= describe(stream, self.codec, self.args.preview)
-        original = job.reference or (job.source if self.args.mode == "roundtrip" else None)
-        if self.args.mode == "compress":
-            original = None
-        if original:
-            row |= score(original, job.picture)
+        if args.mode != "compress":
+            row |= self._decode(stream, job, pixels)
+        row |= describe(read_bytes(stream, args.max_pixels), self.weights.codec, args.preview)
+        if pixels is not None:
+            row |= score(pixels, job.picture)
             self.pairs.append((original, job.picture, row))
         self.rows.append(row)
 
     def _encode(self, job: Job) -> report.Row:
-        image = read_image(job.source)
-        codec = self.codec(None)
+        image = read_image(job.source, self.args.max_pixels)
+        codec = self.weights.codec()
         height, width = image.shape[1:]
         self._fits(codec, job.source, height, width)
         analysed, networks = self._timed(lambda: codec.analyse(image))
@@ -103,10 +86,12 @@ class Run:
         level = codec.level_code(args.quality)
         return budget.Fitted(codec.write(analysed, level), level)
 
-    def _decode(self, stream: Path, job: Job) -> report.Row:
-        data = read_bytes(stream)
+    def _decode(self, stream: Path, job: Job, original: Tensor | None) -> report.Row:
+        data = read_bytes(stream, self.args.max_pixels)
         picture = unpack(data, self.args.preview)
-        codec = self.codec(picture.fingerprint)
+        if original is not None:
+            require_size(original, picture, job.reference or job.source)
+        codec = self.weights.codec(picture.fingerprint)
         self._fits(codec, stream, picture.height, picture.width)
         sampling = self.sampling(codec)
         contents, reading = self._timed(lambda: codec.read(data, self.args.preview))
@@ -116,6 +101,7 @@ class Run:
         return row | ({"note": "preview: the base alone"} if self.args.preview else {})
 
     def _fits(self, codec: Codec, path: Path, height: int, width: int) -> None:
+        codec.require_allowed(height, width)
         if max(height, width) > self.args.chop_size:
             gigabytes = codec.memory(height, width) / 2**30
             raise PictureError(
@@ -130,7 +116,9 @@ class Run:
         try:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bfloat16"):
                 result = work()
-        except (MemoryError, torch.OutOfMemoryError) as error:
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
             raise PictureError(f"not enough memory on {self.device} for a picture of this size") from error
         sync()
         return result, time.perf_counter() - began
@@ -161,9 +149,10 @@ class Run:
 
     def about(self) -> dict:
         """How the table was made, for whoever finds it later."""
+        sampler = "one step" if self.args.one_step else "ddim" if self.args.ddim else "ancestral"
         return {
-            "weights": [codec.fingerprint.hex() for codec in self.codecs.values()],
-            "sampler": "one step" if self.args.one_step else "ddim" if self.args.ddim else "ancestral",
+            "weights": [codec.fingerprint.hex() for codec in self.weights.codecs.values()],
+            "sampler": None if self.args.mode == "compress" else sampler,
             "device": str(self.device),
             "precision": self.args.precision,
             "threads": torch.get_num_threads(),
@@ -171,19 +160,28 @@ class Run:
         }
 
 
-def read_bytes(path: Path) -> bytes:
+def read_bytes(path: Path, max_pixels: int) -> bytes:
+    """The bytes of a `.dfo` file.
+
+    Raises:
+        BitstreamError: it cannot be read, or has more bytes than a picture of `max_pixels` pixels could need.
+    """
+    limit = max(MIN_LIMIT, max_pixels * LARGEST_BPP // 8)
     try:
-        return path.read_bytes()
+        with open(path, "rb") as file:
+            data = file.read(limit + 1)
     except OSError as error:
         raise BitstreamError(f"{path}: cannot be read ({error.strerror})") from error
+    if len(data) > limit:
+        raise BitstreamError(f"{path}: more than the {limit:,} bytes that a picture of --max_pixels could need")
+    return data
 
 
-def describe(stream: Path, codec_of: Callable[[bytes], Codec] | None = None, preview: bool = False) -> report.Row:
+def describe(data: bytes, codec_of: Callable[[bytes], Codec] | None = None, preview: bool = False) -> report.Row:
     """Sizes of a file: the ledger, whose bits add up to 8 x its bytes, and with weights the estimate beside it.
 
     Of a preview, the bytes are those that it was made from: header, base and their checksum.
     """
-    data = read_bytes(stream)
     picture = unpack(data, preview)
     bits = ledger.ledger(picture)
     size = sum(bits.values()) // 8
@@ -196,11 +194,17 @@ def describe(stream: Path, codec_of: Callable[[bytes], Codec] | None = None, pre
     return row
 
 
-def score(original: Path, decoded: Path) -> report.Row:
-    """PSNR, MS-SSIM and mean error per channel of the 8-bit files."""
-    a, b = read_image(original), read_image(decoded)
-    if a.shape != b.shape:
-        sizes = [f"{p.shape[2]}x{p.shape[1]}" for p in (a, b)]
-        raise PictureError(f"{original}: {sizes[0]} cannot be compared with the decoded {sizes[1]}")
+def require_size(original: Tensor, picture: CodedPicture, path: Path) -> None:
+    """Raise PictureError, before anything is decoded, where an original (3, H, W) is not of the file's size."""
+    height, width = original.shape[1:]
+    if (height, width) != (picture.height, picture.width):
+        raise PictureError(
+            f"{path}: {width}x{height} cannot be compared with the decoded {picture.width}x{picture.height}"
+        )
+
+
+def score(original: Tensor, decoded: Path) -> report.Row:
+    """PSNR, MS-SSIM and mean error per channel of the 8-bit levels: uint8 (3, H, W), and a file of the same size."""
+    a, b = original, read_image(decoded, original[0].numel())
     shift = dict(zip(("error_r", "error_g", "error_b"), colour_shift(a, b), strict=True))
     return {"psnr": psnr(a, b), "ms_ssim": ms_ssim(a, b)} | shift

@@ -226,17 +226,21 @@ class Codec(nn.Module):
                 f"the file was written with the weights {file.fingerprint.hex()}, these are {own}: "
                 "decode it with the release of that fingerprint"
             )
-        if file.height * file.width > self.max_pixels:
-            raise BitstreamError(
-                f"a picture of {file.width}x{file.height} pixels is above the limit of {self.max_pixels:,}: "
-                "raise it with --max_pixels if you trust the file"
-            )
+        self.require_allowed(file.height, file.width)
         h, w = file.latent_size
         k = entropy_coding.decode_indices(
             file.base, h * w, self.params.vq_base.codebook_size, self.base_table, file.fixed_length
         )
         k = torch.from_numpy(k).view(1, h, w)
         return Contents(file, k, self._read_residual(file.residual, k) if file.residual else None)
+
+    def require_allowed(self, height: int, width: int) -> None:
+        """Raise BitstreamError for a size above `max_pixels`."""
+        if height * width > self.max_pixels:
+            raise BitstreamError(
+                f"a picture of {width}x{height} pixels is above the limit of {self.max_pixels:,}: "
+                "raise it with --max_pixels if you trust the file"
+            )
 
     def _read_residual(self, coded: CodedResidual, k: Tensor) -> Symbols:
         if not self.has_levels:

@@ -281,7 +281,11 @@ class ResidualHyperprior(nn.Module):
         Args:
             x, y: N x d x h x w. k: int64 N x h x w. level: (N,) in [1, L].
             noise: uniform in [-1/2, 1/2), (N, size), as many numbers as s and z have.
+        Raises:
+            RuntimeError: there are no densities; released weights have tables in their place.
         """
+        if self.rate_model is None:
+            raise RuntimeError("no densities to train with: call train_rates() first; released weights only code")
         self.median = self.rate_model.median
         gain = self.gain(level.clamp(min=1))  # level 0, which sends nothing, is masked later
         s_g = gain * self.analysis(x - y, y)  # N M h w

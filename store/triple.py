@@ -131,6 +131,8 @@ def load_triple(triple: Triple, config: str | Path | None = None, device: str | 
     triple.check()
     contents = {network: checkpoints.read(getattr(triple, network)) for network in NAMES}
     ours = contents["vq_base"].get(OURS)
+    if ours is not None and not (isinstance(ours, dict) and {"networks", "digests", "base_table"} <= ours.keys()):
+        raise CheckpointError(f"{triple.vq_base}: what it says of its networks ({OURS}) is not whole")
     params = _params(ours, config, triple.vq_base)
     codec = Codec(params)
     digests = {}
@@ -246,6 +248,6 @@ def release_of(fingerprint: bytes | None) -> Path:
         names = ", ".join(f"{folder.name} ({key})" for key, folder in known.items()) or "none"
         raise CheckpointError(
             f"the file needs the weights {fingerprint.hex()}, and no release here has them ({names}); "
-            "name the ones that wrote it with --ckpt, --vqckpt and --GT_vqckpt"
+            "name the release that wrote it with --weights, or its files with --ckpt, --vqckpt and --GT_vqckpt"
         )
     return known[fingerprint.hex()]

@@ -268,6 +268,15 @@ def test_groups_change_the_fingerprint(tmp_path, states, plain_fingerprint, netw
     assert fingerprint != plain_fingerprint
 
 
+def test_a_file_that_says_half_of_what_it_should_is_refused(tmp_path, states):
+    triple = released(tmp_path, states)
+    content = checkpoints.read(triple.vq_base)
+    del content[OURS]["base_table"]
+    checkpoints.save(triple.vq_base, content)
+    with pytest.raises(CheckpointError, match=f"{triple.vq_base.name}: .* is not whole"):
+        load_triple(triple)
+
+
 @pytest.mark.parametrize("network", ["unet", "autoencoder"])
 def test_files_of_two_releases_are_refused(tmp_path, plain, network):
     other = released(tmp_path, new_states(1))

@@ -96,6 +96,12 @@ def test_decoding_against_references(pictures, weights, tmp_path, capsys):
     assert all(float(row["psnr"]) > 0 for row in rows)
     status, _, error = call(capsys, *flags, "--overwrite", "-r", pictures / "deep")
     assert status == 1 and "named a" in error
+    photograph(tmp_path / "others" / "a.png", 64, 40)
+    photograph(tmp_path / "others" / "deep" / "b.png", 33, 70)
+    other = ["--mode", "decompress", "-i", files, "-o", tmp_path / "other", "--recursive", *weights, *DENOISE]
+    status, _, error = call(capsys, *other, "-r", tmp_path / "others")
+    assert status == 1 and "64x40 cannot be compared with the decoded 64x48" in error
+    assert [p.name for p in sorted((tmp_path / "other").rglob("*.png"))] == ["b.png"]  # refused before it was decoded
 
 
 def test_inspect_needs_no_weights(pictures, weights, tmp_path, capsys):
@@ -105,7 +111,11 @@ def test_inspect_needs_no_weights(pictures, weights, tmp_path, capsys):
     assert status == 0 and (facts["width"], facts["height"], facts["version"]) == (64, 48, 1)
     assert facts["header_bits"] + facts["base_bits"] + facts["check_bits"] == 8 * facts["bytes"]
     status, text, _ = call(capsys, "--mode", "inspect", "-i", tmp_path / "out")
-    assert status == 0 and facts["weights"] in text
+    assert status == 0 and facts["weights"] in text and "estimated" not in text
+    status, text, _ = call(capsys, "--mode", "inspect", "-i", tmp_path / "out", "--json", *weights)
+    facts = json.loads(text)
+    assert status == 0 and abs(facts["estimated_bits"] - 8 * facts["bytes"]) < 24
+    assert facts["fixed_length_base_bits"] == 4 * 3 * 4 and facts["release"] is None
 
 
 def test_a_broken_picture_does_not_stop_the_others(pictures, weights, tmp_path, capsys):
@@ -115,6 +125,25 @@ def test_a_broken_picture_does_not_stop_the_others(pictures, weights, tmp_path, 
     assert status == 1 and "broken.png" in error and "small.png" in error and "2 of 3" in error
     assert (tmp_path / "out" / "a.png").exists() and not list(tmp_path.rglob("*.tmp"))
     assert not (tmp_path / "out" / "broken.dfo").exists()
+
+
+def test_names_that_are_no_text(pictures, weights, tmp_path):
+    """Bytes that are no UTF-8 in a name: the tables say them escaped, and nothing is lost."""
+    (pictures / "a.png").rename(pictures / "\udcff.png")
+    done = run("inference.py", "-i", pictures, "-o", tmp_path / "out", *weights, *DENOISE)
+    assert "\\udcff.png" in done.stdout and "\\udcff.png" in (tmp_path / "out" / "metrics.csv").read_text()
+    assert (tmp_path / "out" / "\udcff.dfo").is_file()
+
+
+def test_memory_that_does_not_suffice_is_one_line(pictures, weights, tmp_path, capsys, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:118] . DefaultCPUAllocator: can't allocate memory: 9 bytes")
+
+    monkeypatch.setattr(Codec, "analyse", fail)
+    assert "not enough memory on cpu" in refused(capsys, "-i", pictures / "a.png", "-o", tmp_path / "a", *weights)
+    monkeypatch.setattr(torch, "load", fail)
+    error = refused(capsys, "-i", pictures / "a.png", "-o", tmp_path / "b", *weights)
+    assert error.startswith("error: not enough memory (") and "checkpoint" not in error
 
 
 def refused(capsys, *args) -> str:
@@ -128,6 +157,7 @@ def test_refused_before_any_work(pictures, weights, tmp_path, capsys):
     out = tmp_path / "out"
     assert "no such file" in refused(capsys, "-i", tmp_path / "nothing.png", "-o", out)
     assert "no pictures" in refused(capsys, "-i", tmp_path, "-o", out)
+    assert "name too long" in refused(capsys, "-i", "a" * 300, "-o", out)
     photograph(pictures / "a.jpg", 20, 20)
     assert "both become" in refused(capsys, "-i", pictures, "-o", out)
     assert "overwrite an input" in refused(capsys, "-i", pictures / "a.png", "-o", pictures)
@@ -148,6 +178,8 @@ def test_refused_options(pictures, weights, tmp_path, capsys):
     assert "2 steps" in refused(capsys, *args, "--steps", "15")
     status, _, error = call(capsys, *args, "--chop_size", "32", *DENOISE)
     assert status == 1 and "GiB" in error and "64x48" in error
+    assert "3000 pixels allowed" in refused(capsys, *args, "--max_pixels", 3000, "--overwrite")
+    assert not list((tmp_path / "out").glob("*.dfo"))
 
 
 @pytest.mark.parametrize(
@@ -158,6 +190,12 @@ def test_refused_options(pictures, weights, tmp_path, capsys):
         ["-i", "a", "-o", "b", "--weights", "w", "--ckpt", "x", "--vqckpt", "y", "--GT_vqckpt", "z"],
         ["-i", "a.png", "-o", "out", "--ckpt", "x"],
         ["--mode", "squeeze"],
+        ["--mode", "compress", "-i", "a", "-o", "b", "--metrics", "fsim"],
+        ["--mode", "compress", "-i", "a", "-o", "b", "--preview"],
+        ["--mode", "decompress", "-i", "a", "-o", "b", "--overview"],
+        ["--mode", "decompress", "-i", "a", "-o", "b", "--quality", "3"],
+        ["--mode", "inspect", "-i", "a", "--metrics", "fsim"],
+        ["-i", "a", "-o", "b", "--json"],
     ]
     + [["-i", "a", "-o", "b", "--eta", e] for e in ("0", "1.5")]
     + [["-i", "a", "-o", "b", "--eta", "0.5"], ["-i", "a", "-o", "b", "--one_step", "--infer_steps", "2"]],
@@ -199,6 +237,14 @@ def test_damaged_files(pictures, weights, tmp_path, capsys):
         status, _, error = call(capsys, *args)
         assert status == 1 and "a.dfo" in error, name
         assert not list((tmp_path / name).glob("*.png"))
+
+
+def test_an_extended_file_is_refused_without_being_read_whole(pictures, weights, tmp_path, capsys):
+    call(capsys, "--mode", "compress", "-i", pictures / "a.png", "-o", tmp_path, *weights)
+    with open(tmp_path / "a.dfo", "r+b") as file:
+        file.truncate(1 << 40)  # sparse: 1 TiB to whoever reads it
+    for flags in (["--mode", "inspect"], ["--mode", "decompress", "-o", tmp_path / "out", *weights, *DENOISE]):
+        assert "25,000,000 bytes" in refused(capsys, "-i", tmp_path / "a.dfo", *flags)
 
 
 def test_a_file_of_other_weights_names_its_release(pictures, weights, tmp_path, capsys):

@@ -102,15 +102,33 @@ def test_a_budget_is_searched_without_the_image_encoder(codec, analysed, monkeyp
     write = codec.write
     monkeypatch.setattr(codec, "write", lambda picture, level: written.append(level) or write(picture, level))
     budget.fit(codec, analysed, 6000)
-    assert len(written) == len(set(written)) <= 3 + 8 + 2 * budget.NEIGHBOURS
+    assert len(written) == len(set(written)) <= 2 + 8 + 2 * budget.NEIGHBOURS
 
 
-def test_sizes_that_are_not_monotone_are_searched_around(codec, analysed, monkeypatch):
-    sizes = {level: 100 + level for level in range(LEVEL_CODES + 1)} | {40: 141, 41: 139, 42: 150}
+RISING = {level: 1000 + level for level in range(LEVEL_CODES + 1)}
+SIZES = {
+    "a dip in the middle": RISING | {40: 1041, 41: 1039, 42: 1050},
+    "a wide dip": RISING | dict.fromkeys(range(100, 140), 1030) | {120: 1190, 121: 1200},
+    "the first level is not the smallest": RISING | {1: 1060, 2: 1050, 10: 1006},
+    "far above the base, and with a gap": {g: 1100 + g + 200 * (g > 99) for g in RISING} | {0: 1000, 1: 1120, 9: 1090},
+}
+
+
+@pytest.mark.parametrize("profile", SIZES)
+def test_sizes_that_are_not_monotone_are_searched(profile, codec, analysed, monkeypatch):
+    """Of any budget, 97 % are used or no level uses more, which the note says with the next larger size."""
+    sizes = SIZES[profile]
     monkeypatch.setattr(codec, "write", lambda picture, level: bytes(sizes[level]))
-    assert (
-        len(budget.fit(codec, analysed, 140).data) == 139 + 0 and sizes[budget.fit(codec, analysed, 141).level] == 141
-    )
+    for allowed in range(1000, sizes[LEVEL_CODES]):
+        found = budget.fit(codec, analysed, allowed)
+        used, best = len(found.data), max(size for size in sizes.values() if size <= allowed)
+        assert used == sizes[found.level] <= allowed
+        assert used == best or (found.level and used >= budget.ENOUGH * allowed), allowed
+        if used == allowed or (found.level and used >= budget.ENOUGH * allowed):
+            assert found.note is None
+        else:
+            above = min(size for size in sizes.values() if size > allowed)
+            assert f"{above:,} bytes" in found.note and found.note.startswith("base alone") == (found.level == 0)
 
 
 def test_budgets_below_and_outside_the_range(codec, analysed):
@@ -118,11 +136,21 @@ def test_budgets_below_and_outside_the_range(codec, analysed):
     between = budget.fit(codec, analysed, smallest - 1)
     assert between.level == 0 and len(between.data) == base and f"{smallest:,} bytes" in between.note
     assert budget.fit(codec, analysed, base).note is None
-    assert len(budget.fit(codec, analysed, 10 * largest).data) == largest
+    most = budget.fit(codec, analysed, 10 * largest)
+    assert len(most.data) == largest and "largest" in most.note
     for allowed, at_most in [(base - 1, True), (largest + 1, False)]:
         with pytest.raises(BudgetError, match=f"{base:,} to {largest:,} bytes"):
             budget.fit(codec, analysed, allowed, at_most)
     assert budget.bytes_of_bpp(0.1, 512, 768) == 4915
+
+
+def test_the_range_that_is_told_can_be_asked_for(codec):
+    picture_of_odd_size = codec.analyse(picture(333, 517))
+    with pytest.raises(BudgetError) as refused:
+        budget.fit(codec, picture_of_odd_size, 1)
+    told = str(refused.value).rpartition("(")[2].split()
+    for bpp in (float(told[0]), float(told[2])):
+        budget.fit(codec, picture_of_odd_size, budget.bytes_of_bpp(bpp, 333, 517), at_most=False)
 
 
 @pytest.mark.parametrize("level", [0, 1, 130, 255])
@@ -271,7 +299,16 @@ def test_inference_writes_budgets_and_previews(release, tmp_path, capsys):
     assert status == 0 and row["bytes"] == len(data) <= 4000 and row["level"] == bitstream.unpack(data).residual.level
     parts = ("header", "base", "hyper", "residual", "check")
     assert sum(row[f"{part}_bits"] for part in parts) == 8 * len(data)
+    status, out, _ = call_main("--mode", "inspect", "-i", tmp_path / "o", "--json", "--weights", release)
+    told = json.loads(out)
+    assert status == 0 and sum(told[f"{part}_bits"] for part in parts) == 8 * len(data)
+    assert all(told[name] == row[name] for name in ("level", "estimated_bits", "fixed_length_base_bits"))
     (tmp_path / "cut.dfo").write_bytes(data[: len(data) * 2 // 3])
+    inspect = ["--mode", "inspect", "-i", tmp_path / "cut.dfo", "--json"]
+    status, _, err = call_main(*inspect)
+    assert status == 1 and "--preview" in err
+    status, out, _ = call_main(*inspect, "--preview")
+    assert status == 0 and json.loads(out)["bytes"] < len(data) / 2
     decode = ["--mode", "decompress", "-i", tmp_path / "cut.dfo", "-o", tmp_path / "p", *flags]
     status, _, err = call_main(*decode)
     assert status == 1 and "--preview" in err and not list((tmp_path / "p").glob("*.png"))

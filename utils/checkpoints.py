@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from utils.errors import CheckpointError
+from utils.errors import CheckpointError, out_of_memory
 from utils.files import atomic_path
 
 DERIVED = ("attn_mask", "relative_position_index")  # buffers that the networks compute themselves
@@ -63,6 +63,8 @@ def read(path: str | Path, inert: Sequence[str] = ()) -> dict:
             "or is no checkpoint"
         ) from error
     except Exception as error:  # a damaged file makes the unpickler raise almost anything, at times without a message
+        if out_of_memory(error):
+            raise
         told = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path}: not a readable checkpoint ({told})") from error
     if not isinstance(content, dict):

@@ -1,17 +1,24 @@
 """How every command of the project ends: one line for what the user can mend, never a traceback for it."""
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable
 
-from utils.errors import DiffoError
+from utils.errors import DiffoError, out_of_memory
 
 FAILED, INTERRUPTED = 1, 130
 
 
 def answer(work: Callable[..., int | None], *args) -> int:
-    """Call work(*args); its result is the exit status (None: 0), as is 1 for a DiffoError, whose message is printed."""
+    """Call work(*args); its result is the exit status (None: 0).
+
+    It is 1 for a DiffoError, whose message is printed, and for what system and memory refuse. File names that are no
+    text are printed escaped.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return work(*args) or 0
     except DiffoError as error:
@@ -19,6 +26,17 @@ def answer(work: Callable[..., int | None], *args) -> int:
         return FAILED
     except BrokenPipeError:  # whoever read our output has gone; Python must not complain about it at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return FAILED
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        told = (str(error).splitlines() or ["of this process"])[0]
+        print(f"error: not enough memory ({told})", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -1,6 +1,14 @@
 """Errors that speak to a user: the command line prints the message alone and exits with status 1."""
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether Python or PyTorch has run out of memory; on a CPU PyTorch raises a plain RuntimeError then."""
+    told = str(error)
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and ("can't allocate memory" in told or "out of memory" in told)
+    )
+
+
 class DiffoError(Exception):
     """Something the user can mend: a file, an option, a checkpoint. The message names it and says what to do."""
 
