@@ -123,7 +123,8 @@ class Codec(nn.Module):
         scaled = diffusion.scale_input(x_t - centre, eta, self.schedule.kappa)
         time = diffusion.time_of_eta(eta, self.params.diffusion).float()
         x_hat = self.denoiser(scaled, time, lq)  # x^ = U(scaled x_t, t, lq)
-        auxiliary = self.residual.rate_model.auxiliary_loss() if self.residual else None
+        with without_autocast(x.device):
+            auxiliary = self.residual.rate_model.auxiliary_loss() if self.residual else None
         return CodecOutput(x, y_hat, x_hat, self.to_image(x_hat), base, residual_bpp, auxiliary)
 
     def with_residual(self, x: Tensor, y: Tensor, k: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:

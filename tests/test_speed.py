@@ -48,8 +48,12 @@ def test_an_option_trains_as_plain_float32_does(name, option, plain):
     if option == "checkpointing":
         assert ours == losses
         assert all(torch.equal(own[key], value) for key, value in gradients.items())
-    elif option != "defaults" or not has_bfloat16(CPU):
+    elif option == "defaults" and name == "gt" and has_bfloat16(CPU):  # the discriminator is wide enough for it
+        assert ours[0] == pytest.approx(losses[0], rel=0.02)
+    else:
         assert ours == pytest.approx(losses, rel=1e-4)
+        for key, value in gradients.items():
+            assert (own[key] - value).abs().max() <= 2e-2 * value.abs().max() + 1e-6, key
 
 
 def kept_bytes(speed: SpeedParams) -> int:
@@ -98,6 +102,7 @@ def test_bfloat16_stays_inside_the_networks():
         assert seen[key] == {torch.float32} and not seen[key, "autocast"]
     results = [out.x, out.y_hat, out.x_hat, out.image, out.base.z, out.base.z_q, out.base.counts, out.base.sums]
     assert {v.dtype for v in (*results, out.residual_bpp, out.auxiliary)} == {torch.float32}
+    assert torch.equal(out.auxiliary, codec.residual.rate_model.auxiliary_loss())
     vectors = out.base.z.permute(0, 2, 3, 1).flatten(0, 2)
     assert torch.equal(nearest_codes(vectors, codec.vq_base.quantize.embedding.weight), out.base.indices.flatten())
     ours.step(image, torch.arange(BATCH), 0)
