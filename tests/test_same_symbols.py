@@ -75,6 +75,20 @@ def test_autocast(codec, written):
         assert codec.decompress(written[-1][0]).shape == (3, *SIZES[-1])
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no CUDA device here")
+def test_cpu_and_cuda_read_each_others_files(codec, written):
+    other = copy.deepcopy(codec).cuda()
+    assert_read_as_written(other, written)
+    for seed, size in enumerate(SIZES):
+        analysed = other.analyse(picture(*size, seed))
+        for quality in QUALITIES:
+            data = other.write(analysed, other.level_code(quality))
+            here, there = codec.read(data), other.read(data)
+            assert torch.equal(here.k, analysed.k.cpu()) and torch.equal(here.k, there.k)
+            for name in ("hyper", "residual", "index"):
+                np.testing.assert_array_equal(getattr(here.symbols, name), getattr(there.symbols, name))
+
+
 def test_a_decoder_whose_y_is_off(codec, written, monkeypatch):
     """y is float: a relative error of 1e-3 moves the picture a little, the symbols not at all."""
     exact = [codec.decompress(data).int() for data, _, _ in written]
