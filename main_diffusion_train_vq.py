@@ -18,6 +18,7 @@ from training.trainer import Trainer
 from utils import distributed
 from utils.commandline import answer
 from utils.errors import ConfigError
+from utils.logging import LOG
 from utils.precision import deterministic
 
 
@@ -48,8 +49,9 @@ def configure(args: argparse.Namespace) -> tuple[TrainConfig, Path]:
     path = args.cfg_path
     if args.resume:
         path = Path(args.resume) / RUN_CONFIG
-        if not path.is_file():
-            raise ConfigError(f"{args.resume}: not a run folder (no {RUN_CONFIG} in it)")
+        for needed in (path, path.with_name(LOG)):
+            if not needed.is_file():
+                raise ConfigError(f"{args.resume}: not a run folder (no {needed.name} in it)")
     options = {
         "networks.diffusion.steps": args.steps,
         "gt.iterations": args.iterations,

@@ -119,17 +119,16 @@ class Pictures(Dataset):
 
 
 class Positions(Sampler[list[int]]):
-    """Batches of stream positions of one rank, without end: step s holds (s*B + i) * world + rank for i in 0..B-1."""
+    """Batches of stream positions of one rank, without end: step s holds first + (s*B + i) * world + rank, i in 0..B-1."""
 
-    def __init__(self, batch: int, rank: int, world: int, first_step: int):
-        self.batch, self.rank, self.world, self.first_step = batch, rank, world, first_step
+    def __init__(self, batch: int, rank: int, world: int, first: int):
+        self.batch, self.rank, self.world, self.first = batch, rank, world, first
 
     def __iter__(self) -> Iterator[list[int]]:
-        step = self.first_step
+        start = self.first + self.rank
         while True:
-            start = step * self.batch * self.world + self.rank
             yield [start + i * self.world for i in range(self.batch)]
-            step += 1
+            start += self.batch * self.world
 
 
 def enlarged_crop(picture: Tensor, enlarged: Sequence[int], top: int, left: int, size: int) -> Tensor:
@@ -152,12 +151,12 @@ def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
     return generator(seed, EPOCH, epoch).permutation(n)
 
 
-def stream(pictures: Pictures, batch: int, rank: int, world: int, first_step: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches (N x 3 x size x size in [-1, 1], positions (N,)) from `first_step` on, without end."""
+def stream(pictures: Pictures, batch: int, rank: int, world: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches (N x 3 x size x size in [-1, 1], positions (N,)) from position `first` of the stream on, without end."""
     workers = pictures.params.workers
     loader = DataLoader(
         pictures,
-        batch_sampler=Positions(batch, rank, world, first_step),
+        batch_sampler=Positions(batch, rank, world, first),
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
     )

@@ -12,7 +12,7 @@ from datapipe.sources import data_options
 from release.making import COUNTED, require_empty, write_release
 from release.tables import count
 from store.triple import NAMES, Triple, load_triple
-from training.checkpointing import BEST
+from training.checkpointing import AVERAGES, BEST, Checkpoints
 from training.config import RUN_CONFIG, load_config
 from utils.commandline import answer, positive
 from utils.errors import CheckpointError
@@ -34,13 +34,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def newest(folder: Path) -> int:
-    """Largest iteration of which `ema_ckpts` holds all three files."""
-    names = (p.stem.removeprefix("ema_model_") for p in folder.glob(NAMES["unet"].format("*")))
-    iterations = [int(name) for name in names if name.isdecimal()]
-    complete = [n for n in iterations if all((folder / name.format(n)).is_file() for name in NAMES.values())]
+def newest(run: Path) -> int:
+    """Largest iteration of the stage codec that a run has saved whole."""
+    complete = [
+        point.step
+        for point in Checkpoints(run, ["gt", "codec"], keep_last=1).points()
+        if point.stage == "codec" and all((run / AVERAGES / n.format(point.step)).is_file() for n in NAMES.values())
+    ]
     if not complete:
-        raise CheckpointError(f"{folder}: no complete set of checkpoints to release; has the stage codec saved yet?")
+        raise CheckpointError(f"{run}: no complete checkpoint to release; has the stage codec saved yet?")
     return max(complete)
 
 
@@ -51,7 +53,7 @@ def chosen(run: Path, iteration: str | None) -> int:
         CheckpointError: there is none, or it is no iteration.
     """
     if iteration is None:
-        return newest(run / "ema_ckpts")
+        return newest(run)
     if iteration != "best":
         if not iteration.isdecimal():
             raise CheckpointError(f"--iteration {iteration}: a number, or best")
@@ -66,7 +68,7 @@ def release(args: argparse.Namespace) -> None:
     require_empty(args.out)
     config = load_config(str(args.run / RUN_CONFIG), values=data_options(args.data) if args.data else {})
     iteration = chosen(args.run, args.iteration)
-    codec = load_triple(Triple.of(args.run / "ema_ckpts", iteration))
+    codec = load_triple(Triple.of(args.run / AVERAGES, iteration))
     notes = count(codec, config, args.crops).install(codec)
     about = write_release(args.out, iteration, codec, config, **notes)
     print(json.dumps(about, indent=1))

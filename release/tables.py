@@ -100,7 +100,7 @@ def count(codec: Codec, config: TrainConfig, crops: int, batch: int = 8) -> Coun
     """Code crops of the configuration's training pictures, at every level, and count."""
     pictures = Pictures(config.data, config.codec.crop_size, config.seed)
     counts = Counts.none(codec)
-    batches = iter(stream(pictures, batch, rank=0, world=1, first_step=0))
+    batches = iter(stream(pictures, batch, rank=0, world=1, first=0))
     for _ in tqdm(range(-(-crops // batch)), desc="counting symbols"):
         image, positions = next(batches)
         x = codec.to_latent(image)

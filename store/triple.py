@@ -7,6 +7,7 @@ integer tables, rate modulation, digests of the files that belong together) lies
 
 import json
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,7 @@ def save_triple(
     params: CodecParams,
     table: np.ndarray | None = None,
     residual_tables: ResidualTables | None = None,
+    keep: Collection[Path] = (),
 ) -> None:
     """Write the three files.
 
@@ -84,9 +86,11 @@ def save_triple(
         states: state dicts under `unet`, `vq_base`, `autoencoder` and, where there is one, `residual`.
         params: sizes, schedule and rate modulation.
         table: integer frequencies of the base indices, int32 (K,), at release. residual_tables: those of the residual.
+        keep: files that are there already with these very weights, and are not written again.
     """
     for network in ("autoencoder", "unet"):
-        checkpoints.save(getattr(triple, network), {"state_dict": states[network]})
+        if (path := getattr(triple, network)) not in keep:
+            checkpoints.save(path, {"state_dict": states[network]})
     ours = {
         "networks": json.dumps(to_mapping(params), sort_keys=True),
         "digests": {network: checkpoints.digest(states[network]) for network in ("autoencoder", "unet")},

@@ -169,6 +169,42 @@ def test_a_checkpoint_without_its_files_is_passed_over(tmp_path):
         kept.newest()
 
 
+def test_a_stage_leaves_the_files_of_the_one_before_alone(tmp_path, monkeypatch):
+    """Both stages save an iteration 3; the second one is killed before its state is there."""
+    kept = fake(tmp_path, [2, 3], keep_last=2)
+    written = []
+    monkeypatch.setattr(checkpoints, "save", lambda path, content: written.append(path.name))
+
+    def killed(triple, states, params, keep=()):
+        assert keep == {tmp_path / sub / "GT_vq_model_3.pth.tar" for sub in ("ckpts", "ema_ckpts")}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("training.checkpointing.save_triple", killed)
+    for step in (2, 3):  # an autoencoder of 2 iterations is not the one that stage codec has
+        with pytest.raises(KeyboardInterrupt):
+            kept.save(Point("codec", step), {}, {}, None, {})
+        assert kept.newest()[0]["step"] == 3 and kept.points() == [Point("gt", 3)] and not written
+    assert not (tmp_path / "ema_ckpts" / "GT_vq_model_2.pth.tar").exists()
+
+
+@pytest.mark.parametrize("gone", ["states/codec_4.pth", "ema_ckpts/vq_model_4.pth.tar"])
+def test_killed_between_the_files_of_the_first_checkpoint_of_the_second_stage(gone, data, processes, tmp_path):
+    """Both stages end at the same iteration, and share the file of the autoencoder."""
+    args = ["--cfg_path", str(NANO), "--save_dir", str(tmp_path), "--data", str(data), "--iterations", "4"]
+    first = processes.Process(target=train, args=([*args, "gt.statistics=2"],))
+    first.start()
+    first.join()
+    folder = tmp_path / "nano"
+    trace = lines(folder, "metrics.jsonl")
+    assert {path.name for path in (folder / "states").iterdir()} == {"gt_4.pth", "codec_4.pth"}
+    (folder / gone).unlink()
+    (folder / "states" / ".codec_4.begun").touch()
+    again = processes.Process(target=train, args=(["--resume", str(folder)],))
+    again.start()
+    again.join()
+    assert again.exitcode == 0 and lines(folder, "metrics.jsonl") == trace and (folder / gone).is_file()
+
+
 def test_what_a_killed_save_left_is_removed_and_nothing_else(tmp_path):
     kept = fake(tmp_path, [1])
     (tmp_path / "states" / ".gt_2.begun").touch()
@@ -220,6 +256,7 @@ from pathlib import Path
 from utils.logging import RunLog
 resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
 log = RunLog(Path(sys.argv[1]), True, patient=True)
+log.begin("gt", 0)
 for step in range(40):
     log.step("gt", step, {f"term{i}": 0.1 for i in range(40)})
 log.close()

@@ -61,7 +61,7 @@ def test_ranks_share_the_positions_of_a_step(world):
     for step in range(steps):
         of_step = []
         for rank in range(world):
-            positions = next(iter(Positions(batch, rank, world, step)))
+            positions = next(iter(Positions(batch, rank, world, step * batch * world)))
             assert len(positions) == batch and {p % world for p in positions} == {rank}
             of_step += positions
         assert sorted(of_step) == list(range(step * batch * world, (step + 1) * batch * world))
@@ -92,9 +92,16 @@ def test_the_crops_do_not_depend_on_the_world_size(folder, world):
 
 def test_a_run_goes_on_where_it_stopped(folder):
     whole = batches(dataset(folder), 3, 1, 2, 0, 5)
-    rest = batches(dataset(folder), 3, 1, 2, 3, 2)
+    rest = batches(dataset(folder), 3, 1, 2, 3 * 3 * 2, 2)
     for (images, positions), (again, same) in zip(whole[3:], rest, strict=True):
         assert torch.equal(positions, same) and torch.equal(images, again)
+
+
+def test_it_may_go_on_with_another_batch_and_world(folder):
+    """No position twice, none left out."""
+    before = [p for rank in (0, 1) for _, positions in batches(dataset(folder), 3, rank, 2, 0, 2) for p in positions]
+    after = [p for rank in range(3) for _, positions in batches(dataset(folder), 1, rank, 3, 12, 4) for p in positions]
+    assert sorted(map(int, before + after)) == list(range(24))
 
 
 def test_workers_do_not_change_the_stream(folder):

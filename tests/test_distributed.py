@@ -3,6 +3,7 @@
 In float64, to 1e-9 of each tensor's largest entry.
 """
 
+import copy
 import socket
 from functools import cache
 
@@ -31,6 +32,7 @@ OVERRIDES = (
     "codec.chroma_weight=1.0",
     "networks.adapter=difference",
     f"networks.residual={RESIDUAL}",
+    "networks.vq_base.revive_below=0.995",  # codes that the first update leaves unused are revived in it
 )
 
 
@@ -69,6 +71,12 @@ def alone(name: str) -> tuple[dict[str, torch.Tensor], list[dict]]:
     return train(name, 1, 0, None)
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def worker(rank: int, world: int, port: int, name: str, path: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
@@ -87,15 +95,44 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 @pytest.mark.parametrize("name", ["gt", "codec"])
 def test_two_processes_train_as_one(name, tmp_path):
     """With the batch whole, and with micro-batches of one."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(worker, args=(2, port, name, str(tmp_path)), nprocs=2)
+    multiprocessing.spawn(worker, args=(2, free_port(), name, str(tmp_path)), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert name == "gt" or 0 < alone(name)[1][1]["revived"] < alone(name)[1][0]["revived"]
     for (state, logs), (other, _) in zip(first, second, strict=True):
         assert all(torch.equal(other[key], value) for key, value in state.items()), "the ranks differ"
         assert_equal(state, alone(name)[0])
         assert_logs_equal(logs, alone(name)[1])
+
+
+def resuming_worker(rank: int, world: int, port: int, path: str) -> None:
+    """Four steps; then the last two again, from the state after the second, in stages made anew."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    images = torch.rand(4, world, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    found = {}
+    for name in STAGES:
+        stage = new_stage(name)
+        for step in range(4):
+            if step == 2:
+                saved = copy.deepcopy((stage.codec.state_dict(), stage.state_dict()))
+            stage.step(images[step, rank : rank + 1] * 2 - 1, torch.tensor([step * world + rank]), step)
+        again = new_stage(name)
+        again.codec.load_state_dict(saved[0])
+        again.load_state_dict(saved[1])
+        for step in (2, 3):
+            again.step(images[step, rank : rank + 1] * 2 - 1, torch.tensor([step * world + rank]), step)
+        found[name] = (state_of(stage), state_of(again))
+    torch.save(found, f"{path}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_three_processes_go_on_bit_for_bit(tmp_path):
+    """The order in which the gradients of three ranks are summed must not depend on when a run was started."""
+    multiprocessing.spawn(resuming_worker, args=(3, free_port(), str(tmp_path)), nprocs=3)
+    for rank in range(3):
+        for name, (state, again) in torch.load(tmp_path / f"{rank}.pt", weights_only=True).items():
+            assert state.keys() == again.keys()
+            assert [key for key, value in state.items() if not torch.equal(again[key], value)] == [], name
 
 
 @pytest.mark.parametrize("name", ["gt", "codec"])
@@ -111,6 +148,33 @@ def assert_logs_equal(found: list[dict], expected: list[dict]) -> None:
         assert ours.keys() == theirs.keys()
         for key, value in theirs.items():
             assert ours[key] == pytest.approx(value, rel=1e-9, abs=1e-12), key
+
+
+def test_a_code_book_to_start_from_is_kept():
+    image = torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2 - 1
+    moved = {}
+    for start in ("null", "vq.pth.tar"):
+        stage = new_stage("codec", f"vq_base={start}", "networks.vq_base.revive_below=0")
+        book = stage.codec.vq_base.quantize.embedding.weight
+        before = book.clone()
+        stage.step(image, torch.arange(2), 0)
+        moved[start] = ((book - before).norm(dim=1) / before.norm(dim=1)).max().item()
+    assert moved["null"] > 0.5 and moved["vq.pth.tar"] < 0.1
+
+
+def test_options_of_the_optimiser_are_the_present_ones_after_resuming():
+    """Moments come back, what the configuration has changed does not."""
+    first = new_stage("codec", "codec.optim.weight_decay=0.1")
+    image = torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2 - 1
+    first.step(image, torch.arange(2), 0)
+    second = new_stage("codec", "codec.optim.betas=[0.1,0.2]", "speed.fused_adamw=true")
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    groups = second.optimiser.adamw.param_groups
+    assert groups[0]["betas"] == (0.1, 0.2) and [group["weight_decay"] for group in groups] == [0, 0]
+    assert groups[0]["fused"] and groups[1]["lr"] == second.optimiser.QUANTILE_LR
+    moments = [stage.optimiser.adamw.state_dict()["state"] for stage in (first, second)]
+    assert all(torch.equal(moments[1][i][key], value) for i, s in moments[0].items() for key, value in s.items())
+    second.step(image, torch.arange(2), 1)
 
 
 def test_unlaunched_is_a_world_of_one():

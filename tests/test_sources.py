@@ -82,7 +82,7 @@ def test_unreadable_pictures_are_replaced_counted_and_named_once(folder, workers
         assert torch.equal(found[epoch][0][at], again)
     lines = pictures.source.unreadable_lines()
     assert len(lines) == 2 and "broken.png: not a picture" in lines[0] and "1 of 4 pictures" in lines[1]
-    list(itertools.islice(stream(pictures, 4, 0, 1, 3), 2))
+    list(itertools.islice(stream(pictures, 4, 0, 1, 12), 2))
     assert pictures.source.unreadable_lines() == []
     assert "broken" not in capfd.readouterr().err  # the processes that decode say nothing themselves
 

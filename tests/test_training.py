@@ -54,9 +54,38 @@ def test_a_run_leaves_what_it_promises(finished):
     assert {"ema_model_10.pth", "vq_model_10.pth.tar", "GT_vq_model_10.pth.tar"} <= names
     names = {p.name for p in (finished / "ckpts").iterdir()}
     assert {"model_10.pth", "vq_model_10.pth.tar", "GT_vq_model_10.pth.tar"} <= names
-    assert list((finished / "tensorboard").glob("events*")) and (finished / "train.log").read_text()
+    assert (finished / "train.log").read_text()
     assert yaml.safe_load((finished / "config.yaml").read_text())["networks"]["diffusion"]["steps"] == 2
     assert not list(finished.rglob("*.tmp"))
+
+
+def on_board(folder: Path, name: str):
+    """What TensorBoard shows of a folder of events."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(folder / "tensorboard" / name), {"scalars": 0, "images": 0})
+    return board.Reload()
+
+
+def assert_board_shows_the_lines(folder: Path) -> None:
+    """The same numbers as in metrics.jsonl, each once."""
+    for stage in ("gt", "codec"):
+        board = on_board(folder, stage)
+        lines = [m for m in metrics(folder) if m["stage"] == stage]
+        tags = {f"{stage}/{key}" for line in lines for key in line} - {f"{stage}/stage", f"{stage}/step"}
+        assert set(board.Tags()["scalars"]) == tags
+        for tag in tags:
+            told = [(m["step"], m[tag.split("/")[1]]) for m in lines if tag.split("/")[1] in m]
+            shown = [(event.step, event.value) for event in board.Scalars(tag)]
+            assert [step for step, _ in shown] == [step for step, _ in told], tag
+            assert [value for _, value in shown] == pytest.approx([value for _, value in told], rel=1e-6), tag
+        assert [event.step for event in board.Images(f"{stage}/pictures")] == [0, 5]
+
+
+def test_tensorboard_shows_the_lines_and_pictures(finished):
+    assert_board_shows_the_lines(finished)
+    picture = on_board(finished, "codec").Images("codec/pictures")[0]
+    assert (picture.width, picture.height) == (2 * 64, 2 * 64)  # two samples; originals above, results below
 
 
 def test_the_codec_stage_leaves_the_autoencoder_alone(finished):
@@ -98,6 +127,7 @@ def test_resume_after_a_kill_gives_the_same_losses(finished, data, tmp_path):
     assert (folder / "states" / "codec_4.pth").exists()
     run(TRAIN, "--resume", folder)
     assert losses(folder) == losses(finished)
+    assert_board_shows_the_lines(folder)
     ours, theirs = (checkpoints.read(f / "ema_ckpts" / "vq_model_10.pth.tar")["state_dict"] for f in (folder, finished))
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
@@ -132,6 +162,11 @@ def test_twenty_steps_on_two_gloo_processes(data, tmp_path):
         (["--cfg_path", NANO, "rubbish"], "key=value"),
         (["--cfg_path", NANO, "--device", "cuda:99"], "--device cuda:99"),
         (["--resume", "nowhere"], "not a run folder"),
+        (["--resume", ROOT / "weights" / "tiny-2"], "not a run folder"),
+        (["--cfg_path", NANO, "gt.statistics=0"], "statistics 0: at least 1"),
+        (["--cfg_path", NANO, "gt.crop_size=16"], "the PatchGAN (adversarial_weight) needs 32 pixels"),
+        (["--cfg_path", NANO, "codec.last_step_share=90"], "last_step_share 90.0: in [0, 1]"),
+        (["--cfg_path", NANO, "codec.commitment=-1"], "commitment -1.0: from 0 up"),
         (["--cfg_path", NANO, "--data", "nowhere"], "nowhere: no such folder"),
         (["--cfg_path", NANO, "networks.vq_base.codebook_size=300"], "power of two"),
         (["--cfg_path", NANO, "networks.unet.latent_channels=4"], "must equal"),
@@ -161,6 +196,16 @@ def test_a_run_folder_is_not_overwritten(finished, capsys):
 
     assert main(["--cfg_path", str(NANO), "--save_dir", str(finished.parent)]) == 1
     assert "--resume" in capsys.readouterr().err
+
+
+def test_a_validation_that_is_not_finite_stops_with_its_picture(data, tmp_path, capsys):
+    from main_diffusion_train_vq import main
+
+    args = ["--cfg_path", str(NANO), "--save_dir", str(tmp_path), "--data", str(data), "gt.optim.lr=1e30"]
+    assert main([*args, f"validation.folder={data}", "validation.every=1"]) == 1
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("error: validation, the picture 0.png") and "failed_state.pth" in told
+    assert checkpoints.read(tmp_path / "nano" / "failed_state.pth")["step"] == 1
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_name(data, tmp_path, capsys):

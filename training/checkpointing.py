@@ -19,7 +19,8 @@ from utils.errors import CheckpointError
 from utils.files import atomic_write, make_folder, remove_leftovers
 
 STATES, BEST = "states", "best.json"
-PREFIXES = {"ckpts": "", "ema_ckpts": "ema_"}  # of the UNet's file, by folder
+AVERAGES = "ema_ckpts"
+PREFIXES = {"ckpts": "", AVERAGES: "ema_"}  # of the UNet's file, by folder
 Weights = dict[str, dict[str, Tensor]]  # state dicts by network
 
 
@@ -87,6 +88,7 @@ class Checkpoints:
         """
         for sub in (STATES, *PREFIXES):
             make_folder(self.folder / sub)
+        there = self._earlier(point)
         self._state(point).unlink(missing_ok=True)  # of an abandoned course: it must not vouch for other weights
         atomic_write(self._marker(point), b"")
         try:
@@ -95,7 +97,7 @@ class Checkpoints:
                 if point.stage == "gt":
                     checkpoints.save(triple.autoencoder, {"state_dict": states["autoencoder"]})
                 else:
-                    save_triple(triple, states, params)
+                    save_triple(triple, states, params, keep=there)
             files = {str(path.relative_to(self.folder)): path.stat().st_size for path in self._files(point)}
             about = {"stage": point.stage, "step": point.step, "files": files}
             checkpoints.save(self._state(point), about | state)
@@ -103,6 +105,21 @@ class Checkpoints:
             self.remove_unfinished()  # it may be what fills the disk
             raise
         self._marker(point).unlink()
+
+    def _earlier(self, point: Point) -> set[Path]:
+        """Files of the last checkpoint of the stages before, which a checkpoint of this one may share and must not touch.
+
+        The last iteration of `gt` and the same one of `codec` name one autoencoder, and it is one: `codec` leaves it
+        alone. Checkpoints of `gt` before its last hold others, so they go first.
+        """
+        points = self.points()
+        before = [p for p in points if self.stages.index(p.stage) < self.stages.index(point.stage)]
+        last = list({p.stage: p for p in before}.values())
+        kept = last + [p for p in points if p.stage == point.stage]
+        for superseded in before:
+            if superseded not in last:
+                self._remove(superseded, kept)
+        return {path for p in last for path in self._files(p)}
 
     def keep(self, best: dict | None) -> None:
         """Remove all but the last few of the present stage, its best and the last of every earlier stage.
@@ -143,7 +160,7 @@ class Checkpoints:
         """The state goes last: without its files it counts as incomplete, and is removed the next time."""
         shared = {path for other in kept for path in self._files(other)}
         for path in self._files(point):
-            if path not in shared:  # the last iteration of `gt` and the same one of `codec` name one autoencoder
+            if path not in shared:
                 path.unlink(missing_ok=True)
         self._state(point).unlink(missing_ok=True)
 

@@ -15,7 +15,7 @@ from models.losses import chroma_distortion, commitment, distortion
 from models.records import CELL, CodecOutput, Draws
 from models.vq_base import perplexity
 from training.config import CodecStageParams, TrainConfig
-from training.optimiser import Optimiser, accumulate, averaged, micro_batches, parallel, synchronised
+from training.optimiser import Optimiser, accumulate, averaged, blank, micro_batches, parallel, settle, synchronised
 from training.perceptual import perceptual_term
 from training.speed import Speed
 from training.validation import Evaluated
@@ -67,6 +67,8 @@ class CodecStage:
         self.ema = Ema(self.trained, p.ema)
         self.optimiser = Optimiser(codec.named_parameters(), p.optim, p.iterations, self.speed.fused_adamw)
         self.model = parallel(codec)
+        self.fresh_book = config.vq_base is None  # otherwise there are codes worth keeping
+        settle(self.model, lambda: self.rehearse(self.blank()))
 
     def step(self, image: Tensor, positions: Tensor, step: int) -> tuple[dict[str, float], list[Tensor]]:
         """One update; returns the scalars to log and the rows of pictures to show.
@@ -174,9 +176,10 @@ class CodecStage:
         vectors = distributed.gather_samples(torch.cat([s.z for s in seen])).permute(0, 2, 3, 1).flatten(0, 2)
         order = generator(self.seed, REVIVAL, step).permutation(len(vectors))
         vectors = vectors[torch.from_numpy(order).to(vectors.device)]
-        if step > 0:
+        everything = self.fresh_book and step == 0
+        if not everything:
             book.update(counts, sums)
-        revived = book.revive(vectors, everything=step == 0)
+        revived = book.revive(vectors, everything)
         # A code that jumped must not drag its old place along in the average, which is what is released.
         for name in ("weight", "cluster_size", "embed_avg"):
             self.ema.average[f"vq_base.quantize.embedding.{name}"][revived] = getattr(book.embedding, name)[revived]
@@ -206,8 +209,14 @@ class CodecStage:
     def rehearse(self, image: Tensor) -> Tensor:
         """The loss of a micro-batch, for what its backward pass would need."""
         draws = self.draws(torch.arange(len(image), device="cpu"), image.shape[2:])
-        terms = self.losses(self.codec(image, draws), image, draws)
-        return terms["loss"] + terms.get("auxiliary", 0)
+        with self.speed.autocast():
+            out = self.model(image, draws)
+        loss = self.losses(out, image, draws)["loss"]
+        return loss if out.auxiliary is None else loss + out.auxiliary
+
+    def blank(self) -> Tensor:
+        """Pictures to rehearse with."""
+        return blank(self.params, self.codec.autoencoder.decoder.last_layer)
 
     def finish(self, batches) -> None:
         """Nothing is left to do: the averaged weights are the result."""
@@ -221,8 +230,8 @@ class CodecStage:
         return average
 
     def state_dict(self) -> dict:
-        return {"ema": self.ema.state_dict(), "optimiser": self.optimiser.adamw.state_dict()}
+        return {"ema": self.ema.state_dict(), "optimiser": self.optimiser.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
         self.ema.load_state_dict(state["ema"])
-        self.optimiser.adamw.load_state_dict(state["optimiser"])
+        self.optimiser.load_state_dict(state["optimiser"])

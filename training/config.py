@@ -10,11 +10,17 @@ from training.speed import SpeedParams
 from utils.config import build, load_mapping
 
 RUN_CONFIG = "config.yaml"  # the resolved configuration, in the run's folder
+PATCH_MIN = 32  # pixels; below, the PatchGAN has nothing to normalise over
 
 
 def require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
+
+
+def require_weights(params: "StageParams", *names: str) -> None:
+    for name in names:
+        require(getattr(params, name) >= 0, f"{name} {getattr(params, name)}: from 0 up")
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,14 @@ class GtParams(StageParams):
     adversarial_start: int = 10_000
     statistics: int = 1024
 
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.statistics >= 1, f"statistics {self.statistics}: at least 1")
+        require_weights(self, "distortion_weight", "chroma_weight", "perceptual_weight", "adversarial_weight")
+        require(self.adversarial_start >= 0, f"adversarial_start {self.adversarial_start}: from 0 up")
+        small = self.adversarial_weight > 0 and self.crop_size < PATCH_MIN
+        require(not small, f"crop_size {self.crop_size}: the PatchGAN (adversarial_weight) needs {PATCH_MIN} pixels")
+
 
 @dataclass(frozen=True)
 class CodecStageParams(StageParams):
@@ -124,6 +138,9 @@ class CodecStageParams(StageParams):
             f"rate_weights {self.rate_weights}: two, above 0",
         )
         require(0 <= self.base_only_share < 1, f"base_only_share {self.base_only_share}: in [0, 1)")
+        share = self.last_step_share
+        require(share is None or 0 <= share <= 1, f"last_step_share {share}: in [0, 1], or null")
+        require_weights(self, "distortion_weight", "chroma_weight", "perceptual_weight", "commitment")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from models.codec import Codec
 from store.triple import NETWORKS
 from training.config import TrainConfig
-from training.optimiser import micro_batches
 from training.perceptual import perceptual_term
 from training.stages import STAGES
 from training.trainer import new_codec
@@ -88,14 +87,13 @@ def memory(stage) -> str:
     perceptual = stage.perceptual if isinstance(stage.perceptual, nn.Module) else None
     weights = [*stage.codec.parameters(), *parameters(critic), *parameters(perceptual)]
     trained = [q for q in (*stage.trained.parameters(), *parameters(critic)) if q.requires_grad]
-    largest = micro_batches(p.batch_size, p.microbatch)[0].stop
-    image = torch.empty(largest, 3, p.crop_size, p.crop_size, device=stage.device)
+    image = stage.blank()
     sizes = {
         "parameters": size(weights),
         "gradients": size(trained),
         "AdamW's moments": 2 * size(trained),
         "averages (EMA)": size(stage.ema.average.values()),
-        f"activations, {largest} crops of {p.crop_size}": activations(stage, image, weights),
+        f"activations, {len(image)} crops of {p.crop_size}": activations(stage, image, weights),
     }
     rows = [f"{name:<32}{value / MIB:>10,.0f} MiB" for name, value in sizes.items()]
     return "\n".join([*rows, f"{'together, per process':<32}{sum(sizes.values()) / MIB:>10,.0f} MiB"])

@@ -21,7 +21,7 @@ from models.losses import (
     hinge_generator,
 )
 from training.config import GtParams, TrainConfig
-from training.optimiser import Optimiser, accumulate, averaged, micro_batches, parallel, synchronised
+from training.optimiser import Optimiser, accumulate, averaged, blank, micro_batches, parallel, settle, synchronised
 from training.perceptual import perceptual_term
 from training.speed import Speed
 from training.validation import Evaluated
@@ -57,6 +57,9 @@ class GtStage:
             self.critic_optimiser = Optimiser(
                 self.discriminator.named_parameters(), p.optim, p.iterations, self.speed.fused_adamw
             )
+        settle(self.model, lambda: self.rehearse(self.blank()))
+        if self.discriminator:
+            settle(self.critic, lambda: self.critic(self.blank()).mean())
 
     def step(self, image: Tensor, positions: Tensor, step: int) -> tuple[dict[str, float], list[Tensor]]:
         """One update; returns the scalars to log and the rows of pictures to show.
@@ -157,8 +160,14 @@ class GtStage:
 
     def rehearse(self, image: Tensor) -> Tensor:
         """The loss of a micro-batch, with the adversarial term, for what its backward pass would need."""
-        terms = self.losses(self.trained(image), image, self.discriminator is not None)
+        with self.speed.autocast():
+            restored = self.model(image)
+        terms = self.losses(restored, image, self.discriminator is not None)
         return terms["loss"] + terms.get("adversarial", 0)
+
+    def blank(self) -> Tensor:
+        """Pictures to rehearse with."""
+        return blank(self.params, self.trained.decoder.last_layer)
 
     @torch.no_grad()
     def finish(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
@@ -181,15 +190,15 @@ class GtStage:
         return {"autoencoder": self.ema.average}
 
     def state_dict(self) -> dict:
-        state = {"ema": self.ema.state_dict(), "optimiser": self.optimiser.adamw.state_dict()}
+        state = {"ema": self.ema.state_dict(), "optimiser": self.optimiser.state_dict()}
         if self.discriminator:
             state["discriminator"] = self.discriminator.state_dict()
-            state["critic_optimiser"] = self.critic_optimiser.adamw.state_dict()
+            state["critic_optimiser"] = self.critic_optimiser.state_dict()
         return state
 
     def load_state_dict(self, state: dict) -> None:
         self.ema.load_state_dict(state["ema"])
-        self.optimiser.adamw.load_state_dict(state["optimiser"])
+        self.optimiser.load_state_dict(state["optimiser"])
         if self.discriminator:
             self.discriminator.load_state_dict(state["discriminator"])
-            self.critic_optimiser.adamw.load_state_dict(state["critic_optimiser"])
+            self.critic_optimiser.load_state_dict(state["critic_optimiser"])

@@ -1,20 +1,16 @@
 """What both stages update with: micro-batches, gradients over ranks, parameter groups, and refusal of what is not finite."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from training.config import OptimParams
+from training.config import OptimParams, StageParams
 from utils import distributed
-from utils.errors import DiffoError
-
-
-class NotFinite(DiffoError):
-    """A loss that is NaN or infinite; nothing was updated with it."""
+from utils.errors import NotFinite
 
 
 def parallel(network: nn.Module) -> nn.Module:
@@ -22,6 +18,26 @@ def parallel(network: nn.Module) -> nn.Module:
     if distributed.world_size() == 1:
         return network
     return DistributedDataParallel(network, forward_sync_buffers=False)
+
+
+def settle(model: nn.Module, loss: Callable[[], Tensor]) -> None:
+    """A backward pass that is thrown away, on ranks that train together: DDP orders its buckets by the first one.
+
+    Gradients of three ranks and more are summed in another order before than afterwards; settled first, a run that is
+    resumed sums as one that was never stopped.
+
+    Args:
+        loss: of a micro-batch, from a forward pass through `model`; the same at every start.
+    """
+    if isinstance(model, DistributedDataParallel):
+        loss().backward()
+        model.zero_grad(set_to_none=True)
+
+
+def blank(params: StageParams, like: Tensor) -> Tensor:
+    """A micro-batch of grey pictures, for passes whose result nobody wants: N x 3 x S x S, kind and device of `like`."""
+    count = micro_batches(params.batch_size, params.microbatch)[0].stop
+    return like.new_zeros(count, 3, params.crop_size, params.crop_size)
 
 
 def micro_batches(size: int, largest: int | None) -> list[slice]:
@@ -76,6 +92,15 @@ class Optimiser:
         )
         if quantiles:
             self.adamw.add_param_group({"params": quantiles, "lr": self.QUANTILE_LR, "weight_decay": 0.0})
+
+    def state_dict(self) -> dict:
+        return self.adamw.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take moments and counts; options of the groups stay as the configuration has them now."""
+        own = self.adamw.state_dict()["param_groups"]
+        groups = [ours | {"params": theirs["params"]} for ours, theirs in zip(own, state["param_groups"], strict=True)]
+        self.adamw.load_state_dict(state | {"param_groups": groups})
 
     def lr(self, step: int) -> float:
         p = self.params

@@ -4,6 +4,7 @@ import itertools
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,14 +17,13 @@ from models.codec import Codec
 from store.triple import NAMES, NETWORKS
 from training.checkpointing import Checkpoints, Point
 from training.config import RUN_CONFIG, TrainConfig
-from training.optimiser import NotFinite
 from training.speed import Speed
 from training.stages import STAGES
 from training.validation import CELL, Validation
 from utils import checkpoints, distributed
 from utils.config import to_mapping
-from utils.errors import CheckpointError, ConfigError, DiffoError, DiskFull
-from utils.files import atomic_write
+from utils.errors import CheckpointError, ConfigError, DiffoError, DiskFull, NotFinite
+from utils.files import atomic_write, make_folder, require_writable
 from utils.logging import RunLog
 from utils.metrics import MS_SSIM_MIN_SIDE
 
@@ -47,6 +47,16 @@ def new_codec(config: TrainConfig) -> Codec:
     return codec
 
 
+@dataclass(frozen=True)
+class Start:
+    """Where a run goes on: number of the stage, iterations done, samples that they took, saved state of the stage."""
+
+    stage: int
+    step: int = 0
+    position: int = 0
+    state: dict | None = None
+
+
 class Trainer:
     """Runs the stages in order, saves, and goes on where a saved run stopped."""
 
@@ -63,6 +73,9 @@ class Trainer:
         # "stage", "step" and "loss" of the best weights by validation, and of those of them that are on the disk
         self.best: dict | None = None
         self.saved_best: dict | None = None
+        self.position = 0  # of the stream: samples that the stage has taken, on all ranks together
+        if distributed.is_main():
+            require_writable(make_folder(folder))
         self.log = RunLog(folder, distributed.is_main(), patient=config.on_full_disk == "continue")
         for name in NAMES:
             if path := getattr(config, name):
@@ -75,30 +88,32 @@ class Trainer:
             raise ConfigError(f"{self.source.name}: ranks find different numbers of pictures there: {counts}")
 
     def run(self) -> None:
-        first, step, state = self._resume()
+        start = self._resume()
         if distributed.is_main():  # also on resuming: overrides may have changed it
             text = yaml.safe_dump(to_mapping(self.config), sort_keys=False)
             atomic_write(self.folder / RUN_CONFIG, text.encode())
         for index, name in enumerate(self.config.stages):
-            if index >= first:
-                self._stage(name, step if index == first else 0, state if index == first else None)
+            if index >= start.stage:
+                self._stage(name, start if index == start.stage else Start(index))
         self.log.say(f"finished: {self.folder}")
         self.log.close()
 
-    def _stage(self, name: str, start: int, state: dict | None) -> None:
+    def _stage(self, name: str, start: Start) -> None:
         params = getattr(self.config, name)
         stage = STAGES[name](self.config, self.codec, self.device)
-        if state:
-            stage.load_state_dict(state)
+        if start.state:
+            stage.load_state_dict(start.state)
+        self.position = start.position
         pictures = Pictures(self.config.data, params.crop_size, self.config.seed, self.source)
         rank, world = distributed.rank(), distributed.world_size()
+        self.log.begin(name, start.step)
         self.log.say(
-            f"stage {name}: iterations {start} to {params.iterations}, {len(self.source)} pictures from "
+            f"stage {name}: iterations {start.step} to {params.iterations}, {len(self.source)} pictures from "
             f"{self.source.name}, batch {params.batch_size} x {world}, {self.device}, {stage.speed}"
         )
-        batches = iter(stream(pictures, params.batch_size, rank, world, start))
-        steps = range(start, params.iterations)
-        shown = dict(initial=start, total=params.iterations, desc=name, mininterval=1.0)
+        batches = iter(stream(pictures, params.batch_size, rank, world, start.position))
+        steps = range(start.step, params.iterations)
+        shown = dict(initial=start.step, total=params.iterations, desc=name, mininterval=1.0)
         for step in (bar := tqdm(steps, disable=not distributed.is_main(), **shown)):
             loss = self._step(stage, step, batches)
             bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
@@ -121,6 +136,7 @@ class Trainer:
         except NotFinite as error:
             raise self._failed(stage, step, error) from error
         pictures = stage.params.batch_size * distributed.world_size()
+        self.position += pictures
         logs["pictures_per_second"] = pictures / (time.perf_counter() - began)
         self.log.step(stage.name, step, logs)
         if step % self.config.picture_every == 0:
@@ -137,8 +153,11 @@ class Trainer:
         last = done == stage.params.iterations
         if stage.name not in self.validation or not (last or done % self.config.validation.every == 0):
             return False
-        with stage.speed.eager():
-            scores, rows = self.validation[stage.name].run(stage)
+        try:
+            with stage.speed.eager():
+                scores, rows = self.validation[stage.name].run(stage)
+        except NotFinite as error:
+            raise self._failed(stage, done, error) from error
         self.log.validation(stage.name, done, scores, rows)
         better = not self.best or self.best["stage"] != stage.name or scores["loss"] < self.best["loss"]
         if better:
@@ -146,7 +165,8 @@ class Trainer:
         return better
 
     def _state(self, stage) -> dict:
-        return {"codec": self.codec.state_dict(), "training": stage.state_dict(), "best": self.best}
+        training = {"codec": self.codec.state_dict(), "training": stage.state_dict()}
+        return training | {"best": self.best, "position": self.position}
 
     def _save(self, stage, step: int) -> None:
         """Write a checkpoint, then remove those that need not stay; every rank waits for it.
@@ -154,21 +174,24 @@ class Trainer:
         Raises:
             DiskFull: unless the configuration says to go on.
         """
-        full: DiskFull | None = None
+        told: str | None = None
         if distributed.is_main():
             raw = {n: getattr(self.codec, n).state_dict() for n in NETWORKS if getattr(self.codec, n) is not None}
             point, state = Point(stage.name, step), self._state(stage)
             try:
+                told = f"stage {stage.name}, iteration {step} is not saved"
                 self.checkpoints.save(point, raw, stage.states(), self.config.networks, state)
+                told = f"stage {stage.name}, iteration {step} is saved, but not which one is the best"
                 self.checkpoints.keep(self.best)
+                told = None
                 self.log.say(f"stage {stage.name}: saved iteration {step}")
-            except DiskFull as error:
-                full = error
-        if not distributed.on_any_rank(full is not None, self.device):
+            except DiskFull as full:
+                told = f"{told}: {full}"
+        if not distributed.on_any_rank(told is not None, self.device):
             self.saved_best = self.best
             return
         self.best = self.saved_best
-        told = f"stage {stage.name}, iteration {step} is not saved: {full or 'see the main process'}"
+        told = told or f"stage {stage.name}, iteration {step}: see the main process"
         if self.config.on_full_disk == "stop":
             raise DiskFull(
                 f"{told}. Make room and go on with --resume {self.folder}, or set on_full_disk=continue to train on"
@@ -176,38 +199,49 @@ class Trainer:
         self.log.say(f"{told}; training goes on (on_full_disk: continue)")
 
     def _failed(self, stage, step: int, error: NotFinite) -> DiffoError:
-        """Keep the state that a step failed in, apart from the checkpoints."""
+        """Keep the state that a step or a validation failed in, apart from the checkpoints. All ranks come here."""
         path, told = self.folder / FAILED, ""
         if distributed.is_main():
             try:
                 about = {"stage": stage.name, "step": step, "failed": str(error)}
                 checkpoints.save(path, about | self._state(stage))
-            except DiskFull as full:
-                told = f" (not written: {full})"
+            except DiffoError as unwritten:
+                told = f" (not written: {unwritten})"
+        distributed.barrier()  # a rank that ends has the others stopped
         going_on = f"; the last checkpoint is as it was (--resume {self.folder})" if self.checkpoints.points() else ""
-        return NotFinite(f"{error}. The state before that step is kept in {path}{told}{going_on}")
+        return NotFinite(f"{error}. The state then is kept in {path}{told}{going_on}")
 
-    def _resume(self) -> tuple[int, int, dict | None]:
-        """Index of the stage to run first, its first step and its saved state."""
+    def _resume(self) -> Start:
+        """Where to go on, with the networks as they were there; the beginning, if nothing was saved.
+
+        Raises:
+            CheckpointError: an older version's run, or ranks that see different checkpoints.
+        """
         stages = list(self.config.stages)
         if (self.folder / OLD_STATE).exists():
             raise CheckpointError(f"{self.folder}: an older version's run ({OLD_STATE}); go on with that version")
         saved, refused = self.checkpoints.newest()
+        seen = distributed.gather_objects(saved and (saved["stage"], saved["step"]))  # before anything is moved
+        if len(set(seen)) > 1:
+            raise CheckpointError(f"{self.folder}: ranks see different newest checkpoints ({seen}): is it shared?")
         for reason in refused.values():
             self.log.say(f"passed over: {reason}")
-        distributed.barrier()  # every rank has read before anything is moved
         if distributed.is_main():
             self.checkpoints.set_aside(refused)
             self.checkpoints.remove_unfinished()
         if saved is None:
             self.log.keep_until(stages[0], 0, stages)
-            return 0, 0, None
+            return Start(0)
         where = f"{self.folder}, {saved['stage']} {saved['step']}"
+        if "position" not in saved:
+            raise CheckpointError(f"{where}: an older version's checkpoint; go on with that version")
         checkpoints.load_strictly(self.codec, saved["codec"], where)
         self.best = self.saved_best = saved["best"]
-        index, step, state = stages.index(saved["stage"]), saved["step"], saved["training"]
-        self.log.keep_until(saved["stage"], step, stages)
-        if step >= getattr(self.config, saved["stage"]).iterations:  # that stage is done
-            index, step, state = index + 1, 0, None
+        if distributed.is_main():
+            self.checkpoints.keep(self.best)  # it may have been killed before it did
+        self.log.keep_until(saved["stage"], saved["step"], stages)
         self.log.say(f"resumed after {saved['stage']} {saved['step']}: {' '.join(sys.argv[1:])}")
-        return index, step, state
+        index = stages.index(saved["stage"])
+        if saved["step"] >= getattr(self.config, saved["stage"]).iterations:  # that stage is done
+            return Start(index + 1)
+        return Start(index, saved["step"], saved["position"], saved["training"])

@@ -1,5 +1,6 @@
 """Scores on pictures that are not trained on, with the averaged weights."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -11,7 +12,7 @@ from models.records import CELL
 from training.config import ValidationParams
 from utils import distributed
 from utils.ema import Ema
-from utils.errors import ConfigError, PictureError
+from utils.errors import ConfigError, NotFinite, PictureError
 from utils.images import find_pictures, read_image, to_signed, to_uint8
 from utils.metrics import MS_SSIM_MIN_SIDE, ms_ssim, psnr
 
@@ -70,18 +71,27 @@ class Validation:
         """Mean scores over all pictures, and rows for a grid: originals, then each of the results.
 
         `loss`, `psnr` (dB, RGB, 8 bits), `ms_ssim` (luma; only where no picture is too small for it) and `bpp`.
+
+        Raises:
+            NotFinite: the loss or the result of a picture is not, on every rank alike.
         """
         rank, world = distributed.rank(), distributed.world_size()
         totals: dict[str, list[float]] = {}
         shown: list[list[Tensor]] = []
+        broken: list[str] = []
         with stage.ema.applied(stage.trained):
             for index in range(rank, len(self.files), world):
                 picture = self._picture(self.files[index])
                 made = stage.evaluate(to_signed(picture)[None].to(self.device), index)
+                if not finite(made):
+                    broken.append(self.files[index].name)
+                    continue
                 for name, value in scores(picture, made).items():
                     totals.setdefault(name, []).append(value)
                 if len(shown) < SHOWN:
                     shown.append([to_signed(picture), *(image[0].cpu() for image, _ in made.results.values())])
+        if names := [name for part in distributed.gather_objects(broken) for name in part]:
+            raise NotFinite(f"validation, the picture {names[0]} ({len(names)} such): loss or result is not finite")
         return self._means(totals), grid(shown)
 
     def _means(self, totals: dict[str, list[float]]) -> dict[str, float]:
@@ -90,6 +100,10 @@ class Validation:
         names = [name for part in parts for name in part]
         values = {name: [v for part in parts for v in part.get(name, [])] for name in dict.fromkeys(names)}
         return {name: sum(v) / len(v) for name, v in values.items() if len(v) == len(self.files)}
+
+
+def finite(made: Evaluated) -> bool:
+    return math.isfinite(made.loss) and all(image.isfinite().all() for image, _ in made.results.values())
 
 
 def scores(picture: Tensor, made: Evaluated) -> dict[str, float]:

@@ -17,6 +17,10 @@ class DiskFull(DiffoError):
     """A file that could not be written for want of room: disk, quota or largest size of a file."""
 
 
+class NotFinite(DiffoError):
+    """A loss, gradient or result that is NaN or infinite; nothing was updated with it."""
+
+
 class PictureError(DiffoError):
     """A picture that cannot be read, or is too small or too large to be coded."""
 

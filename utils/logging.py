@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,7 +17,10 @@ from torch import Tensor
 from utils.errors import DiskFull
 from utils.files import atomic_write, disk_is_full, make_folder
 
-METRICS, VALIDATION, TENSORBOARD = "metrics.jsonl", "validation.jsonl", "tensorboard"
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter  # takes seconds
+
+METRICS, VALIDATION, TENSORBOARD, LOG = "metrics.jsonl", "validation.jsonl", "tensorboard", "train.log"
 
 
 class RunLog:
@@ -30,18 +34,16 @@ class RunLog:
         self.main, self.patient = main, patient
         if not main:
             return
-        from torch.utils.tensorboard import SummaryWriter
-
         make_folder(folder)
         self.folder = folder
         self.full: set[str] = set()  # what has been said to be missing
         threading.excepthook = _quiet_when_full
-        self.board: SummaryWriter | None = SummaryWriter(folder / "tensorboard")
+        self.boards: dict[str, SummaryWriter] | None = {}  # by the folder of their events; None after a full disk
         self.logger = logging.getLogger("diffo.train")
         self.logger.setLevel(logging.INFO)
         self.logger.handlers.clear()
         self.logger.propagate = False
-        file = logging.FileHandler(folder / "train.log")
+        file = logging.FileHandler(folder / LOG)
         file.handleError = lambda record: None  # a full disk: the terminal has the message too
         for handler in (file, logging.StreamHandler(sys.stderr)):
             handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
@@ -50,6 +52,16 @@ class RunLog:
     def say(self, message: str) -> None:
         if self.main:
             self.logger.info(message)
+
+    def begin(self, stage: str, step: int) -> None:
+        """A stage starts, or goes on, after `step` iterations: TensorBoard hides what it has of later ones."""
+        if self.main and self.boards is not None:
+            with self._told(TENSORBOARD):
+                from torch.utils.tensorboard import SummaryWriter
+
+                # One folder each: what is hidden is hidden of a whole folder, and validations are counted from 1.
+                for name, first in ((stage, step), (f"{stage}-validation", step + 1)):
+                    self.boards[name] = SummaryWriter(self.folder / TENSORBOARD / name, purge_step=first)
 
     def keep_until(self, stage: str, step: int, stages: list[str]) -> None:
         """Drop what the files say of iterations after `step`, those done, of a stage: a resumed run writes it again."""
@@ -80,8 +92,8 @@ class RunLog:
     def validation(self, stage: str, done: int, values: dict[str, float], rows: list[Tensor]) -> None:
         """One line in validation.jsonl, after `done` iterations; scalars and pictures for TensorBoard."""
         self.say(f"stage {stage}, iteration {done}: " + ", ".join(f"{k} {v:.4f}" for k, v in values.items()))
-        self._write(VALIDATION, stage, done, values, "validation/")
-        self.pictures(stage, done, rows, "validation/")
+        self._write(VALIDATION, stage, done, values, "-validation")
+        self.pictures(stage, done, rows, "-validation")
 
     def _write(self, file: str, stage: str, step: int, values: dict[str, float], group: str = "") -> None:
         if not self.main:
@@ -90,21 +102,21 @@ class RunLog:
             append_line(self.folder / file, json.dumps({"stage": stage, "step": step} | values))
         for name, value in values.items():
             if math.isfinite(value):
-                self._on_board("add_scalar", f"{stage}/{group}{name}", value, step)
+                self._on_board(stage + group, "add_scalar", f"{stage}/{name}", value, step)
 
     def pictures(self, stage: str, step: int, rows: list[Tensor], group: str = "") -> None:
         """A grid, one row per tensor (N x 3 x H x W in [-1, 1]): originals above, results below."""
         if self.main and rows:
             grid = torch.cat([torch.cat(list(row[:4]), dim=2) for row in rows], dim=1)
-            self._on_board("add_image", f"{stage}/{group}pictures", ((grid.float() + 1) / 2).clamp(0, 1), step)
+            self._on_board(stage + group, "add_image", f"{stage}/pictures", ((grid.float() + 1) / 2).clamp(0, 1), step)
 
-    def _on_board(self, method: str, *args) -> None:
+    def _on_board(self, folder: str, method: str, *args) -> None:
         """Call TensorBoard's writer, which does not survive a full disk: it is left out then until the run is resumed."""
-        if self.board is not None:
+        if self.boards is not None:
             with self._told(TENSORBOARD):
-                getattr(self.board, method)(*args)
+                getattr(self.boards[folder], method)(*args)
             if TENSORBOARD in self.full:
-                self.board = None
+                self.boards = None
 
     @contextmanager
     def _told(self, what: str) -> Iterator[None]:
@@ -121,7 +133,8 @@ class RunLog:
 
     def close(self) -> None:
         if self.main:
-            self._on_board("close")
+            for folder in list(self.boards or ()):
+                self._on_board(folder, "close")
             threading.excepthook = threading.__excepthook__
 
 
