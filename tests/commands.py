@@ -36,6 +36,13 @@ def levels(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path)).astype(int)
 
 
+def on_board(folder: Path, name: str):
+    """What TensorBoard shows of one folder of a run's events."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return EventAccumulator(str(folder / "tensorboard" / name), {"scalars": 0, "images": 0}).Reload()
+
+
 def call(capsys, *args) -> tuple[int, str, str]:
     """inference.py in this process: exit status, stdout, stderr."""
     from inference import main

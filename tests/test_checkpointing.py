@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from store.triple import NAMES
-from tests.commands import NANO, ROOT, photograph, run
+from tests.commands import NANO, ROOT, on_board, photograph, run
 from training.checkpointing import Checkpoints, Point
 from utils import checkpoints
 from utils.errors import CheckpointError
@@ -110,6 +110,10 @@ def test_killed_again_and_again_while_saving(data, processes, finished, tmp_path
     for name in ("metrics.jsonl", "validation.jsonl"):
         assert lines(folder, name) == lines(finished, name)
     assert tree(folder) == tree(finished)
+    for stage, score in (("gt", "psnr"), ("codec", "psnr_level_0")):
+        told = [(e["step"], e[score]) for e in lines(folder, "validation.jsonl") if e["stage"] == stage]
+        events = on_board(folder, f"{stage}-validation").Scalars(f"{stage}/{score}")
+        assert told and [(event.step, pytest.approx(event.value)) for event in events] == told
     for name in ("states/codec_6.pth", "ema_ckpts/vq_model_6.pth.tar", "ckpts/model_6.pth"):
         assert flat(checkpoints.read(folder / name)) == flat(checkpoints.read(finished / name)), name
 

@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from release import load_codec
-from tests.commands import NANO, ROOT, photograph, run
+from tests.commands import NANO, ROOT, on_board, photograph, run
 from utils import checkpoints
 
 TRAIN = ROOT / "main_diffusion_train_vq.py"
@@ -57,14 +57,6 @@ def test_a_run_leaves_what_it_promises(finished):
     assert (finished / "train.log").read_text()
     assert yaml.safe_load((finished / "config.yaml").read_text())["networks"]["diffusion"]["steps"] == 2
     assert not list(finished.rglob("*.tmp"))
-
-
-def on_board(folder: Path, name: str):
-    """What TensorBoard shows of a folder of events."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    board = EventAccumulator(str(folder / "tensorboard" / name), {"scalars": 0, "images": 0})
-    return board.Reload()
 
 
 def assert_board_shows_the_lines(folder: Path) -> None:
