@@ -6,8 +6,11 @@
 """
 
 import argparse
+import itertools
 import sys
 from pathlib import Path
+
+import torch
 
 from datapipe.sources import data_options
 from training.checkpointing import is_run
@@ -60,6 +63,9 @@ def configure(args: argparse.Namespace) -> tuple[TrainConfig, Path]:
     }
     options = {key: value for key, value in options.items() if value is not None}
     options |= data_options(args.data) if args.data else {}
+    for key, override in itertools.product(options, args.overrides):
+        if override.partition("=")[0] == key:
+            raise ConfigError(f"{override}: an option of the command sets {key} as well; leave out one of them")
     config = load_config(str(path or "configs/config.yaml"), args.overrides, options)
     folder = Path(args.resume) if args.resume else Path(args.save_dir) / config.name
     if args.dry_run:
@@ -74,7 +80,9 @@ def configure(args: argparse.Namespace) -> tuple[TrainConfig, Path]:
 def train(args: argparse.Namespace) -> None:
     config, folder = configure(args)
     if args.dry_run:
-        print(dry_run(config))
+        with distributed.process_group(torch.device("cpu")):
+            if distributed.is_main():
+                print(dry_run(config))
         return
     device = distributed.local_device(args.device)
     with deterministic(config.deterministic), distributed.process_group(device):

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from utils.imports import quiet
+
 # BT.601 luma of RGB in [0, 1]
 LUMA = (0.299, 0.587, 0.114)
 
@@ -29,7 +31,8 @@ def commitment(z: Tensor, z_q: Tensor) -> Tensor:
 
 def ms_ssim_loss(image: Tensor, target: Tensor) -> Tensor:
     """1 - MS-SSIM of the luma: a perceptual term that needs no weights. Sides from 161 pixels."""
-    from pytorch_msssim import ms_ssim
+    with quiet():
+        from pytorch_msssim import ms_ssim
 
     weights = torch.tensor(LUMA, device=image.device).view(1, 3, 1, 1)
     luma, reference = (((v.float() + 1) / 2 * weights).sum(1, keepdim=True) for v in (image, target))

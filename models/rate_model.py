@@ -6,9 +6,12 @@ position in the stream), so they are given inputs that have it already.
 
 from torch import Tensor, nn
 
-from utils.imports import absent
+from utils.imports import absent, quiet
 
-with absent("transformers"):  # CompressAI takes it along by way of torch_geometric, which does without it as well
+with (
+    quiet(),
+    absent("transformers"),
+):  # CompressAI takes it along by way of torch_geometric, which does without it as well
     from compressai.entropy_models import EntropyBottleneck, GaussianConditional
 
 

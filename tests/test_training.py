@@ -153,6 +153,8 @@ def test_twenty_steps_on_two_gloo_processes(data, tmp_path):
         (["--cfg_path", NANO, "codec.iterations=many"], "expected int"),
         (["--cfg_path", NANO, "rubbish"], "key=value"),
         (["--cfg_path", NANO, "--device", "cuda:99"], "--device cuda:99"),
+        (["--cfg_path", NANO, "--steps", 2, "networks.diffusion.steps=5"], "networks.diffusion.steps as well"),
+        (["--cfg_path", NANO, "--data", ROOT / "docs", "data.shards=x.tar"], "data.shards as well"),
         (["--resume", "nowhere"], "not a run folder"),
         (["--resume", ROOT / "weights" / "tiny-2"], "not a run folder"),
         (["--cfg_path", NANO, "gt.statistics=0"], "statistics 0: at least 1"),

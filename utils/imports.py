@@ -1,6 +1,7 @@
-"""What an import must not bring with it."""
+"""What an import must not bring with it: other modules, or warnings that no user can mend."""
 
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,3 +19,12 @@ def absent(*names: str) -> Iterator[None]:
     finally:
         for name in hidden:
             sys.modules.pop(name, None)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Inside it, libraries may use what newer ones will drop (torch.jit.script, say): the versions here are pinned."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        yield
