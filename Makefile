@@ -2,6 +2,7 @@
 # make test    the fast tests        make test-slow   the slow ones
 # make lint    undefined names, unused imports, formatting
 # make bench-hostile    10,000 altered files and 1,000 resealed ones: refused, in time and in little memory
+# make bench-parts   seconds for each part of coding, e.g. make bench-parts BENCH="--pictures kodak"
 # make bench-train   training speed and memory with each option, e.g. make bench-train BENCH="--width 128"
 # Each sets up .venv first, once.
 
@@ -12,7 +13,7 @@ INSTALLED := $(VENV)/.installed
 PYTHON ?= $(shell for p in python3.12 python3.11 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: demo test test-slow lint bench-hostile bench-train clean
+.PHONY: demo test test-slow lint bench-hostile bench-parts bench-train clean
 .DEFAULT_GOAL := demo
 
 demo: $(INSTALLED)
@@ -31,6 +32,9 @@ lint: $(INSTALLED)
 
 bench-hostile: $(INSTALLED)
 	@$(PY) -m benchmarks.hostile
+
+bench-parts: $(INSTALLED)
+	@$(PY) -m benchmarks.parts $(BENCH)
 
 bench-train: $(INSTALLED)
 	@$(PY) -m benchmarks.train $(BENCH)

@@ -1,0 +1,162 @@
+"""Seconds for each part of coding a picture: file I/O, networks, entropy coding.
+
+    python -m benchmarks.parts --pictures kodak --quality 40
+
+Every picture is read, coded, written, read back, decoded and written as PNG, `--rounds` times after one round of warm-up,
+with one step. Printed are medians over pictures and rounds, in milliseconds, and shares of the total. On CUDA every part
+waits for the device.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from datapipe.sources import demo_photographs
+from models import entropy_coding
+from models.codec import Codec
+from store.triple import SMALL, load_codec
+from utils.commandline import answer, positive
+from utils.distributed import local_device
+from utils.errors import DiffoError
+from utils.files import atomic_write
+from utils.images import find_pictures, read_image, write_image
+
+# (what holds it, its attribute, name of the part); `Stopwatch` subtracts what is timed inside from what is around it
+NETWORKS = (
+    ("autoencoder", "encode", "E"),
+    ("vq_base", "indices", "VQ-E, nearest codes"),
+    ("vq_base", "reconstruct", "VQ-D"),
+    ("residual", "analysis", "g_a"),
+    ("residual", "symbols", "h_a"),
+    ("residual", "table_index", "h_s, exact integers"),
+    ("residual", "_mean", "m_s"),
+    ("residual", "restore", "g_s"),
+    ("", "denoise", "U, with its noise"),
+    ("autoencoder", "decode", "D"),
+)
+CODER = ("encode_indices", "encode_symbols", "decode_indices", "decode_symbols")
+
+
+class Stopwatch:
+    """Times calls by name. A call inside another counts for its own part alone."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.inside = [0.0]  # of the calls that are under way: seconds of the parts within
+
+    def time(self, part: str, work: Callable, *args, **kwargs):
+        self.inside.append(0.0)
+        began = self._now()
+        try:
+            return work(*args, **kwargs)
+        finally:
+            spent = self._now() - began
+            self.seconds[part] += spent - self.inside.pop()
+            self.inside[-1] += spent
+
+    def watch(self, owner: object, attribute: str, part: str) -> None:
+        """Time every call of an attribute of an object from now on."""
+        work = getattr(owner, attribute)
+        vars(owner)[attribute] = lambda *args, **kwargs: self.time(part, work, *args, **kwargs)
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def watch(codec: Codec, stopwatch: Stopwatch) -> None:
+    """Time the parts of a codec and of the entropy coder, in this process for good."""
+    for owner, attribute, part in NETWORKS:
+        network = getattr(codec, owner) if owner else codec
+        if network is not None:
+            if attribute in network._modules:
+                network, attribute = network._modules[attribute], "forward"
+            stopwatch.watch(network, attribute, part)
+    for name in CODER:
+        stopwatch.watch(entropy_coding, name, "range coder")
+
+
+def code(codec: Codec, stopwatch: Stopwatch, path: Path, folder: Path, level: int) -> dict[str, dict[str, float]]:
+    """Seconds by part of one picture's way there and back."""
+    stream, found = folder / "a.dfo", {}
+
+    def there() -> None:
+        image = stopwatch.time("read the picture", read_image, path)
+        data = codec.write(codec.analyse(image), level)
+        stopwatch.time("write the file", atomic_write, stream, data)
+
+    def back() -> None:
+        data = stopwatch.time("read the file", stream.read_bytes)
+        decoded = codec.decode(data)
+        stopwatch.time("write the PNG", write_image, folder / "a.png", decoded.image)
+
+    for name, work in (("encode", there), ("decode", back)):
+        stopwatch.seconds.clear()
+        stopwatch.time("the rest", work)
+        found[name] = dict(stopwatch.seconds)
+    return found
+
+
+def table(found: list[dict[str, dict[str, float]]]) -> str:
+    """Medians of the parts, and of their sums."""
+    lines = []
+    for name in found[0]:
+        runs = [run[name] for run in found]
+        total = statistics.median(sum(run.values()) for run in runs)
+        lines.append(f"{name:24}{'ms':>9}{'share':>8}")
+        parts = dict.fromkeys(part for run in runs for part in run)
+        for part in [p for p in parts if p != "the rest"] + ["the rest"]:
+            median = statistics.median(run.get(part, 0.0) for run in runs)
+            lines.append(f"  {part:22}{1e3 * median:9.2f}{median / total:8.1%}")
+        lines.append(f"  {'together':22}{1e3 * total:9.2f}{1:8.0%}")
+    return "\n".join(lines)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--weights", type=Path, default=SMALL, metavar="DIR", help="release folder (default: the small one that ships)")
+    add("--pictures", type=Path, metavar="DIR", help="pictures (default: those of scikit-image)")
+    add("--quality", type=float, default=40.0, metavar="Q", help="0, the base alone, to 100 (default: 40)")
+    add("--rounds", type=positive, default=3, metavar="N", help="rounds over all pictures (default: 3)")
+    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
+    add("--precision", choices=["float32", "bfloat16"], default="float32", help="of the networks")
+    return parser.parse_args(argv)
+
+
+def bench(args: argparse.Namespace) -> None:
+    device = local_device(args.device)
+    paths = find_pictures(args.pictures, recursive=True) if args.pictures else demo_photographs()
+    if not paths:
+        raise DiffoError(f"{args.pictures}: no pictures there")
+    codec = load_codec(args.weights, device)
+    try:
+        level = codec.level_code(args.quality)
+    except ValueError as error:
+        raise DiffoError(f"--quality: {error}") from error
+    stopwatch = Stopwatch(device)
+    watch(codec, stopwatch)
+    found = []
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bfloat16")
+    with tempfile.TemporaryDirectory() as folder, autocast:
+        code(codec, stopwatch, paths[0], Path(folder), level)
+        for path in tqdm(paths * args.rounds, unit="picture", leave=False):
+            found.append(code(codec, stopwatch, path, Path(folder), level))
+    print(
+        f"{args.weights.name}, quality {args.quality:g}, {len(paths)} pictures, {args.rounds} rounds, {device}, "
+        f"{args.precision}, {torch.get_num_threads()} threads: medians\n{table(found)}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(answer(bench, parse()))
