@@ -149,7 +149,7 @@ def test_rates_on_kodak(tmp_path):
             smallest = {row["picture"]: row["bytes"] for row in rows}
         largest = {row["picture"]: row["bytes"] for row in rows}
     assert means == sorted(means) and means[0] < 0.035 and means[1] < 0.04 and means[-1] > 0.15
-    for allowed in (1700, 1900, 2500, 4000, 6000, 8000):
+    for allowed in (1750, 1900, 2500, 4000, 6000, 8000):  # every base alone is smaller
         out = tmp_path / f"{allowed} bytes"
         flags = ["--mode", "compress", "-i", KODAK, "-o", out, "--max_bytes", allowed]
         run("inference.py", *flags, threads=2, timeout=900)
