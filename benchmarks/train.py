@@ -102,11 +102,12 @@ class Runner:
         self.batches = list(islice(stream(pictures, params.batch_size, 0, 1, 0), BATCHES))
 
     def step(self) -> float:
+        """One update; its loss without the auxiliary term, which is of no picture and would drown the others."""
         image, _ = self.batches[self.taken % BATCHES]
         positions = torch.arange(self.size) + self.taken * self.size
         logs, _ = self.stage.step(image.to(self.device), positions, self.taken)
         self.taken += 1
-        return logs["loss"]
+        return logs["loss"] - logs.get("auxiliary", 0.0)
 
     def seconds(self, steps: int) -> tuple[float, float]:
         """Elapsed, and of processor time."""
