@@ -9,6 +9,9 @@ whatever else the machine does slows both. Times are of whole steps (forward, lo
 batches that are there already; a ratio is the median of the rounds' ratios. Beside it stands the same of processor
 time, which is steadier where others use the machine (and says nothing of a GPU's). Peak memory is the process's own
 (resident on the CPU, allocated tensors on CUDA). Loading pictures is not measured.
+
+Losses (`--losses N`) are compared over several seeds: a short training is chaotic, and two runs that differ by rounding
+alone end as far apart as two seeds.
 """
 
 import argparse
@@ -19,7 +22,7 @@ import statistics
 import sys
 import time
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, product
 
 import torch
 
@@ -46,7 +49,7 @@ OPTIONS = {
     "plain": PLAIN,  # against itself: what the machine's noise alone gives
 }
 BATCHES = 8  # different ones, again and again
-SEEDS = (1, 2, 3)  # of further plain runs, whose losses tell what is noise
+SIGNIFICANT = 0.05
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -58,6 +61,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=positive, default=4, metavar="N", help="steps of a round (default: 4)")
     parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="rounds of each (default: 5)")
     parser.add_argument("--losses", type=positive, metavar="N", help="compare the losses of N steps instead of times")
+    parser.add_argument(
+        "--seeds", type=positive, default=6, metavar="S", help="runs of each with --losses (default: 6)"
+    )
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args(argv)
@@ -185,25 +191,36 @@ def measure(config: TrainConfig, stage: str, names: list[str], device: torch.dev
         print(f"{'plain float32':18}{rate:12.2f}{1:8.2f}{'':16}{1:11.2f}{base:10.0f}{1:8.2f}", flush=True)
 
 
-def compare(config: TrainConfig, stage: str, names: list[str], device: torch.device, steps: int) -> bool:
-    """Mean loss of the last quarter of N steps; whether every option's is as near the plain one's as other seeds' are."""
+def chance(differences: list[float]) -> float:
+    """How likely a mean at least as far from 0 is where the sign of each difference is a coin's: the exact paired test.
 
-    def tail(speed: SpeedParams, seed: int) -> float:
-        with Worker(replace(config, speed=speed, seed=seed), stage, device) as worker:
-            losses = worker.ask("losses", steps)
-        return statistics.mean(losses[-max(1, steps // 4) :])
+    With fewer than six differences it is never below 0.05.
+    """
+    found = abs(sum(differences)) * (1 - 1e-9)  # the same sum in another order must count
+    flips = [abs(sum(flipped)) for flipped in product(*((d, -d) for d in differences))]
+    return sum(flip >= found for flip in flips) / len(flips)
 
-    plain = tail(PLAIN, config.seed)
-    others = [tail(PLAIN, config.seed + seed) for seed in SEEDS]
-    noise = max(abs(other - plain) for other in others)
-    print(f"stage {stage}, mean loss of steps {steps - max(1, steps // 4)} to {steps}")
-    print(f"{'plain float32':18}{plain:10.5f}   other seeds: {', '.join(f'{o:.5f}' for o in others)}", flush=True)
-    within = True
+
+def compare(config: TrainConfig, stage: str, names: list[str], device: torch.device, steps: int, seeds: int) -> bool:
+    """Mean loss of the last quarter of N steps, seed by seed; whether no option's differs from plain float32's."""
+    last = max(1, steps // 4)
+
+    def tails(name: str) -> list[float]:
+        found = []
+        for seed in range(config.seed, config.seed + seeds):
+            with Worker(replace(config, speed=OPTIONS[name], seed=seed), stage, device) as worker:
+                found.append(statistics.mean(worker.ask("losses", steps)[-last:]))
+        print(f"{name:18}{statistics.mean(found):10.5f}   {' '.join(f'{loss:.4f}' for loss in found)}", flush=True)
+        return found
+
+    print(f"stage {stage}, mean loss of steps {steps - last} to {steps}, over the seeds and of each", flush=True)
+    plain, within = tails("plain"), True
     for name in names:
-        ours = tail(OPTIONS[name], config.seed)
-        ok = abs(ours - plain) <= noise
-        within &= ok
-        print(f"{name:18}{ours:10.5f}   {ours - plain:+.5f}: {'within' if ok else 'OUTSIDE'} noise", flush=True)
+        differences = [ours - theirs for ours, theirs in zip(tails(name), plain, strict=True)]
+        p = chance(differences)
+        within &= p >= SIGNIFICANT
+        verdict = "within noise" if p >= SIGNIFICANT else "OUTSIDE noise"
+        print(f"{'':18}{statistics.mean(differences):+10.5f}   p = {p:.2f}, {verdict}", flush=True)
     return within
 
 
@@ -223,7 +240,7 @@ def bench(args: argparse.Namespace) -> int:
     names = args.options or default_options(device)
     print(f"{args.config}{f', width {args.width}' if args.width else ''}, {device}, {torch.get_num_threads()} threads")
     if args.losses:
-        return int(not all([compare(config, stage, names, device, args.losses) for stage in args.stages]))
+        return int(not all([compare(config, stage, names, device, args.losses, args.seeds) for stage in args.stages]))
     for stage in args.stages:
         measure(config, stage, names, device, args.steps, args.rounds)
     return 0

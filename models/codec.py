@@ -23,7 +23,8 @@ from models.autoencoder import Autoencoder
 from models.bitstream import CodedPicture, CodedResidual
 from models.diffusion import Schedule
 from models.records import CELL, ONE_STEP, Analysed, CodecOutput, CodecParams, Contents, Decoded, Draws, Sampling
-from models.residual_hyperprior import LEVEL_CODES, ResidualHyperprior, Symbols, hyper_size
+from models.residual_hyperprior import LEVEL_CODES, ResidualHyperprior, Symbols
+from models.residual_networks import hyper_size
 from models.unet import UNet
 from models.vq_base import VQBase
 from utils.errors import BitstreamError, CheckpointError

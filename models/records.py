@@ -8,7 +8,8 @@ from torch import Tensor
 from models.autoencoder import AutoencoderParams
 from models.bitstream import LATENT_STRIDE, CodedPicture
 from models.diffusion import DiffusionParams, RateParams
-from models.residual_hyperprior import ResidualParams, Symbols
+from models.residual_hyperprior import Symbols
+from models.residual_networks import ResidualParams
 from models.unet import UNetParams
 from models.vq_base import BaseCode, VQBaseParams
 

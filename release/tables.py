@@ -11,18 +11,8 @@ from tqdm import tqdm
 from datapipe.pictures import Pictures, generator, stream
 from models.codec import Codec
 from models.entropy_coding import centred_table, frequency_table, table_cost_bits
-from models.residual_hyperprior import (
-    HYPER_REACH,
-    LEVEL_CODES,
-    SCALE_MIN,
-    SCALE_STEP,
-    SCALES,
-    SYMBOL_REACH,
-    ResidualParams,
-    ResidualTables,
-    Symbols,
-    node_of,
-)
+from models.residual_hyperprior import HYPER_REACH, LEVEL_CODES, SYMBOL_REACH, ResidualTables, Symbols, node_of
+from models.residual_networks import SCALE_MIN, SCALE_STEP, SCALES, ResidualParams
 from training.config import TrainConfig
 
 PRIOR_WEIGHT = 64  # symbols that the Gaussian counts for, beside those that were seen

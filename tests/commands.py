@@ -1,6 +1,7 @@
 """Running the project's commands as a user does: in processes of their own, from the repository's folder."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,13 @@ def run(*args, threads: int = 1, expect: int = 0, timeout: float = 300) -> subpr
     assert done.returncode == expect, f"{args}: exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
     assert "Traceback" not in done.stderr, done.stderr
     return done
+
+
+def free_port() -> int:
+    """A port of this machine for the processes of a test to meet at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def photograph(path: Path, width: int, height: int, seed: int = 0) -> Path:

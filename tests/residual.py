@@ -9,16 +9,8 @@ import torch.nn.functional as F
 
 from models.codec import Codec
 from models.entropy_coding import centred_table, frequency_table
-from models.residual_hyperprior import (
-    HYPER_REACH,
-    SCALE_MIN,
-    SCALE_STEP,
-    SCALES,
-    SYMBOL_REACH,
-    ResidualHyperprior,
-    ResidualParams,
-    ResidualTables,
-)
+from models.residual_hyperprior import HYPER_REACH, SYMBOL_REACH, ResidualHyperprior, ResidualTables
+from models.residual_networks import SCALE_MIN, SCALE_STEP, SCALES, ResidualParams
 from tests.commands import NANO
 from tests.networks import off_zero
 from training.config import load_config

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from store.triple import NAMES
-from tests.commands import NANO, ROOT, on_board, photograph, run
+from tests.commands import NANO, ROOT, free_port, on_board, photograph, run
 from training.checkpointing import Checkpoints, Point
 from utils import checkpoints
 from utils.errors import CheckpointError
@@ -302,3 +302,29 @@ def test_a_loss_that_is_not_finite_keeps_the_state_and_the_last_checkpoint(data,
     assert all(value.isfinite().all() for value in failed["codec"].values() if value.is_floating_point())
     assert Checkpoints(folder, ["gt", "codec"], 3).newest()[0]["step"] == 2
     assert main(["--resume", str(folder)]) == 0  # with the fault gone
+
+
+def fails_on_two_ranks(rank: int, port: int, args: list[str]) -> None:
+    """The command as torchrun starts it; the main process is slow to write."""
+    from main_diffusion_train_vq import main
+
+    launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({key: str(value) for key, value in launched.items()})
+    torch.set_num_threads(1)
+    save = checkpoints.save
+
+    def slowly(path: Path, content: dict) -> None:
+        time.sleep(3)
+        save(path, content)
+
+    checkpoints.save = slowly
+    sys.exit(main(args))
+
+
+def test_the_failed_state_is_whole_before_any_rank_ends(data, tmp_path):
+    """A launcher stops all ranks when the first has ended, as the spawning here does."""
+    args = [*command(data, tmp_path), "validation.folder=null", "save_every=9", "gt.optim.lr=1e30"]
+    with pytest.raises(torch.multiprocessing.ProcessExitedException, match="exit code 1"):
+        torch.multiprocessing.spawn(fails_on_two_ranks, args=(free_port(), args), nprocs=2)
+    failed = checkpoints.read(tmp_path / "nano" / "failed_state.pth")
+    assert failed["stage"] == "gt" and "is not finite" in failed["failed"]

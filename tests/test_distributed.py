@@ -4,7 +4,6 @@ In float64, to 1e-9 of each tensor's largest entry.
 """
 
 import copy
-import socket
 from functools import cache
 
 import pytest
@@ -13,7 +12,7 @@ import torch.multiprocessing as multiprocessing
 
 from models.codec import Codec
 from store.triple import NETWORKS
-from tests.commands import NANO
+from tests.commands import NANO, free_port
 from training.config import load_config
 from training.stages import STAGES
 from utils import distributed
@@ -69,12 +68,6 @@ def train(name: str, world: int, rank: int, microbatch: int | None) -> tuple[dic
 @cache
 def alone(name: str) -> tuple[dict[str, torch.Tensor], list[dict]]:
     return train(name, 1, 0, None)
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def worker(rank: int, world: int, port: int, name: str, path: str) -> None:

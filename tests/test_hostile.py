@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from benchmarks import hostile, mutations
 from models import entropy_coding
 from models.bitstream import CodedResidual, noise_seed, pack, unpack
-from models.residual_hyperprior import hyper_size
+from models.residual_networks import hyper_size
 from tests.commands import photograph
 from tests.residual import FINGERPRINT, new_codec, picture
 from utils.errors import BitstreamError, CheckpointError

@@ -10,19 +10,8 @@ import torch
 from models import residual_hyperprior
 from models.entropy_coding import symbol_bits
 from models.records import Draws
-from models.residual_hyperprior import (
-    HYPER_REACH,
-    SCALE_MIN,
-    SCALE_STEP,
-    SCALES,
-    SYMBOL_REACH,
-    ResidualHyperprior,
-    ResidualParams,
-    ResidualTables,
-    hyper_size,
-    level_of,
-    node_of,
-)
+from models.residual_hyperprior import HYPER_REACH, SYMBOL_REACH, ResidualHyperprior, ResidualTables, level_of, node_of
+from models.residual_networks import SCALE_MIN, SCALE_STEP, SCALES, ResidualParams, hyper_size
 from tests.residual import SMALL, D, K, new_codec, new_residual, residual_tables
 
 SIZES = [(1, 1), (2, 5), (17, 9)]

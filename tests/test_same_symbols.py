@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.residual_hyperprior import SCALES
+from models.residual_networks import SCALES
 from tests.commands import run
 from tests.residual import new_codec, picture
 from utils.images import to_signed

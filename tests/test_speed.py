@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.train import OPTIONS, PLAIN, parse
+from benchmarks.train import OPTIONS, PLAIN, chance, parse
 from models.blocks import nearest_codes
 from tests.commands import NANO, run
 from training.config import load_config
@@ -209,8 +209,17 @@ def test_the_benchmark_runs():
     small = ["--config", NANO, "--device", "cpu", "--stages", "gt"]
     told = run("-m", "benchmarks.train", *small, "--options", "checkpointing", "--steps", 1, "--rounds", 1).stdout
     assert [line.split()[0] for line in told.splitlines()[1:]] == ["stage", "checkpointing", "plain"]
-    told = run("-m", "benchmarks.train", *small, "--options", "plain", "--losses", 4).stdout
-    assert told.splitlines()[-1].split()[0] == "plain" and "+0.00000: within noise" in told
+    told = run("-m", "benchmarks.train", *small, "--options", "plain", "--losses", 4, "--seeds", 2).stdout
+    (first, *seeds), (again, *others), verdict = (line.split() for line in told.splitlines()[2:])
+    assert first == again == "plain" and len(seeds) == 3 and seeds == others
+    assert verdict == ["+0.00000", "p", "=", "1.00,", "within", "noise"]
+
+
+def test_losses_differ_where_signs_are_too_alike_for_chance():
+    assert chance([0.1] * 6) == chance([-0.1] * 6) == 2 / 64
+    assert chance([0.1] * 5) == 2 / 32
+    assert chance([1.0, 1.0, -0.5]) == 4 / 8  # all but the four sums of 0.5
+    assert chance([0.0, 0.0]) == 1.0
 
 
 @pytest.mark.slow

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ import torch
 import yaml
 
 from release import load_codec
-from tests.commands import NANO, ROOT, on_board, photograph, run
+from tests.commands import NANO, ROOT, free_port, on_board, photograph, run
 from utils import checkpoints
 
 TRAIN = ROOT / "main_diffusion_train_vq.py"
@@ -126,10 +125,7 @@ def test_resume_after_a_kill_gives_the_same_losses(finished, data, tmp_path):
 
 def test_twenty_steps_on_two_gloo_processes(data, tmp_path):
     """Two ranks train as one: the same first loss as one process with twice the batch, and equal parameters."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--nnodes=1", f"--master_port={port}"]
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--nnodes=1", f"--master_port={free_port()}"]
     shared = ["--cfg_path", NANO, "--data", data, "--steps", 2, "--iterations", 20, "gt.adversarial_start=30"]
     run(*launch, TRAIN, *shared, "--save_dir", tmp_path / "two", "gt.batch_size=1", "codec.batch_size=1")
     run(TRAIN, *shared, "--save_dir", tmp_path / "one")
