@@ -3,6 +3,7 @@
     python -m benchmarks.train --config configs/tiny.yaml
     python -m benchmarks.train --width 128 --stages codec codec.batch_size=1
     python -m benchmarks.train --options defaults --losses 200
+    python -m benchmarks.train --stages codec autoencoder=weights/tiny-2/GT_vq_model_5000.pth.tar
 
 Every option trains in a process of its own, beside one of plain float32; the two take turns, round by round, so that
 whatever else the machine does slows both. Times are of whole steps (forward, losses, backward, update, averages) on
@@ -30,7 +31,7 @@ from datapipe.pictures import Pictures, stream
 from training.config import TrainConfig, load_config
 from training.speed import Speed, SpeedParams, has_bfloat16
 from training.stages import STAGES
-from training.trainer import new_codec
+from training.trainer import new_codec, start_from
 from utils import distributed
 from utils.commandline import answer, positive
 from utils.errors import DiffoError
@@ -102,7 +103,9 @@ class Runner:
     def __init__(self, config: TrainConfig, name: str, device: torch.device):
         Speed(config.speed, device).settle()
         params = getattr(config, name)
-        self.stage = STAGES[name](config, new_codec(config).to(device), device)
+        codec = new_codec(config).to(device)
+        start_from(config, codec)
+        self.stage = STAGES[name](config, codec, device)
         self.device, self.size, self.taken = device, params.batch_size, 0
         pictures = Pictures(replace(config.data, workers=0), params.crop_size, config.seed)
         self.batches = list(islice(stream(pictures, params.batch_size, 0, 1, 0), BATCHES))

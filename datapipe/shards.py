@@ -42,10 +42,16 @@ class ShardSource(Source):
         self._starts = np.cumsum([0, *map(len, self._indexes)])
         super().__init__(", ".join(patterns), int(self._starts[-1]))
 
+    def names(self) -> Iterator[str]:
+        return (
+            f"{tar.name} {_fingerprint(tar)} {len(rows)}" for tar, rows in zip(self.tars, self._indexes, strict=True)
+        )
+
     def read(self, index: int) -> Tensor:
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
         tar = self.tars[shard]
         offset, length = map(int, self._indexes[shard][index - self._starts[shard]])
+        where = f"{tar}: picture at byte {offset} cannot be read"
         try:
             # Opened anew each time: an open file's position would be shared by all processes that decode.
             with open(tar, "rb") as file:
@@ -53,11 +59,11 @@ class ShardSource(Source):
                 block = io.BytesIO(file.read(length))
             with tarfile.open(fileobj=block, mode="r:") as member:
                 info = member.next()
-                data = member.extractfile(info).read()
+                data = member.extractfile(info).read() if info and info.isreg() else None
         except (OSError, tarfile.TarError) as error:
-            raise PictureError(
-                f"{tar}: picture at byte {offset} cannot be read ({error}); is the tar whole?"
-            ) from error
+            raise PictureError(f"{where} ({error}); is the tar whole?") from error
+        if data is None:  # zeros read as the end of a tar
+            raise PictureError(f"{where} (no file starts there); is the tar whole?")
         return decode_image(data, f"{tar}: {info.name}")
 
 

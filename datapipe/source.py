@@ -1,6 +1,8 @@
 """What every source of pictures is: pictures by index, and a record of those that cannot be read."""
 
+import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -30,6 +32,17 @@ class Source(ABC):
     @abstractmethod
     def read(self, index: int) -> Tensor:
         """The picture as uint8 (3, H, W), RGB. Raises PictureError, which names it, if it cannot be read."""
+
+    @abstractmethod
+    def names(self) -> Iterable[str]:
+        """What tells one set of pictures from another, in order, wherever it is mounted."""
+
+    def digest(self) -> str:
+        """Of the names: alike where index i is the same picture."""
+        digest = hashlib.sha256()
+        for name in self.names():
+            digest.update(name.encode(errors="surrogateescape") + b"\0")
+        return digest.hexdigest()
 
     def mark_unreadable(self, index: int) -> None:
         self._unreadable[index] = True

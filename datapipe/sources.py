@@ -1,6 +1,7 @@
 """Where pictures come from: index -> decoded picture, from folders, text lists or tar shards."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,14 +18,24 @@ KINDS = ("folder", "txt_file_path", "shards")  # keys of the configuration; one 
 
 
 class FileSource(Source):
-    """One file for each picture."""
+    """One file for each picture.
 
-    def __init__(self, paths: Sequence[Path], name: str):
-        super().__init__(name, len(paths))
-        self.paths = paths
+    Args:
+        found: folders, and the files that were found in each, in order.
+    """
+
+    def __init__(self, found: Sequence[tuple[Path, Sequence[Path]]], name: str):
+        self.found = found
+        self.paths = [path for _, paths in found for path in paths]
+        super().__init__(name, len(self.paths))
 
     def read(self, index: int) -> Tensor:
         return read_image(self.paths[index])
+
+    def names(self) -> Iterator[str]:
+        for folder, paths in self.found:
+            start = os.path.join(folder, "")  # a list may name files elsewhere, on each machine in another place
+            yield from (str(path).removeprefix(start) if str(path).startswith(start) else path.name for path in paths)
 
 
 def open_source(folder: Paths = None, txt_file_path: Paths = None, shards: Paths = None) -> Source:
@@ -37,11 +48,12 @@ def open_source(folder: Paths = None, txt_file_path: Paths = None, shards: Paths
         return ShardSource(several(shards))
     if txt_file_path:
         lists = several(txt_file_path)
-        return FileSource([path for name in lists for path in read_list(name)], ", ".join(lists))
+        return FileSource([(Path(name).parent, read_list(name)) for name in lists], ", ".join(lists))
     if folder:
         folders = several(folder)
-        return FileSource([path for f in folders for path in find_pictures(f, recursive=True)], ", ".join(folders))
-    return FileSource(demo_photographs(), "scikit-image's photographs (no data was named)")
+        return FileSource([(Path(f), find_pictures(f, recursive=True)) for f in folders], ", ".join(folders))
+    demo = demo_photographs()
+    return FileSource([(demo[0].parent, demo)], "scikit-image's photographs (no data was named)")
 
 
 def several(paths: Paths) -> tuple[str, ...]:

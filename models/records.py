@@ -52,6 +52,10 @@ class CodecParams:
         ]:
             if left != right:
                 raise ValueError(f"{what}: {left} is not {right}")
+        if difference and not (self.detail_branch and self.perceptual_branch):
+            raise ValueError(
+                "adapter difference: y^ is its only branch; detail_branch and perceptual_branch are parts of adapter published"
+            )
         if self.prediction == "correction" and not difference:
             raise ValueError("prediction correction: needs adapter difference, whose condition is y^")
         # A 1x1 latent has one value per channel, and a normalisation over a single value is undefined. (The UNet pads.)

@@ -1,10 +1,12 @@
 """Runs that are killed, run out of disk or meet a loss that is not finite: what stays, and that they go on exactly."""
 
+import errno
 import json
 import multiprocessing
 import os
 import random
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -13,11 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from store.triple import NAMES
+from store.triple import NAMES, Triple, load_triple
 from tests.commands import NANO, ROOT, free_port, on_board, photograph, run
 from training.checkpointing import Checkpoints, Point
 from utils import checkpoints
-from utils.errors import CheckpointError
+from utils.errors import CheckpointError, DiskFull
+from utils.files import make_folder
+from utils.images import read_image, to_signed
 
 TRAIN = ROOT / "main_diffusion_train_vq.py"
 SETTINGS = (
@@ -176,19 +180,122 @@ def test_a_checkpoint_without_its_files_is_passed_over(tmp_path):
 def test_a_stage_leaves_the_files_of_the_one_before_alone(tmp_path, monkeypatch):
     """Both stages save an iteration 3; the second one is killed before its state is there."""
     kept = fake(tmp_path, [2, 3], keep_last=2)
-    written = []
+    written, spared = [], []
     monkeypatch.setattr(checkpoints, "save", lambda path, content: written.append(path.name))
 
     def killed(triple, states, params, keep=()):
-        assert keep == {tmp_path / sub / "GT_vq_model_3.pth.tar" for sub in ("ckpts", "ema_ckpts")}
+        spared.append(set(keep))
         raise KeyboardInterrupt
 
     monkeypatch.setattr("training.checkpointing.save_triple", killed)
-    for step in (2, 3):  # an autoencoder of 2 iterations is not the one that stage codec has
+    # An autoencoder of 2 iterations is not the one that stage codec has; nor is one that a full disk has kept from it.
+    for step, held in ((2, 3.0), (3, 3.0), (3, 4.0)):
+        weights = {"autoencoder": {"w": torch.full((2,), held)}}
         with pytest.raises(KeyboardInterrupt):
-            kept.save(Point("codec", step), {}, {}, None, {})
+            kept.save(Point("codec", step), weights, weights, None, {})
         assert kept.newest()[0]["step"] == 3 and kept.points() == [Point("gt", 3)] and not written
+    assert spared == [set(), {tmp_path / "ckpts" / "GT_vq_model_3.pth.tar"}, set()]
     assert not (tmp_path / "ema_ckpts" / "GT_vq_model_2.pth.tar").exists()
+
+
+def interrupted(data: Path, save_dir: Path, monkeypatch, *options: str) -> Path:
+    """A run that is stopped before its third iteration of stage gt; its folder."""
+    from main_diffusion_train_vq import main
+    from training.gt_stage import GtStage
+
+    plain = GtStage.step
+
+    def step(self, image, positions, step):
+        if step == 2:
+            raise KeyboardInterrupt
+        return plain(self, image, positions, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GtStage, "step", step)
+        main([*command(data, save_dir), *options])
+    return save_dir / "nano"
+
+
+@pytest.mark.parametrize("iterations", [1, 2])
+def test_a_stage_that_is_ended_early_is_ended_all_the_same(iterations, data, tmp_path, monkeypatch):
+    """Its averages are taken and its latent is scaled, as at any end: the three files of the next stage fit together."""
+    from main_diffusion_train_vq import main
+
+    folder = interrupted(data, tmp_path, monkeypatch)
+    assert Checkpoints(folder, ["gt", "codec"], 2).points()[-1] == Point("gt", 2)
+    assert main(["--resume", str(folder), f"gt.iterations={iterations}", "codec.iterations=2"]) == 0
+    assert {path.stem for path in (folder / "states").iterdir()} == {"gt_2", "codec_1", "codec_2"}
+    codec = load_triple(Triple.of(folder / "ema_ckpts", 2))
+    pictures = torch.stack([to_signed(read_image(path))[:, :64, :64] for path in sorted(data.iterdir())])
+    deviation = codec.to_latent(pictures).std((0, 2, 3))
+    assert ((0.5 < deviation) & (deviation < 2)).all(), deviation
+
+
+def test_an_ended_autoencoder_is_not_trained_further(data, tmp_path, capsys):
+    """What ends stage gt, averages and a scaled latent, cannot be taken back. Stage codec has nothing of the kind."""
+    from main_diffusion_train_vq import main
+
+    args = [*command(data, tmp_path), "gt.iterations=2", "codec.iterations=2"]
+    assert main([*args, "stages=[gt]"]) == 0
+    folder = str(tmp_path / "nano")
+    assert main(["--resume", folder, "gt.iterations=3"]) == 1
+    assert "stage gt has ended there" in capsys.readouterr().err.splitlines()[-1]
+    assert json.loads((tmp_path / "nano" / "best.json").read_text())["stage"] == "gt"
+    assert main(["--resume", folder, "stages=[gt,codec]", "codec.iterations=1"]) == 0
+    assert json.loads((tmp_path / "nano" / "best.json").read_text())["stage"] == "codec"
+    assert main(["--resume", folder, "codec.iterations=2"]) == 0
+    assert Checkpoints(tmp_path / "nano", ["gt", "codec"], 2).points()[-1] == Point("codec", 2)
+
+
+def test_the_best_of_an_ended_stage_is_no_longer_named(data, tmp_path):
+    """Its files go when the next stage saves; that stage's own best is known after its first validation."""
+    from main_diffusion_train_vq import main
+
+    args = [*command(data, tmp_path), "gt.iterations=2", "codec.iterations=1", "validation.every=1"]
+    assert main([*args, "stages=[gt]"]) == 0 and (tmp_path / "nano" / "best.json").exists()
+    assert main(["--resume", str(tmp_path / "nano"), "stages=[gt,codec]", "validation.folder=null"]) == 0
+    assert not (tmp_path / "nano" / "best.json").exists()
+
+
+def test_a_resumed_run_needs_no_file_that_it_started_from(data, finished, tmp_path, monkeypatch):
+    from main_diffusion_train_vq import main
+
+    start = tmp_path / "start.pth.tar"
+    start.write_bytes((finished / "ema_ckpts" / "GT_vq_model_4.pth.tar").read_bytes())
+    folder = interrupted(data, tmp_path, monkeypatch, f"autoencoder={start}")
+    start.unlink()
+    assert main(["--resume", str(folder), "codec.iterations=1"]) == 0
+
+
+def test_a_disk_without_room_for_a_folder_is_full(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    with pytest.raises(DiskFull, match="this folder cannot be made"):
+        make_folder(tmp_path / "states")
+
+
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")),
+]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_deterministic_run_goes_on_bit_for_bit(device, data, tmp_path):
+    """With the device's own defaults of precision and layout, and the last iteration taken once more."""
+    from main_diffusion_train_vq import main
+
+    args = [*command(data, tmp_path / "whole"), "--device", device, "deterministic=true", "gt.adversarial_weight=0.8"]
+    assert main([*args, "gt.adversarial_start=1"]) == 0
+    whole, again = tmp_path / "whole" / "nano", tmp_path / "again"
+    shutil.copytree(whole, again)
+    (again / "states" / "codec_6.pth").unlink()
+    assert main(["--resume", str(again), "--device", device]) == 0
+    assert lines(again, "metrics.jsonl") == lines(whole, "metrics.jsonl")
+    ours, theirs = (checkpoints.read(folder / "states" / "codec_6.pth")["codec"] for folder in (again, whole))
+    assert all(torch.equal(ours[key], value) for key, value in theirs.items())
 
 
 @pytest.mark.parametrize("gone", ["states/codec_4.pth", "ema_ckpts/vq_model_4.pth.tar"])

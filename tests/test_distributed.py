@@ -14,6 +14,7 @@ from models.codec import Codec
 from store.triple import NETWORKS
 from tests.commands import NANO, free_port
 from training.config import load_config
+from training.perceptual import perceptual_term
 from training.stages import STAGES
 from utils import distributed
 
@@ -134,6 +135,24 @@ def test_micro_batches_train_as_the_whole(name):
     state, logs = train(name, 1, 0, 3)
     assert_equal(state, alone(name)[0])
     assert_logs_equal(logs, alone(name)[1])
+
+
+@pytest.mark.parametrize("perceptual", ["ms_ssim", "lpips"])
+def test_micro_batches_train_as_the_whole_with_a_perceptual_term(perceptual, monkeypatch):
+    """In float64 too; LPIPS with random weights."""
+    monkeypatch.setattr("training.codec_stage.perceptual_term", lambda kind: perceptual_term(kind, untrained=True))
+    image = torch.rand(2, 3, 176, 176, generator=torch.Generator().manual_seed(2), dtype=torch.float64) * 2 - 1
+    found = []
+    for microbatch in ("null", "1"):
+        torch.manual_seed(3)  # of the untrained LPIPS
+        stage = new_stage(
+            "codec", "codec.crop_size=176", f"codec.perceptual={perceptual}", f"codec.microbatch={microbatch}"
+        )
+        logs, _ = stage.step(image, torch.arange(2), 0)
+        assert logs["perceptual"] > 1e-3
+        found.append((state_of(stage), [logs]))
+    assert_equal(found[1][0], found[0][0])
+    assert_logs_equal(found[1][1], found[0][1])
 
 
 def assert_logs_equal(found: list[dict], expected: list[dict]) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import shutil
 import tarfile
 
 import numpy as np
@@ -77,6 +78,25 @@ def test_a_run_on_shards_goes_on_where_it_stopped(shards):
     rest = list(itertools.islice(stream(dataset(2, shards=shards), 3, 1, 2, 3 * 3 * 2), 2))
     for (images, positions), (again, same) in zip(whole[3:], rest, strict=True):
         assert torch.equal(positions, same) and torch.equal(images, again)
+
+
+def test_shards_are_told_apart_by_what_they_hold(folder, shards, tmp_path):
+    moved = shutil.copytree(shards, tmp_path / "elsewhere")
+    assert ShardSource([str(moved)]).digest() == ShardSource([str(shards)]).digest()
+    names = sorted(str(path) for path in shards.glob("*.tar"))
+    assert ShardSource(names[::-1]).digest() != ShardSource(names).digest()
+
+
+def test_a_hole_in_a_shard_is_a_picture_that_cannot_be_read(shards, tmp_path):
+    """Zeros, as an interrupted copy leaves them, read as the end of a tar."""
+    moved = shutil.copytree(shards, tmp_path / "elsewhere")
+    tar = sorted(moved.glob("*.tar"))[0]
+    offset, length = map(int, np.load(tar.with_name(tar.name + ".index.npy"))[2])
+    with tar.open("r+b") as file:
+        file.seek(offset)
+        file.write(bytes(length))
+    with pytest.raises(PictureError, match=f"picture at byte {offset} cannot be read .no file starts there"):
+        ShardSource([str(tar)]).read(1)
 
 
 def test_64_ranks_take_each_sample_once_an_epoch(tmp_path):

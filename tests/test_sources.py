@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import shutil
 import socket
 from pathlib import Path
 
@@ -117,7 +118,7 @@ def test_a_source_without_readable_pictures_is_an_error(tmp_path):
         (tmp_path / f"{i}.png").write_bytes(b"no picture")
     with pytest.raises(ConfigError, match=f"{tmp_path}: 2 pictures in a row cannot be read.*png: not a picture"):
         dataset(folder=str(tmp_path))  # at once, not in a worker later
-    many = FileSource([Path("none.png")] * 10**6, "many")
+    many = FileSource([(Path(), [Path("none.png")] * 10**6)], "many")
     with pytest.raises(ConfigError, match=f"many: {TRIED} pictures in a row"):
         Pictures(DataParams(), SIZE, 0, many)
 
@@ -129,6 +130,21 @@ def test_a_disk_that_goes_away_is_one_line(folder):
     with pytest.raises(ConfigError) as caught:
         next(iter(stream(pictures, 2, 0, 1, 0)))
     assert "in a row cannot be read" in str(caught.value) and "Traceback" not in str(caught.value)
+
+
+def test_sets_are_told_apart_by_names_and_order_and_not_by_place(folder, tmp_path):
+    """Ranks that see different sets would train on them without a word."""
+    moved = shutil.copytree(folder, tmp_path / "elsewhere" / "pictures")
+    names = sorted(path.name for path in moved.iterdir())
+    for number, order in enumerate((names, names[::-1])):
+        (moved / f"{number}.txt").write_text("".join(f"{name}\n" for name in order))
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "far.txt").write_text("".join(f"{moved / name}\n" for name in names))
+    same = open_source(folder=str(folder)).digest()
+    assert open_source(folder=str(moved)).digest() == same
+    assert open_source(txt_file_path=str(moved / "0.txt")).digest() == same
+    assert open_source(txt_file_path=str(tmp_path / "lists" / "far.txt")).digest() == same
+    assert open_source(txt_file_path=str(moved / "1.txt")).digest() != same
 
 
 def test_empty_and_missing_folders_are_named(tmp_path):

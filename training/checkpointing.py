@@ -97,7 +97,8 @@ class Checkpoints:
                 if point.stage == "gt":
                     checkpoints.save(triple.autoencoder, {"state_dict": states["autoencoder"]})
                 else:
-                    save_triple(triple, states, params, keep=there)
+                    shared = triple.autoencoder in there and _holds(triple.autoencoder, states["autoencoder"])
+                    save_triple(triple, states, params, keep={triple.autoencoder} if shared else ())
             files = {str(path.relative_to(self.folder)): path.stat().st_size for path in self._files(point)}
             about = {"stage": point.stage, "step": point.step, "files": files}
             checkpoints.save(self._state(point), about | state)
@@ -109,8 +110,8 @@ class Checkpoints:
     def _earlier(self, point: Point) -> set[Path]:
         """Files of the last checkpoint of the stages before, which a checkpoint of this one may share and must not touch.
 
-        The last iteration of `gt` and the same one of `codec` name one autoencoder, and it is one: `codec` leaves it
-        alone. Checkpoints of `gt` before its last hold others, so they go first.
+        The last iteration of `gt` and the same one of `codec` name one autoencoder, and it is one (`_holds`): `codec`
+        leaves it alone. Checkpoints of `gt` before its last hold others, so they go first.
         """
         points = self.points()
         before = [p for p in points if self.stages.index(p.stage) < self.stages.index(point.stage)]
@@ -125,7 +126,8 @@ class Checkpoints:
         """Remove all but the last few of the present stage, its best and the last of every earlier stage.
 
         Args:
-            best: "stage", "step" and "loss" of the best checkpoint by validation, which best.json names.
+            best: "stage", "step" and "loss" of the stage's best checkpoint by validation, which best.json names; None
+                where there has been no validation.
         """
         points = self.points()
         stage = points[-1].stage
@@ -138,6 +140,8 @@ class Checkpoints:
                 self._remove(point, kept)
         if best:
             atomic_write(self.folder / BEST, (json.dumps(best) + "\n").encode())
+        else:
+            (self.folder / BEST).unlink(missing_ok=True)
 
     def set_aside(self, points: Iterable[Point]) -> None:
         """What is not complete no longer counts as a checkpoint; its state stays under another name."""
@@ -179,6 +183,14 @@ class Checkpoints:
 
     def _marker(self, point: Point) -> Path:
         return self.folder / STATES / f".{point.stage}_{point.step}.begun"
+
+
+def _holds(path: Path, state: dict[str, Tensor]) -> bool:
+    """Whether a file holds these very weights: where the disk was full, an earlier stage's last ones may be missing."""
+    try:
+        return checkpoints.digest(checkpoints.read(path)["state_dict"]) == checkpoints.digest(state)
+    except CheckpointError:
+        return False
 
 
 def is_run(folder: Path) -> bool:

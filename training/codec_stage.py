@@ -52,6 +52,7 @@ class CodecStage:
     """
 
     name = "codec"
+    extends = True  # a finished stage can be trained further
 
     def __init__(self, config: TrainConfig, codec: Codec, device: torch.device):
         p: CodecStageParams = config.codec

@@ -34,7 +34,7 @@ def perceptual_term(kind: str, untrained: bool = False) -> Perceptual:
 
 
 class Lpips(nn.Module):
-    """LPIPS-vgg, a mean over the batch; it follows the pictures to their device."""
+    """LPIPS-vgg, a mean over the batch; it follows the pictures to their device and precision."""
 
     def __init__(self, untrained: bool):
         super().__init__()
@@ -44,4 +44,4 @@ class Lpips(nn.Module):
         self.network = network.eval().requires_grad_(False)
 
     def forward(self, image: Tensor, target: Tensor) -> Tensor:
-        return self.network.to(image.device)(image, target).mean()
+        return self.network.to(image)(image, target).mean()

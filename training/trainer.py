@@ -47,6 +47,21 @@ def new_codec(config: TrainConfig) -> Codec:
     return codec
 
 
+def start_from(config: TrainConfig, codec: Codec) -> list[str]:
+    """Load the networks that the configuration starts from, in place; one line to tell for each.
+
+    Raises:
+        CheckpointError: a file that is not there, or not of that network and size.
+    """
+    told = []
+    for name in NAMES:
+        if path := getattr(config, name):
+            state, dropped = checkpoints.parameters_of(checkpoints.read(path))
+            checkpoints.load_strictly(getattr(codec, name), state, path)
+            told.append(f"{name} from {path}, without {len(dropped)} other entries")
+    return told
+
+
 @dataclass(frozen=True)
 class Start:
     """Where a run goes on: number of the stage, iterations done, samples that they took, saved state of the stage."""
@@ -77,15 +92,12 @@ class Trainer:
         if distributed.is_main():
             require_writable(make_folder(folder))
         self.log = RunLog(folder, distributed.is_main(), patient=config.on_full_disk == "continue")
-        for name in NAMES:
-            if path := getattr(config, name):
-                state, dropped = checkpoints.parameters_of(checkpoints.read(path))
-                checkpoints.load_strictly(getattr(self.codec, name), state, path)
-                self.log.say(f"{name} from {path}, without {len(dropped)} other entries")
         self.source = open_source(config.data.folder, config.data.txt_file_path, config.data.shards)
         counts = distributed.gather_objects(len(self.source))
         if len(set(counts)) > 1:
             raise ConfigError(f"{self.source.name}: ranks find different numbers of pictures there: {counts}")
+        if len(set(distributed.gather_objects(self.source.digest()))) > 1:
+            raise ConfigError(f"{self.source.name}: ranks find other pictures there, or in another order")
 
     def run(self) -> None:
         start = self._resume()
@@ -101,31 +113,34 @@ class Trainer:
     def _stage(self, name: str, start: Start) -> None:
         params = getattr(self.config, name)
         stage = STAGES[name](self.config, self.codec, self.device)
+        if self.best and self.best["stage"] != name:
+            self.best = self.saved_best = None
         if start.state:
             stage.load_state_dict(start.state)
         self.position = start.position
+        last = max(params.iterations, start.step)  # where fewer are asked for than are done, the stage ends at once
         pictures = Pictures(self.config.data, params.crop_size, self.config.seed, self.source)
         rank, world = distributed.rank(), distributed.world_size()
         self.log.begin(name, start.step)
         self.log.say(
-            f"stage {name}: iterations {start.step} to {params.iterations}, {len(self.source)} pictures from "
+            f"stage {name}: iterations {start.step} to {last}, {len(self.source)} pictures from "
             f"{self.source.name}, batch {params.batch_size} x {world}, {self.device}, {stage.speed}"
         )
         batches = iter(stream(pictures, params.batch_size, rank, world, start.position))
-        steps = range(start.step, params.iterations)
-        shown = dict(initial=start.step, total=params.iterations, desc=name, mininterval=1.0)
+        steps = range(start.step, last)
+        shown = dict(initial=start.step, total=last, desc=name, mininterval=1.0)
         for step in (bar := tqdm(steps, disable=not distributed.is_main(), **shown)):
             loss = self._step(stage, step, batches)
             bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
             done = step + 1
             better = self._validate(stage, done)
-            if done < params.iterations and (better or done % self.config.save_every == 0):
+            if done < last and (better or done % self.config.save_every == 0):
                 self._save(stage, done)
         if name == "gt":
             count = -(-params.statistics // (params.batch_size * world))
             stage.finish(itertools.islice(stream(pictures, params.batch_size, rank, world, 0), count))
         self._tell_unreadable()
-        self._save(stage, params.iterations)
+        self._save(stage, last, finished=True)
 
     def _step(self, stage, step: int, batches: Iterator) -> float:
         """One update and what is logged of it; returns the loss."""
@@ -159,7 +174,7 @@ class Trainer:
         except NotFinite as error:
             raise self._failed(stage, done, error) from error
         self.log.validation(stage.name, done, scores, rows)
-        better = not self.best or self.best["stage"] != stage.name or scores["loss"] < self.best["loss"]
+        better = not self.best or scores["loss"] < self.best["loss"]
         if better:
             self.best = {"stage": stage.name, "step": done, "loss": scores["loss"]}
         return better
@@ -168,16 +183,18 @@ class Trainer:
         training = {"codec": self.codec.state_dict(), "training": stage.state_dict()}
         return training | {"best": self.best, "position": self.position}
 
-    def _save(self, stage, step: int) -> None:
+    def _save(self, stage, step: int, finished: bool = False) -> None:
         """Write a checkpoint, then remove those that need not stay; every rank waits for it.
 
+        Args:
+            finished: the stage is done with, not only all its iterations.
         Raises:
             DiskFull: unless the configuration says to go on.
         """
         told: str | None = None
         if distributed.is_main():
             raw = {n: getattr(self.codec, n).state_dict() for n in NETWORKS if getattr(self.codec, n) is not None}
-            point, state = Point(stage.name, step), self._state(stage)
+            point, state = Point(stage.name, step), self._state(stage) | {"finished": finished}
             try:
                 told = f"stage {stage.name}, iteration {step} is not saved"
                 self.checkpoints.save(point, raw, stage.states(), self.config.networks, state)
@@ -231,9 +248,11 @@ class Trainer:
             self.checkpoints.remove_unfinished()
         if saved is None:
             self.log.keep_until(stages[0], 0, stages)
+            for told in start_from(self.config, self.codec):
+                self.log.say(told)
             return Start(0)
         where = f"{self.folder}, {saved['stage']} {saved['step']}"
-        if "position" not in saved:
+        if "position" not in saved or "finished" not in saved:
             raise CheckpointError(f"{where}: an older version's checkpoint; go on with that version")
         checkpoints.load_strictly(self.codec, saved["codec"], where)
         self.best = self.saved_best = saved["best"]
@@ -241,7 +260,17 @@ class Trainer:
             self.checkpoints.keep(self.best)  # it may have been killed before it did
         self.log.keep_until(saved["stage"], saved["step"], stages)
         self.log.say(f"resumed after {saved['stage']} {saved['step']}: {' '.join(sys.argv[1:])}")
-        index = stages.index(saved["stage"])
-        if saved["step"] >= getattr(self.config, saved["stage"]).iterations:  # that stage is done
-            return Start(index + 1)
-        return Start(index, saved["step"], saved["position"], saved["training"])
+        return self._next(saved, where)
+
+    def _next(self, saved: dict, where: str) -> Start:
+        """The stage that a saved state goes on with: its own, unless that is finished."""
+        name, step, index = saved["stage"], saved["step"], self.config.stages.index(saved["stage"])
+        asked = getattr(self.config, name).iterations
+        if not saved["finished"] or (asked > step and STAGES[name].extends):
+            return Start(index, step, saved["position"], saved["training"])
+        if asked > step and name == self.config.stages[-1]:
+            raise CheckpointError(
+                f"{where}: stage {name} has ended there, and what ends it cannot be taken back: for {asked} iterations "
+                f"train anew under another name=..."
+            )
+        return Start(index + 1)

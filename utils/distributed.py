@@ -79,8 +79,9 @@ def gather_samples(batch: Tensor) -> Tensor:
     """The samples (first axis) of all ranks, equally many each, in the order of the stream: sample i of rank r is i*world + r."""
     if world_size() == 1:
         return batch
+    batch = batch.contiguous()  # what is received must be laid out as what is sent
     parts = [torch.empty_like(batch) for _ in range(world_size())]
-    dist.all_gather(parts, batch.contiguous())
+    dist.all_gather(parts, batch)
     return torch.stack(parts, dim=1).flatten(0, 1)
 
 

@@ -38,7 +38,8 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DiffoError(f"{path}: this folder cannot be made ({error.strerror})") from error
+        kind = DiskFull if disk_is_full(error) else DiffoError
+        raise kind(f"{path}: this folder cannot be made ({error.strerror})") from error
     return Path(path)
 
 
