@@ -8,6 +8,7 @@
 import argparse
 import itertools
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from training.trainer import Trainer
 from utils import distributed
 from utils.commandline import answer
 from utils.errors import ConfigError
+from utils.files import held, make_folder
 from utils.logging import LOG
 from utils.precision import deterministic
 
@@ -28,10 +30,15 @@ from utils.precision import deterministic
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cfg_path", metavar="YAML", help="configuration (default: configs/config.yaml)")
-    parser.add_argument("--save_dir", default="runs", metavar="DIR", help="the run's folder is made in it")
+    parser.add_argument("--save_dir", metavar="DIR", help="the run's folder, DIR/name, is made in it (default: runs)")
     parser.add_argument("--steps", type=int, metavar="T", help="steps of the diffusion schedule")
     parser.add_argument("--resume", metavar="RUN", help="go on with this run folder, with its own configuration")
-    parser.add_argument("--data", metavar="PATH", help="training pictures: folder, .txt list, or .tar shards")
+    parser.add_argument("--auto_resume", action="store_true", help="go on with the run if it is there, else start it")
+    parser.add_argument(
+        "--data",
+        metavar="PATH",
+        help="training pictures: folder, .txt list, or .tar shards ('set-{000..127}.tar', quoted)",
+    )
     parser.add_argument("--iterations", type=int, metavar="N", help="iterations of every stage")
     parser.add_argument("--save_every", type=int, metavar="N", help="iterations between checkpoints")
     parser.add_argument(
@@ -42,8 +49,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for instance codec.optim.lr=1e-4")
     args = parser.parse_intermixed_args(argv)
-    if args.resume and args.cfg_path:
-        parser.error("--resume goes on with the run's own configuration: leave out --cfg_path (key=value still works)")
+    for option in ("cfg_path", "save_dir", "auto_resume"):
+        if args.resume and getattr(args, option):
+            parser.error(
+                f"--resume goes on with the run's own folder and configuration: leave out --{option} (key=value still works)"
+            )
+    if args.resume and any(override.startswith("name=") for override in args.overrides):
+        parser.error("--resume goes on in the run's own folder: leave out name=")
     return args
 
 
@@ -67,17 +79,20 @@ def configure(args: argparse.Namespace) -> tuple[TrainConfig, Path]:
         if override.partition("=")[0] == key:
             raise ConfigError(f"{override}: an option of the command sets {key} as well; leave out one of them")
     config = load_config(str(path or "configs/config.yaml"), args.overrides, options)
-    folder = Path(args.resume) if args.resume else Path(args.save_dir) / config.name
+    folder = Path(args.resume or Path(args.save_dir or "runs") / config.name)
     if args.dry_run:
         return config, folder
     for stage in config.stages:
         perceptual_term(getattr(config, stage).perceptual)  # missing weights are told now, not after the first stage
-    if not args.resume and is_run(folder):
-        raise ConfigError(f"{folder}: a run is there already; go on with --resume {folder}, or choose another name=...")
+    if is_run(folder) and not (args.resume or args.auto_resume):
+        raise ConfigError(
+            f"{folder}: a run is there already; go on with --resume {folder}, or choose another name=... "
+            "(--auto_resume goes on by itself)"
+        )
     return config, folder
 
 
-def train(args: argparse.Namespace) -> None:
+def train(args: argparse.Namespace) -> int | None:
     config, folder = configure(args)
     if args.dry_run:
         with distributed.process_group(torch.device("cpu")):
@@ -86,7 +101,13 @@ def train(args: argparse.Namespace) -> None:
         return
     device = distributed.local_device(args.device)
     with deterministic(config.deterministic), distributed.process_group(device):
-        Trainer(config, folder, device).run()
+        with alone_in(folder):
+            return Trainer(config, folder, device).run()
+
+
+def alone_in(folder: Path) -> AbstractContextManager:
+    """No second run writes into the folder of one: held by the log, on the main process."""
+    return held(make_folder(folder) / LOG) if distributed.is_main() else nullcontext()
 
 
 def main(argv: list[str] | None = None) -> int:

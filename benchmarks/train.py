@@ -49,6 +49,8 @@ OPTIONS = {
     "defaults+compile": SpeedParams(compile=True),
     "plain": PLAIN,  # against itself: what the machine's noise alone gives
 }
+OWN = "config"  # the configuration's own block, overrides included
+KNOWN = (*OPTIONS, OWN)
 BATCHES = 8  # different ones, again and again
 SIGNIFICANT = 0.05
 
@@ -56,19 +58,23 @@ SIGNIFICANT = 0.05
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/tiny.yaml", metavar="YAML")
-    parser.add_argument("--options", nargs="+", metavar="NAME", help=f"of: {', '.join(OPTIONS)}")
+    parser.add_argument("--options", nargs="+", metavar="NAME", help=f"of: {', '.join(KNOWN)}")
     parser.add_argument("--stages", nargs="+", metavar="NAME", help=f"of: {', '.join(STAGES)}")
     parser.add_argument("--width", type=positive, metavar="C", help="networks of C channels at every level instead")
     parser.add_argument("--steps", type=positive, default=4, metavar="N", help="steps of a round (default: 4)")
     parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="rounds of each (default: 5)")
     parser.add_argument("--losses", type=positive, metavar="N", help="compare the losses of N steps instead of times")
     parser.add_argument(
-        "--seeds", type=positive, default=6, metavar="S", help="runs of each with --losses (default: 6)"
+        "--seeds",
+        type=positive,
+        default=6,
+        metavar="S",
+        help="runs of each with --losses (default: 6; fewer can show no difference)",
     )
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args(argv)
-    for name, known in (("options", OPTIONS), ("stages", STAGES)):
+    for name, known in (("options", KNOWN), ("stages", STAGES)):
         given = getattr(args, name) or []
         names = [value for value in given if "=" not in value]  # argparse gives them all that follows
         args.overrides += [value for value in given if "=" in value]
@@ -97,6 +103,10 @@ def widened(width: int) -> list[str]:
     ]
 
 
+def with_option(config: TrainConfig, name: str) -> TrainConfig:
+    return config if name == OWN else replace(config, speed=OPTIONS[name])
+
+
 class Runner:
     """A stage that trains on a few batches, over and over."""
 
@@ -111,12 +121,12 @@ class Runner:
         self.batches = list(islice(stream(pictures, params.batch_size, 0, 1, 0), BATCHES))
 
     def step(self) -> float:
-        """One update; its loss without the auxiliary term, which is of no picture and would drown the others."""
+        """One update; its loss."""
         image, _ = self.batches[self.taken % BATCHES]
         positions = torch.arange(self.size) + self.taken * self.size
         logs, _ = self.stage.step(image.to(self.device), positions, self.taken)
         self.taken += 1
-        return logs["loss"] - logs.get("auxiliary", 0.0)
+        return logs["loss"]
 
     def seconds(self, steps: int) -> tuple[float, float]:
         """Elapsed, and of processor time."""
@@ -179,7 +189,7 @@ def measure(config: TrainConfig, stage: str, names: list[str], device: torch.dev
         plain.ask("seconds", 2)  # warm-up
         everything, base = [], 0.0
         for name in names:
-            with Worker(replace(config, speed=OPTIONS[name]), stage, device) as option:
+            with Worker(with_option(config, name), stage, device) as option:
                 option.ask("seconds", 2)
                 pairs = [(plain.ask("seconds", steps), option.ask("seconds", steps)) for _ in range(rounds)]
                 memory, base = option.ask("peak"), plain.ask("peak")
@@ -211,7 +221,7 @@ def compare(config: TrainConfig, stage: str, names: list[str], device: torch.dev
     def tails(name: str) -> list[float]:
         found = []
         for seed in range(config.seed, config.seed + seeds):
-            with Worker(replace(config, speed=OPTIONS[name], seed=seed), stage, device) as worker:
+            with Worker(replace(with_option(config, name), seed=seed), stage, device) as worker:
                 found.append(statistics.mean(worker.ask("losses", steps)[-last:]))
         print(f"{name:18}{statistics.mean(found):10.5f}   {' '.join(f'{loss:.4f}' for loss in found)}", flush=True)
         return found
@@ -240,7 +250,7 @@ def default_options(device: torch.device) -> list[str]:
 def bench(args: argparse.Namespace) -> int:
     device = distributed.local_device(args.device)
     config = load_config(args.config, [*(widened(args.width) if args.width else []), *args.overrides])
-    names = args.options or default_options(device)
+    names = args.options or [*default_options(device), *([OWN] if config.speed != SpeedParams() else [])]
     print(f"{args.config}{f', width {args.width}' if args.width else ''}, {device}, {torch.get_num_threads()} threads")
     if args.losses:
         return int(not all([compare(config, stage, names, device, args.losses, args.seeds) for stage in args.stages]))

@@ -20,6 +20,7 @@ from datapipe.source import Source
 from datapipe.sources import KINDS, Paths, open_source
 from utils.errors import ConfigError, PictureError
 from utils.images import to_signed
+from utils.stopping import ignore_stops
 
 EPOCH, CROP, DRAWS, REVIVAL = range(4)  # independent random streams of one seed
 TRIED = 100  # pictures in a row that may be unreadable
@@ -159,6 +160,7 @@ def stream(pictures: Pictures, batch: int, rank: int, world: int, first: int) ->
         batch_sampler=Positions(batch, rank, world, first),
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=ignore_stops,
     )
     try:
         yield from loader

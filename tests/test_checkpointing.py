@@ -7,6 +7,7 @@ import os
 import random
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -280,6 +281,64 @@ DEVICES = [
     "cpu",
     pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")),
 ]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_a_run_saves_and_goes_on_exactly(number, data, finished, tmp_path):
+    """As schedulers ask, and Ctrl-C: with its workers, which get the signal too."""
+    args = [sys.executable, str(TRAIN), *command(data, tmp_path), "data.workers=1", "save_every=100", "--auto_resume"]
+    folder = tmp_path / "nano"
+    process = subprocess.Popen(args, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while process.poll() is None and not (folder / "metrics.jsonl").is_file():
+        time.sleep(0.01)
+    os.killpg(process.pid, number)
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == 128 + number and "Traceback" not in told, told
+    assert "stopped as asked; go on with --resume" in told
+    (state,) = (folder / "states").iterdir()
+    assert int(state.stem.removeprefix("gt_")) == len(lines(folder, "metrics.jsonl")) < 4
+    run(*args[1:])  # the same command: --auto_resume
+    assert lines(folder, "metrics.jsonl") == lines(finished, "metrics.jsonl")
+
+
+def test_a_second_run_in_the_folder_of_one_is_refused(data, tmp_path, capsys, monkeypatch):
+    from main_diffusion_train_vq import main
+
+    folder = tmp_path / "nano"
+    folder.mkdir()
+    code = "import sys, time; from pathlib import Path; from utils.files import held\n"
+    code += "with held(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    holder = subprocess.Popen([sys.executable, "-c", code, folder / "train.log"], cwd=ROOT, stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == b"held\n"
+    args = [*command(data, tmp_path), "stages=[gt]"]
+    assert main(args) == 1
+    assert f"{folder}: another process is at work in this folder" in capsys.readouterr().err
+    holder.kill()  # however it ends
+    holder.wait()
+    assert main(args) == 0
+
+
+def test_resuming_tells_what_is_not_as_before(data, tmp_path, monkeypatch):
+    from main_diffusion_train_vq import main
+
+    folder = interrupted(data, tmp_path, monkeypatch)
+    assert main(["--resume", str(folder), "gt.batch_size=1", "codec.iterations=1"]) == 0
+    assert "a step took 2 pictures before and takes 1 from here on" in (folder / "train.log").read_text()
+
+
+def test_an_autoencoder_that_is_not_rescaled_is_told(data, finished, tmp_path):
+    """Checkpoints of stage gt before its last have a latent of any scale."""
+    from main_diffusion_train_vq import main
+
+    state = checkpoints.read(finished / "ckpts" / "GT_vq_model_4.pth.tar")["state_dict"]
+    told = []
+    for name, scale in (("last", 1.0), ("early", 2.0)):
+        path = tmp_path / f"{name}.pth.tar"
+        checkpoints.save(path, {"state_dict": state | {k: scale * v for k, v in state.items() if "quant_conv" in k}})
+        args = [*command(data, tmp_path), f"name={name}", "stages=[codec]", "codec.iterations=1"]
+        assert main([*args, f"autoencoder={path}"]) == 0
+        told.append("the noise schedule is made for about 1" in (tmp_path / name / "train.log").read_text())
+    assert told == [False, True]
 
 
 @pytest.mark.parametrize("device", DEVICES)

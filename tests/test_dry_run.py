@@ -52,6 +52,19 @@ def test_counts_and_activations_are_those_of_real_networks(name):
     assert 0.9 * real < estimated < 1.25 * real
 
 
+def test_what_is_found_here_is_told(tmp_path, capsys):
+    photograph(tmp_path / "in" / "0.png", 90, 70)
+    args = ["--cfg_path", str(NANO), "--dry_run"]
+    assert main([*args, f"validation.folder={tmp_path / 'in'}", "speed.precision=bfloat16"]) == 0
+    out = capsys.readouterr().out
+    assert "training pictures: 5 from scikit-image's photographs (no data was named)" in out
+    assert f"validation pictures: 1 from {tmp_path / 'in'}" in out
+    assert re.search(r"precision and speed on this machine's \w+: bfloat16", out)
+    assert main([*args, "--data", "nowhere"]) == 1 and "nowhere: no such folder" in capsys.readouterr().err
+    assert main([*args, "stages=[codec]", "autoencoder=nothing.pth.tar"]) == 1
+    assert "nothing.pth.tar: no such checkpoint" in capsys.readouterr().err
+
+
 def test_missing_weights_are_told(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     assert main(["--cfg_path", str(NANO), "--dry_run", "codec.perceptual=lpips"]) == 0

@@ -151,8 +151,7 @@ def test_twenty_steps_on_two_gloo_processes(data, tmp_path):
         (["--cfg_path", NANO, "--device", "cuda:99"], "--device cuda:99"),
         (["--cfg_path", NANO, "--steps", 2, "networks.diffusion.steps=5"], "networks.diffusion.steps as well"),
         (["--cfg_path", NANO, "--data", ROOT / "docs", "data.shards=x.tar"], "data.shards as well"),
-        (["--resume", "nowhere"], "not a run folder"),
-        (["--resume", ROOT / "weights" / "tiny-2"], "not a run folder"),
+        (["--cfg_path", NANO, "codec.optim.lr"], "for instance codec.optim.lr=1e-4"),
         (["--cfg_path", NANO, "gt.statistics=0"], "statistics 0: at least 1"),
         (["--cfg_path", NANO, "gt.crop_size=16"], "the PatchGAN (adversarial_weight) needs 32 pixels"),
         (["--cfg_path", NANO, "codec.last_step_share=90"], "last_step_share 90.0: in [0, 1]"),
@@ -170,6 +169,25 @@ def test_wrong_input_is_one_line(args, told, tmp_path, capsys):
     error = capsys.readouterr().err
     assert status == 1 and told in error, error
     assert error.splitlines()[-1].startswith("error: ")
+
+
+@pytest.mark.parametrize("folder", ["nowhere", ROOT / "weights" / "tiny-2"])
+def test_what_is_no_run_is_not_resumed(folder, capsys):
+    from main_diffusion_train_vq import main
+
+    assert main(["--resume", str(folder)]) == 1
+    assert f"{folder}: not a run folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "given, told", [(["--save_dir", "x"], "--save_dir"), (["--auto_resume"], "--auto_resume"), (["name=x"], "name=")]
+)
+def test_resuming_is_in_the_runs_own_folder(given, told, finished, capsys):
+    from main_diffusion_train_vq import main
+
+    with pytest.raises(SystemExit):
+        main(["--resume", str(finished), *given])
+    assert f"leave out {told}" in capsys.readouterr().err
 
 
 def test_lpips_without_weights_stops_at_once(tmp_path, capsys, monkeypatch):

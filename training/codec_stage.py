@@ -74,6 +74,8 @@ class CodecStage:
     def step(self, image: Tensor, positions: Tensor, step: int) -> tuple[dict[str, float], list[Tensor]]:
         """One update; returns the scalars to log and the rows of pictures to show.
 
+        What is logged as `loss` is Eq. 10 alone: the auxiliary loss, of no picture, would drown it.
+
         Raises:
             NotFinite: a term or the gradient is not; nothing was updated.
         """
@@ -86,10 +88,9 @@ class CodecStage:
                 with self.speed.autocast():
                     out = self.model(image[part], draws)
                 own = self.losses(out, image[part], draws)
-                if out.auxiliary is not None:  # of no sample: the shares of the micro-batches add up to one of it
-                    own["loss"] = own["loss"] + own["auxiliary"]
                 share = len(out.image) / len(image)
-                (share * own["loss"]).backward()
+                # The auxiliary loss is of no sample: the shares of the micro-batches add up to one of it.
+                (share * (own["loss"] + own.get("auxiliary", 0))).backward()
             accumulate(terms, own, share)
             seen.append(Seen.of(out, draws))
         logs = averaged(terms, self.name, step)
@@ -212,8 +213,8 @@ class CodecStage:
         draws = self.draws(torch.arange(len(image), device="cpu"), image.shape[2:])
         with self.speed.autocast():
             out = self.model(image, draws)
-        loss = self.losses(out, image, draws)["loss"]
-        return loss if out.auxiliary is None else loss + out.auxiliary
+        terms = self.losses(out, image, draws)
+        return terms["loss"] + terms.get("auxiliary", 0)
 
     def blank(self) -> Tensor:
         """Pictures to rehearse with."""

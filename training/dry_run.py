@@ -1,4 +1,4 @@
-"""What a configuration amounts to, told without training: settings, parameters, memory. Shapes alone, no data."""
+"""What a configuration amounts to, told without training: settings, what is found, parameters, memory by shapes alone."""
 
 from dataclasses import replace
 
@@ -6,13 +6,16 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from datapipe.sources import open_source
 from models.codec import Codec
-from store.triple import NETWORKS
+from store.triple import NAMES, NETWORKS
 from training.config import TrainConfig
 from training.perceptual import perceptual_term
+from training.speed import Speed
 from training.stages import STAGES
-from training.trainer import new_codec
+from training.trainer import new_codec, start_from
 from utils.config import to_mapping
+from utils.images import find_pictures
 from utils.metrics import VGG16
 
 META = torch.device("meta")
@@ -42,8 +45,8 @@ class Kept:
 
 
 def dry_run(config: TrainConfig) -> str:
-    """The report. Raises ConfigError for sizes that do not fit together."""
-    sections = [yaml.safe_dump(to_mapping(config), sort_keys=False)]
+    """The report. Raises DiffoError for sizes that do not fit together, and for what is named and not there."""
+    sections = [yaml.safe_dump(to_mapping(config), sort_keys=False), surroundings(config)]
     with META:
         codec = new_codec(config).to(META)
     for name in config.stages:
@@ -56,6 +59,24 @@ def dry_run(config: TrainConfig) -> str:
         [f"The VGG weights of LPIPS are not on disk: stage {' and '.join(missing)} would not start."] if missing else []
     )
     return "\n".join([*sections, NOTE, *told])
+
+
+def surroundings(config: TrainConfig) -> str:
+    """What is found here of what the configuration names: pictures, checkpoints to start from, the device's precision.
+
+    Raises:
+        DiffoError: what is named and not there.
+    """
+    source = open_source(config.data.folder, config.data.txt_file_path, config.data.shards)
+    rows = [f"training pictures: {len(source)} from {source.name}"]
+    if config.validation.folder:
+        count = min(config.validation.limit, len(find_pictures(config.validation.folder, recursive=True)))
+        rows.append(f"validation pictures: {count} from {config.validation.folder}")
+    if any(getattr(config, name) for name in NAMES):
+        rows += start_from(config, new_codec(config))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows.append(f"precision and speed on this machine's {device}: {Speed(config.speed, device)}")
+    return "\n".join(rows) + "\n"
 
 
 def with_perceptual(config: TrainConfig, name: str, kind: str) -> TrainConfig:

@@ -1,6 +1,7 @@
 """Runs the stages of a configuration: batches in, scalars and pictures to the log, checkpoints to the run's folder."""
 
 import itertools
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -26,7 +27,9 @@ from utils.errors import CheckpointError, ConfigError, DiffoError, DiskFull, Not
 from utils.files import atomic_write, make_folder, require_writable
 from utils.logging import RunLog
 from utils.metrics import MS_SSIM_MIN_SIDE
+from utils.stopping import StopRequest
 
+STOPPED = 128  # and the signal's number: the exit status that shells give to what a signal has ended
 FAILED = "failed_state.pth"
 OLD_STATE = "training_state.pth"  # of runs before checkpoints were kept by number
 
@@ -99,18 +102,31 @@ class Trainer:
         if len(set(distributed.gather_objects(self.source.digest()))) > 1:
             raise ConfigError(f"{self.source.name}: ranks find other pictures there, or in another order")
 
-    def run(self) -> None:
+    def run(self) -> int:
+        """Train to the end, or to the end of the step in which a signal asks some rank to stop; the exit status.
+
+        Raises:
+            DiffoError: what the user can mend.
+        """
+        with StopRequest() as stop:
+            return self._run(stop)
+
+    def _run(self, stop: StopRequest) -> int:
         start = self._resume()
         if distributed.is_main():  # also on resuming: overrides may have changed it
             text = yaml.safe_dump(to_mapping(self.config), sort_keys=False)
             atomic_write(self.folder / RUN_CONFIG, text.encode())
         for index, name in enumerate(self.config.stages):
-            if index >= start.stage:
-                self._stage(name, start if index == start.stage else Start(index))
+            if index >= start.stage and not self._stage(name, start if index == start.stage else Start(index), stop):
+                self.log.say(f"stopped as asked; go on with --resume {self.folder}")
+                self.log.close()
+                return STOPPED + (stop.number or signal.SIGTERM)
         self.log.say(f"finished: {self.folder}")
         self.log.close()
+        return 0
 
-    def _stage(self, name: str, start: Start) -> None:
+    def _stage(self, name: str, start: Start, stop: StopRequest) -> bool:
+        """Train a stage from where it stands; False if it was asked to stop before its end, and has saved."""
         params = getattr(self.config, name)
         stage = STAGES[name](self.config, self.codec, self.device)
         if self.best and self.best["stage"] != name:
@@ -127,6 +143,11 @@ class Trainer:
             f"{self.source.name}, batch {params.batch_size} x {world}, {self.device}, {stage.speed}"
         )
         batches = iter(stream(pictures, params.batch_size, rank, world, start.position))
+        if start.step == 0 and name == "codec":
+            batches = self._look_at_latent(batches)
+        if start.position != start.step * params.batch_size * world:
+            taken = start.position / start.step
+            self.log.say(f"a step took {taken:g} pictures before and takes {params.batch_size * world} from here on")
         steps = range(start.step, last)
         shown = dict(initial=start.step, total=last, desc=name, mininterval=1.0)
         for step in (bar := tqdm(steps, disable=not distributed.is_main(), **shown)):
@@ -134,13 +155,29 @@ class Trainer:
             bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
             done = step + 1
             better = self._validate(stage, done)
-            if done < last and (better or done % self.config.save_every == 0):
+            stopped = distributed.on_any_rank(stop.number is not None, self.device)
+            if done < last and (better or stopped or done % self.config.save_every == 0):
                 self._save(stage, done)
+                if stopped:
+                    return False
         if name == "gt":
             count = -(-params.statistics // (params.batch_size * world))
             stage.finish(itertools.islice(stream(pictures, params.batch_size, rank, world, 0), count))
         self._tell_unreadable()
         self._save(stage, last, finished=True)
+        return True
+
+    def _look_at_latent(self, batches: Iterator) -> Iterator:
+        """The same batches; says so if the autoencoder's latent is far from what the noise schedule is made for."""
+        first = next(batches)
+        with torch.no_grad():
+            deviation = self.codec.to_latent(first[0].to(self.device)).std().item()
+        if not 0.7 < deviation < 1.4:
+            self.log.say(
+                f"the latent's standard deviation is {deviation:.2f}, and the noise schedule is made for about 1. Stage gt "
+                "rescales it in its last checkpoint alone; public weights are used as they are"
+            )
+        return itertools.chain([first], batches)
 
     def _step(self, stage, step: int, batches: Iterator) -> float:
         """One update and what is logged of it; returns the loss."""

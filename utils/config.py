@@ -33,7 +33,7 @@ def load_mapping(path: str | Path, overrides: Sequence[str] = (), values: dict[s
 
     for item in overrides:
         if "=" not in item:
-            raise ConfigError(f"{item}: an override is written key=value, for instance codec.lr=1e-4")
+            raise ConfigError(f"{item}: an override is written key=value, for instance codec.optim.lr=1e-4")
     bases = [item.partition("=")[2] for item in overrides if item.startswith(f"{BASE}=")]
     config = _inherited(Path(path), Path(bases[-1]) if bases else None)
     try:

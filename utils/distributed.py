@@ -96,6 +96,8 @@ def gather_objects(value: Any) -> list[Any]:
 
 def on_any_rank(flag: bool, device: torch.device) -> bool:
     """Whether it is true on some rank; every rank asks, and waits for the others."""
+    if world_size() == 1:
+        return flag
     return all_reduce_sum(torch.tensor(float(flag), device=device)).item() > 0
 
 

@@ -9,6 +9,11 @@ from pathlib import Path
 
 from utils.errors import DiffoError, DiskFull
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 # What the disk, not the caller's code, can answer while a file is being written.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _DISK_ERRORS = _FULL | {errno.EROFS, errno.EIO}
@@ -49,6 +54,25 @@ def require_writable(folder: Path) -> None:
     with _as_write_error(probe, folder):
         probe.touch(exist_ok=False)
         probe.unlink()
+
+
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Hold a file, made where it is not there, for this process alone, until the block or the process ends, however.
+
+    Raises DiffoError if another process holds it. Where the system or the disk has no locks, nothing is held.
+    """
+    if fcntl is None:
+        yield
+        return
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DiffoError(f"{path.parent}: another process is at work in this folder") from None
+        except OSError:  # some network disks have none
+            pass
+        yield
 
 
 def _refuse_folder(error: OSError) -> None:
