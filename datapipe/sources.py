@@ -9,7 +9,7 @@ from torch import Tensor
 
 from datapipe.shards import ShardSource
 from datapipe.source import Source
-from utils.errors import DiffoError
+from utils.errors import ConfigError, DiffoError
 from utils.images import find_pictures, read_image
 
 Paths = tuple[str, ...] | str | None  # one path or several
@@ -51,7 +51,11 @@ def open_source(folder: Paths = None, txt_file_path: Paths = None, shards: Paths
         return FileSource([(Path(name).parent, read_list(name)) for name in lists], ", ".join(lists))
     if folder:
         folders = several(folder)
-        return FileSource([(Path(f), find_pictures(f, recursive=True)) for f in folders], ", ".join(folders))
+        found = [(Path(f), find_pictures(f, recursive=True)) for f in folders]
+        tars = [tar for f in folders for tar in Path(f).rglob("*.tar")] if not any(paths for _, paths in found) else []
+        if tars:
+            raise ConfigError(f"{', '.join(folders)}: no pictures there, but shards: --data {tars[0].parent}")
+        return FileSource(found, ", ".join(folders))
     demo = demo_photographs()
     return FileSource([(demo[0].parent, demo)], "scikit-image's photographs (no data was named)")
 

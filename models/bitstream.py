@@ -109,7 +109,7 @@ class CodedPicture:
 
     @property
     def section_bpp(self) -> float:
-        """B_eta: bits of the coded sections per pixel of the latent's 16×16 cells (codec.md section 1)."""
+        """B_eta: bits of the coded sections per pixel of the latent's 16×16 cells; the B of DiffO's Eq. 11."""
         h, w = self.latent_size
         return 8 * sum(self.section_bytes.values()) / (LATENT_STRIDE**2 * h * w)
 

@@ -164,7 +164,7 @@ def one_step(
     params: DiffusionParams,
     centre: Tensor | float = 0.0,
 ) -> Tensor:
-    """x^ = U(x~ / sqrt(1 + kappa^2 eta), t(eta), lq): the codec's single DDIM step (codec.md section 3).
+    """x^ = U(x~ / sqrt(1 + kappa^2 eta), t(eta), lq): the codec's single DDIM step (DiffO, Alg. 1).
 
     Args:
         y: what the decoder knows of the latent, N x d x h x w. lq: z_q. eta: (N,). noise: standard normal, as y.

@@ -103,7 +103,7 @@ class HyperAnalysis(nn.Module):
 
 
 class ScaleNetwork(nn.Module):
-    """h_s: n_z and k, both integers, -> i in [0, SCALES), an integer network (codec.md section 2)."""
+    """h_s: n_z and k, both integers, -> i in [0, SCALES), an integer network (integers.py)."""
 
     def __init__(self, params: ResidualParams, codebook_size: int):
         super().__init__()

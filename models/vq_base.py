@@ -127,7 +127,7 @@ class VQBase(nn.Module):
         start_linear(self)
 
     def forward(self, x: Tensor) -> BaseCode:  # N d h w
-        """VQ-E, nearest codes (codec.md section 2) and what the code-book update needs."""
+        """VQ-E, nearest codes, and what the code-book update needs."""
         z = self.quant_conv(self.encoder(x)).to(x.dtype)  # N d_q h w; distances and averages keep the precision of x
         vectors = z.permute(0, 2, 3, 1).flatten(0, 2)  # M d_q
         k = nearest_codes(vectors, self.quantize.embedding.weight)  # M

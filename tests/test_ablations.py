@@ -33,7 +33,7 @@ def small(tmp_path_factory):
 
 
 def test_the_papers_tables_are_all_there():
-    """codec.md, section 4, and the paper's code-book sizes and schedules."""
+    """The paper's figures 4 and 10, and its code-book sizes and schedules."""
     names = {path.stem for path in FILES}
     assert {f"codebook-{k}" for k in (64, 256, 2048, 8192)} <= names
     assert {f"steps-{t}" for t in (1, 2, 5, 15, 30, 50)} <= names

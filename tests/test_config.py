@@ -208,7 +208,7 @@ def paper() -> TrainConfig:
 
 
 def test_the_papers_numbers(paper):
-    """codec.md, section 4; the rest as published."""
+    """DiffO, section 4; the rest as published."""
     codec = paper.codec
     assert (codec.distortion_weight, codec.perceptual_weight, codec.commitment) == (0.8, 0.2, 0.25)
     assert (codec.optim.lr, codec.optim.lr_end, codec.optim.warmup, codec.ema) == (5e-5, None, 0, 0.999)
@@ -267,7 +267,7 @@ def channels_per_group(module: torch.nn.Module):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_groups_at_latent_resolution_have_two_channels(path):
-    """A 1x1 latent must work (codec.md, section 6)."""
+    """A 1x1 latent must work."""
     networks = load_config(str(path)).networks
     with torch.device("meta"):
         autoencoder, base = Autoencoder(networks.autoencoder), VQBase(networks.vq_base)

@@ -172,7 +172,7 @@ class GtStage:
 
     @torch.no_grad()
     def finish(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Keep the averaged weights and fold the latent's statistics into them (codec.md section 4)."""
+        """Keep the averaged weights, and rescale the latent to mean 0 and deviation 1, as `scale_input` assumes, in them."""
         self.ema.copy_to(self.trained)
         self.trained.eval()
         moments, seen = 0, 0

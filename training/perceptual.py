@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from models.losses import ms_ssim_loss
 from utils.errors import ConfigError
+from utils.imports import quiet
 from utils.metrics import VGG16
 
 Perceptual = Callable[[Tensor, Tensor], Tensor]
@@ -38,9 +39,10 @@ class Lpips(nn.Module):
 
     def __init__(self, untrained: bool):
         super().__init__()
-        import lpips
+        with quiet():
+            import lpips
 
-        network = lpips.LPIPS(net="vgg", verbose=False, pretrained=not untrained, pnet_rand=untrained)
+            network = lpips.LPIPS(net="vgg", verbose=False, pretrained=not untrained, pnet_rand=untrained)
         self.network = network.eval().requires_grad_(False)
 
     def forward(self, image: Tensor, target: Tensor) -> Tensor:
