@@ -152,14 +152,20 @@ def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
     return generator(seed, EPOCH, epoch).permutation(n)
 
 
-def stream(pictures: Pictures, batch: int, rank: int, world: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches (N x 3 x size x size in [-1, 1], positions (N,)) from position `first` of the stream on, without end."""
+def stream(
+    pictures: Pictures, batch: int, rank: int, world: int, first: int, pinned: bool = False
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches (N x 3 x size x size in [-1, 1], positions (N,)) from position `first` of the stream on, without end.
+
+    Args:
+        pinned: in memory that CUDA copies from while it computes.
+    """
     workers = pictures.params.workers
     loader = DataLoader(
         pictures,
         batch_sampler=Positions(batch, rank, world, first),
         num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=pinned,
         worker_init_fn=ignore_stops,
     )
     try:

@@ -77,7 +77,8 @@ class IntegerConv(nn.Module):
     def forward(self, a: Tensor) -> Tensor:
         weight = round_through(bounded(self.weight * WEIGHT_UNIT, -WEIGHT_MAX, WEIGHT_MAX))
         bias = round_through(bounded(self.bias * ACTIVATION_UNIT, -BIAS_MAX, BIAS_MAX)) * WEIGHT_UNIT
-        return floor_through(F.conv2d(a, weight, bias, padding=self.padding) / WEIGHT_UNIT)
+        sums = round_through(F.conv2d(a, weight, bias, padding=self.padding))  # exact, but for a GPU's transforms
+        return floor_through(sums / WEIGHT_UNIT)
 
 
 class IntegerEmbedding(nn.Module):

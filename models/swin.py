@@ -18,17 +18,17 @@ def relative_position_index(window: int) -> Tensor:
     return (dy + window - 1) * (2 * window - 1) + dx + window - 1
 
 
-def shifted_window_mask(height: int, width: int, window: int, shift: int) -> Tensor:
+def shifted_window_mask(height: int, width: int, window: int, shift: int, device: torch.device | None = None) -> Tensor:
     """What the published denoiser adds to the logits of shifted windows: float32 (L, T, T).
 
     This is not Swin's mask. Published weights were trained with it, so it has to be kept: only windows of the last
     row of windows are masked, and in them the tokens whose *column* is below w - shift are separated from the rest.
     The right-hand column of windows, which wraps around, is not masked.
     """
-    left = torch.arange(window).repeat(window) < window - shift  # T, by the token's column
-    separated = torch.zeros(window * window, window * window).masked_fill_(left[:, None] != left[None, :], SEPARATED)
+    left = torch.arange(window, device=device).repeat(window) < window - shift  # T, by the token's column
+    separated = torch.where(left[:, None] != left[None, :], SEPARATED, 0.0)
     rows, columns = height // window, width // window
-    mask = torch.zeros(rows, columns, *separated.shape)
+    mask = torch.zeros(rows, columns, *separated.shape, device=device)
     if shift:
         mask[-1] = separated
     return mask.flatten(0, 1)
@@ -128,7 +128,7 @@ class SwinLayer(nn.Module):
         self.patch_unembed = Projection(embed_dim, channels)
 
     def forward(self, x: Tensor) -> Tensor:  # N C H W; H and W multiples of the window
-        mask = shifted_window_mask(*x.shape[2:], self.window, self.shift).to(x.device)
+        mask = shifted_window_mask(*x.shape[2:], self.window, self.shift, x.device)
         x = self.patch_embed(x)
         for block in self.blocks:
             x = block(x, mask if block.shift else None)

@@ -4,7 +4,7 @@ In float64, to 1e-9 of each tensor's largest entry.
 """
 
 import copy
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -140,7 +140,7 @@ def test_micro_batches_train_as_the_whole(name):
 @pytest.mark.parametrize("perceptual", ["ms_ssim", "lpips"])
 def test_micro_batches_train_as_the_whole_with_a_perceptual_term(perceptual, monkeypatch):
     """In float64 too; LPIPS with random weights."""
-    monkeypatch.setattr("training.codec_stage.perceptual_term", lambda kind: perceptual_term(kind, untrained=True))
+    monkeypatch.setattr("training.codec_stage.perceptual_term", partial(perceptual_term, untrained=True))
     image = torch.rand(2, 3, 176, 176, generator=torch.Generator().manual_seed(2), dtype=torch.float64) * 2 - 1
     found = []
     for microbatch in ("null", "1"):

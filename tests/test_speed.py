@@ -1,5 +1,6 @@
 """The block `speed`: each option computes the same as plain float32, and what needs full precision keeps it."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -8,12 +9,13 @@ import torch
 from benchmarks.train import OPTIONS, PLAIN, chance, parse
 from models.blocks import nearest_codes
 from tests.commands import NANO, run
-from training.config import load_config
+from training.config import OptimParams, load_config
 from training.optimiser import Optimiser
 from training.speed import Speed, SpeedParams, has_bfloat16
 from training.stages import STAGES
 from training.trainer import new_codec
 from utils.checkpoints import digest
+from utils.ema import Ema
 from utils.errors import ConfigError
 
 CPU, SIZE, BATCH = torch.device("cpu"), 64, 2
@@ -196,6 +198,39 @@ def test_the_fused_update_is_asked_for():
     assert not Optimiser(network.named_parameters(), params, 10).adamw.param_groups[0]["fused"]
 
 
+def test_moments_are_resumed_in_the_layout_of_the_weights():
+    """A run without channels_last goes on with it: the fused update would pair weights and moments wrongly."""
+    torch.manual_seed(0)
+    gradient, ends = torch.randn(4, 6, 3, 3), []
+    network = torch.nn.Conv2d(6, 4, 3)
+    first = Optimiser(network.named_parameters(), OptimParams(), 10)
+    network(torch.randn(1, 6, 8, 8)).square().mean().backward()
+    first.update(0)
+    start, saved = copy.deepcopy(network.state_dict()), copy.deepcopy(first.state_dict())
+    for layout in (torch.contiguous_format, torch.channels_last):
+        network = torch.nn.Conv2d(6, 4, 3).to(memory_format=layout)
+        network.load_state_dict(start)
+        second = Optimiser(network.named_parameters(), OptimParams(lr=0.1), 10, fused=True)
+        second.load_state_dict(copy.deepcopy(saved))
+        network.weight.grad, network.bias.grad = gradient.to(memory_format=layout), torch.ones(4)
+        second.update(1)
+        ends.append(network.weight.detach())
+    assert (ends[0] - ends[1]).abs().max() < 1e-6
+
+
+def test_averages_follow_tensors_of_any_layout():
+    network = torch.nn.Conv2d(3, 3, 3)
+    ema = Ema(network, 0.5)
+    for layout in (torch.channels_last, torch.contiguous_format):
+        network.to(memory_format=layout)
+        torch.nn.init.normal_(network.weight)
+        expected = torch.lerp(
+            ema.average["weight"], network.weight, 1 - min(0.5, (1 + ema.updates) / (10 + ema.updates))
+        )
+        ema.update(network)
+        assert torch.allclose(ema.average["weight"], expected)
+
+
 def test_overrides_may_follow_the_benchmarks_lists(capsys):
     args = parse(["--stages", "gt", "gt.batch_size=3", "--options", "plain", "compile", "seed=4"])
     assert (args.stages, args.options) == (["gt"], ["plain", "compile"])
@@ -227,3 +262,12 @@ def test_losses_differ_where_signs_are_too_alike_for_chance():
 def test_compiled_networks_train_as_plain_ones(name, plain):
     for option in (OPTIONS["compile"], SpeedParams("float32", compile=True, checkpointing=True)):
         assert trained(name, option)[0] == pytest.approx(plain[name][0], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_compiled_autoencoder_meets_its_discriminator_later():
+    """The first backward passes keep no graph, those of the adaptive weight do."""
+    config = load_config(str(NANO), ["gt.adversarial_start=1"])
+    ours = STAGES["gt"](replace(config, speed=OPTIONS["compile"]), new_codec(config), CPU)
+    logs = [ours.step(torch.rand(BATCH, 3, SIZE, SIZE) * 2 - 1, torch.arange(BATCH), step)[0] for step in range(2)]
+    assert "adversarial" not in logs[0] and "adversarial" in logs[1]

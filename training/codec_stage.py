@@ -60,11 +60,14 @@ class CodecStage:
         self.speed = Speed(config.speed, device)
         self.speed.prepare(codec)
         codec.train()
+        codec.zero_grad(set_to_none=True)  # stage gt's gradients
         codec.autoencoder.eval().requires_grad_(False)
         self.trained = nn.ModuleDict({"vq_base": codec.vq_base, "unet": codec.unet})
         if codec.residual:
             self.trained["residual"] = codec.residual
         self.perceptual = perceptual_term(p.perceptual)
+        if isinstance(self.perceptual, nn.Module):
+            self.speed.prepare(self.perceptual)
         self.ema = Ema(self.trained, p.ema)
         self.optimiser = Optimiser(codec.named_parameters(), p.optim, p.iterations, self.speed.fused_adamw)
         self.model = parallel(codec)

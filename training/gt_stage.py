@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from models.codec import Codec
@@ -46,6 +46,8 @@ class GtStage:
             self.trained.quantize.requires_grad_(False)
         self.distortion = F.l1_loss if p.distortion == "l1" else distortion
         self.perceptual = perceptual_term(p.perceptual)
+        if isinstance(self.perceptual, nn.Module):
+            self.speed.prepare(self.perceptual)
         self.ema = Ema(self.trained, p.ema)
         self.optimiser = Optimiser(self.trained.named_parameters(), p.optim, p.iterations, self.speed.fused_adamw)
         self.model = parallel(self.trained)
@@ -141,6 +143,7 @@ class GtStage:
                     restored = self.model(image[part])
                 own = self.losses(restored, image[part], adversarial=True)
             gradients = gradients + len(image[part]) / len(image) * self._last_gradients(own)
+            del restored, own  # the graph, which is retained, before the next micro-batch has its own
         return self._weight(gradients)
 
     def _last_gradients(self, terms: dict[str, Tensor]) -> Tensor:

@@ -101,6 +101,9 @@ class Optimiser:
         own = self.adamw.state_dict()["param_groups"]
         groups = [ours | {"params": theirs["params"]} for ours, theirs in zip(own, state["param_groups"], strict=True)]
         self.adamw.load_state_dict(state | {"param_groups": groups})
+        for parameter, moments in self.adamw.state.items():  # the fused kernel reads them in the weight's own layout
+            for name in ("exp_avg", "exp_avg_sq"):
+                moments[name] = torch.empty_like(parameter).copy_(moments[name])
 
     def lr(self, step: int) -> float:
         p = self.params

@@ -1,8 +1,9 @@
 """Precision and speed of training: what a configuration's block `speed` asks for, applied to networks and process.
 
 Nothing here changes what is trained but for rounding. Entropy models, integer network, VQ distances, losses, code-book
-averages and the averaged weights are float32 whatever the block says: autocast surrounds the networks alone, and every
-network gives its result in the precision of its input.
+averages and the averaged weights are float32 whatever the precision: autocast surrounds the networks alone, and every
+network gives its result in the precision of its input. LPIPS' network stays outside too: it compares features that are
+nearly alike, whose differences bfloat16 would round away.
 """
 
 import ctypes
@@ -40,7 +41,8 @@ class SpeedParams:
         precision: `bfloat16` computes convolutions and matrix products in it (autocast); `auto` does so where the
             hardware has it: CUDA from Ampere on, and CPUs with AVX-512-BF16 or AMX-BF16, there in networks of at least
             64 channels alone.
-        tf32: CUDA: 10-bit mantissas inside float32 convolutions and matrix products.
+        tf32: CUDA: 10-bit mantissas inside float32 convolutions and matrix products, everywhere in the process, VQ
+            distances and validation included.
         channels_last: layout NHWC of feature maps; `auto` on CUDA and on CPUs with AVX-512.
         compile: torch.compile of the large networks; the first steps take minutes.
         fused_adamw: one kernel for the update of the weights; `auto` on CUDA.
@@ -117,6 +119,8 @@ class Speed:
                 if isinstance(module, (ResnetBlock, AttnBlock, Stage)):
                     _checkpoint(module)
         if self.compile:
+            # The adaptive weight runs backward passes through a graph that it retains, which donated buffers forbid.
+            torch._functorch.config.donated_buffer = False
             for module in _large_networks(network):
                 module.compile()
 

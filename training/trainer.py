@@ -133,6 +133,7 @@ class Trainer:
             self.best = self.saved_best = None
         if start.state:
             stage.load_state_dict(start.state)
+            start.state.clear()  # moments and averages, as large as the networks
         self.position = start.position
         last = max(params.iterations, start.step)  # where fewer are asked for than are done, the stage ends at once
         pictures = Pictures(self.config.data, params.crop_size, self.config.seed, self.source)
@@ -142,7 +143,8 @@ class Trainer:
             f"stage {name}: iterations {start.step} to {last}, {len(self.source)} pictures from "
             f"{self.source.name}, batch {params.batch_size} x {world}, {self.device}, {stage.speed}"
         )
-        batches = iter(stream(pictures, params.batch_size, rank, world, start.position))
+        pinned = self.device.type == "cuda"
+        batches = iter(stream(pictures, params.batch_size, rank, world, start.position, pinned))
         if start.step == 0 and name == "codec":
             batches = self._look_at_latent(batches)
         if start.position != start.step * params.batch_size * world:

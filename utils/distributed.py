@@ -2,6 +2,7 @@
 
 import os
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from utils.errors import DiffoError
+
+PATIENCE = timedelta(hours=1)  # for the main process, which alone writes checkpoints
 
 
 def rank() -> int:
@@ -29,7 +32,9 @@ def process_group(device: torch.device):
     """Join the group that torchrun announces (nccl on CUDA, gloo on CPU), and leave it; nothing when unlaunched."""
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if launched:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        cuda = device.type == "cuda"
+        backend = {"backend": "nccl", "device_id": device} if cuda else {"backend": "gloo"}
+        dist.init_process_group(**backend, timeout=PATIENCE)
     try:
         yield
     finally:

@@ -7,6 +7,11 @@ import torch
 from torch import Tensor, nn
 
 
+def in_layout_of(like: Tensor, value: Tensor) -> Tensor:
+    """The same values, copied where they lie otherwise: one tensor in another layout keeps all from one fused kernel."""
+    return value if value.stride() == like.stride() else torch.empty_like(like).copy_(value)
+
+
 class Ema:
     """average <- d * average + (1 - d) * value, with d = min(decay, (1 + n) / (10 + n)) at update n.
 
@@ -24,7 +29,7 @@ class Ema:
         self.updates += 1
         state = network.state_dict()
         ours = [v for v in self.average.values() if v.is_floating_point()]
-        theirs = [state[k].detach() for k, v in self.average.items() if v.is_floating_point()]
+        theirs = [in_layout_of(v, state[k].detach()) for k, v in self.average.items() if v.is_floating_point()]
         torch._foreach_lerp_(ours, theirs, 1 - decay)
 
     def copy_to(self, network: nn.Module) -> None:

@@ -45,8 +45,8 @@ class RunLog:
         self.logger.propagate = False
         file = logging.FileHandler(folder / LOG)
         file.handleError = lambda record: None  # a full disk: the terminal has the message too
-        for handler in (file, logging.StreamHandler(sys.stderr)):
-            handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        for handler, time in ((file, "%Y-%m-%d %H:%M:%S"), (logging.StreamHandler(sys.stderr), "%H:%M:%S")):
+            handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", time))
             self.logger.addHandler(handler)
 
     def say(self, message: str) -> None:
