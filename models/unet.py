@@ -189,6 +189,9 @@ class UNet(nn.Module):
         return self.out(h)[:, :, : size[0], : size[1]].to(dtype)
 
     def _pad(self, x: Tensor) -> Tensor:
-        m = self.params.size_multiple
-        bottom, right = -x.shape[2] % m, -x.shape[3] % m
-        return F.pad(x, (0, right, 0, bottom), mode="replicate") if bottom or right else x
+        """Rows and columns repeated at the end. Not F.pad, whose compiled backward pass fails where layouts differ."""
+        for dim in (2, 3):
+            side = x.shape[dim]
+            if missing := -side % self.params.size_multiple:
+                x = x.index_select(dim, torch.arange(side + missing, device=x.device).clamp(max=side - 1))
+        return x

@@ -122,7 +122,7 @@ class Speed:
             # The adaptive weight runs backward passes through a graph that it retains, which donated buffers forbid.
             torch._functorch.config.donated_buffer = False
             for module in _large_networks(network):
-                module.compile()
+                module.compile(dynamic=False)  # two encoders of other sizes must not make one of any size
 
     def autocast(self) -> AbstractContextManager:
         """Surrounds the networks' forward pass."""
