@@ -1,6 +1,7 @@
 """What both stages update with: micro-batches, gradients over ranks, parameter groups, and refusal of what is not finite."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 
@@ -17,6 +18,8 @@ def parallel(network: nn.Module) -> nn.Module:
     """DDP over a network whose trainable parameters all take part in every step; itself when unlaunched."""
     if distributed.world_size() == 1:
         return network
+    # With channels_last, kernels of one pixel lie the same way under several strides, and DDP calls them different.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     return DistributedDataParallel(network, forward_sync_buffers=False)
 
 
