@@ -11,8 +11,8 @@ batches that are there already; a ratio is the median of the rounds' ratios. Bes
 time, which is steadier where others use the machine (and says nothing of a GPU's). Peak memory is the process's own
 (resident on the CPU, allocated tensors on CUDA). Loading pictures is not measured.
 
-Losses (`--losses N`) are compared over several seeds: a short training is chaotic, and two runs that differ by rounding
-alone end as far apart as two seeds.
+Losses (`--losses N`) are compared over several seeds: a short training is chaotic, and what two runs of one seed differ
+by in rounding alone shows in their losses.
 """
 
 import argparse
