@@ -52,9 +52,10 @@ def open_source(folder: Paths = None, txt_file_path: Paths = None, shards: Paths
     if folder:
         folders = several(folder)
         found = [(Path(f), find_pictures(f, recursive=True)) for f in folders]
-        tars = [tar for f in folders for tar in Path(f).rglob("*.tar")] if not any(paths for _, paths in found) else []
-        if tars:
-            raise ConfigError(f"{', '.join(folders)}: no pictures there, but shards: --data {tars[0].parent}")
+        if not any(paths for _, paths in found):
+            for tar in (tar for f in folders for tar in Path(f).rglob("*.tar")):
+                if tar.suffixes == [".tar"]:  # not a checkpoint, .pth.tar
+                    raise ConfigError(f"{', '.join(folders)}: no pictures there, but shards: --data {tar.parent}")
         return FileSource(found, ", ".join(folders))
     demo = demo_photographs()
     return FileSource([(demo[0].parent, demo)], "scikit-image's photographs (no data was named)")

@@ -15,7 +15,7 @@ from datapipe import prepare
 from datapipe.pictures import DataParams, Pictures, Positions, epoch_order, stream
 from datapipe.shards import ShardSource, find_shards, index_path, write_index
 from datapipe.sources import open_source
-from tests.commands import NANO, photograph
+from tests.commands import NANO, ROOT, photograph
 from utils.errors import DiffoError, PictureError
 from utils.images import read_image
 
@@ -91,6 +91,8 @@ def test_shards_are_told_apart_by_what_they_hold(folder, shards, tmp_path):
 def test_a_folder_of_folders_of_shards_is_told(shards):
     with pytest.raises(DiffoError, match=f"no pictures there, but shards: --data {shards}"):
         open_source(folder=str(shards.parent))
+    with pytest.raises(DiffoError, match="weights/tiny-2: no pictures there$"):
+        open_source(folder=str(ROOT / "weights" / "tiny-2"))  # checkpoints are .pth.tar
 
 
 def test_a_hole_in_a_shard_is_a_picture_that_cannot_be_read(shards, tmp_path):

@@ -136,20 +136,18 @@ class Trainer:
             start.state.clear()  # moments and averages, as large as the networks
         self.position = start.position
         last = max(params.iterations, start.step)  # where fewer are asked for than are done, the stage ends at once
-        pictures = Pictures(self.config.data, params.crop_size, self.config.seed, self.source)
-        rank, world = distributed.rank(), distributed.world_size()
         self.log.begin(name, start.step)
         self.log.say(
-            f"stage {name}: iterations {start.step} to {last}, {len(self.source)} pictures from "
-            f"{self.source.name}, batch {params.batch_size} x {world}, {self.device}, {stage.speed}"
+            f"stage {name}: iterations {start.step} to {last}, {len(self.source)} pictures from {self.source.name}, "
+            f"batch {params.batch_size} x {distributed.world_size()}, {self.device}, {stage.speed}"
         )
-        pinned = self.device.type == "cuda"
-        batches = iter(stream(pictures, params.batch_size, rank, world, start.position, pinned))
+        taken = params.batch_size * distributed.world_size()
+        if start.position != start.step * taken:
+            before = start.position / start.step
+            self.log.say(f"a step took {before:g} pictures before and takes {taken} from here on")
+        batches = self._batches(stage, start.position)
         if start.step == 0 and name == "codec":
             batches = self._look_at_latent(batches)
-        if start.position != start.step * params.batch_size * world:
-            taken = start.position / start.step
-            self.log.say(f"a step took {taken:g} pictures before and takes {params.batch_size * world} from here on")
         steps = range(start.step, last)
         shown = dict(initial=start.step, total=last, desc=name, mininterval=1.0)
         for step in (bar := tqdm(steps, disable=not distributed.is_main(), **shown)):
@@ -163,11 +161,16 @@ class Trainer:
                 if stopped:
                     return False
         if name == "gt":
-            count = -(-params.statistics // (params.batch_size * world))
-            stage.finish(itertools.islice(stream(pictures, params.batch_size, rank, world, 0), count))
+            stage.finish(itertools.islice(self._batches(stage, 0), -(-params.statistics // taken)))
         self._tell_unreadable()
         self._save(stage, last, finished=True)
         return True
+
+    def _batches(self, stage, position: int) -> Iterator:
+        """This rank's batches for a stage, from a position of the stream on."""
+        params, pinned = stage.params, self.device.type == "cuda"
+        pictures = Pictures(self.config.data, params.crop_size, self.config.seed, self.source)
+        return stream(pictures, params.batch_size, distributed.rank(), distributed.world_size(), position, pinned)
 
     def _look_at_latent(self, batches: Iterator) -> Iterator:
         """The same batches; says so if the autoencoder's latent is far from what the noise schedule is made for."""
