@@ -20,7 +20,7 @@ from datapipe.source import Source
 from datapipe.sources import KINDS, Paths, open_source
 from utils.errors import ConfigError, PictureError
 from utils.images import to_signed
-from utils.stopping import ignore_stops
+from utils.stopping import stop_for_parent_only
 
 EPOCH, CROP, DRAWS, REVIVAL = range(4)  # independent random streams of one seed
 TRIED = 100  # pictures in a row that may be unreadable
@@ -166,7 +166,7 @@ def stream(
         batch_sampler=Positions(batch, rank, world, first),
         num_workers=workers,
         pin_memory=pinned,
-        worker_init_fn=ignore_stops,
+        worker_init_fn=stop_for_parent_only,
     )
     try:
         yield from loader

@@ -1,5 +1,6 @@
 """Ending long work between two of its steps when the system or the user asks for it."""
 
+import os
 import signal
 import threading
 from types import FrameType
@@ -35,7 +36,20 @@ class StopRequest:
         self._restore()
 
 
-def ignore_stops(_: int = 0) -> None:
-    """For a process that serves another: the signals go to the whole group, and the other decides when to end."""
-    for number in ASKING:
-        signal.signal(number, signal.SIG_IGN)
+def stop_for_parent_only(_: int = 0) -> None:
+    """For a process that serves another: of the signals that go to the whole group, the other decides what to do.
+
+    SIGINT is ignored. SIGTERM ends the process if its parent sent it, as `multiprocessing` does at exit with the
+    children that are left before it waits for them without limit; anybody else's is ignored, where the system tells
+    who sent it (Linux).
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # threads inherit it
+        threading.Thread(target=_wait_for_parent, daemon=True).start()
+
+
+def _wait_for_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
