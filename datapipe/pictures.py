@@ -174,3 +174,8 @@ def stream(
         # From a worker it comes as the worker's whole traceback, of which the last line is "class: message".
         message = str(error) if workers == 0 else str(error).rstrip().rpartition("\n")[2].partition(": ")[2]
         raise ConfigError(message) from None
+
+
+def lost_worker(error: BaseException) -> bool:
+    """Whether PyTorch reports that a decoding process is gone, which it may do at any moment, not only when one reads."""
+    return isinstance(error, RuntimeError) and "DataLoader worker" in str(error)

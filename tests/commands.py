@@ -11,6 +11,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 NANO = ROOT / "tests" / "nano.yaml"
+TRAIN = ROOT / "main_diffusion_train_vq.py"
 
 
 def run(*args, threads: int = 1, expect: int = 0, timeout: float = 300) -> subprocess.CompletedProcess:

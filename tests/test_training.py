@@ -14,18 +14,8 @@ import torch
 import yaml
 
 from release import load_codec
-from tests.commands import NANO, ROOT, free_port, on_board, photograph, run
+from tests.commands import NANO, ROOT, TRAIN, free_port, on_board, run
 from utils import checkpoints
-
-TRAIN = ROOT / "main_diffusion_train_vq.py"
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    for seed in range(5):
-        photograph(folder / f"{seed}.png", 90, 70, seed)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from datapipe.pictures import Pictures, stream
+from datapipe.pictures import Pictures, lost_worker, stream
 from datapipe.sources import open_source
 from models.codec import Codec
 from store.triple import NAMES, NETWORKS
@@ -109,7 +109,16 @@ class Trainer:
             DiffoError: what the user can mend.
         """
         with StopRequest() as stop:
-            return self._run(stop)
+            try:
+                return self._run(stop)
+            except RuntimeError as error:
+                if not lost_worker(error):
+                    raise
+                raise DiffoError(
+                    f"data.workers={self.config.data.workers}: a process that decodes pictures was killed "
+                    f"({' '.join(str(error).split())}). Mostly memory is short, or shared memory (docker run "
+                    f"--shm-size=8g), of which fewer workers need less. Go on with --resume {self.folder} data.workers=..."
+                ) from error
 
     def _run(self, stop: StopRequest) -> int:
         start = self._resume()

@@ -1,0 +1,176 @@
+"""Runs that meet a full disk, a loss that is not finite, a lost process or another run: what is said, and what stays."""
+
+import errno
+import json
+import multiprocessing
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.commands import NANO, ROOT, TRAIN, free_port, run
+from tests.small_runs import command, lines, tree
+from training.checkpointing import Checkpoints
+from utils import checkpoints
+from utils.errors import DiskFull
+from utils.files import make_folder
+
+
+def test_a_lost_worker_is_one_line(data, tmp_path, capfd, monkeypatch):
+    """As where memory is short, or Docker's 64 MB of shared memory. It is no error of the step that it comes in."""
+    from main_diffusion_train_vq import main
+    from training.gt_stage import GtStage
+
+    step = GtStage.step
+
+    def losing(self, image, positions, number):
+        if number == 2:
+            for worker in multiprocessing.active_children():
+                worker.kill()
+            time.sleep(5)  # until the signal of its end comes
+        return step(self, image, positions, number)
+
+    args = [*command(data, tmp_path), "validation.folder=null", "stages=[gt]", "data.workers=1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(GtStage, "step", losing)
+        assert main(args) == 1
+    told = capfd.readouterr().err.splitlines()[-1]
+    folder = tmp_path / "nano"
+    assert told.startswith("error: data.workers=1: a process that decodes pictures was killed (DataLoader worker"), told
+    assert f"--resume {folder} data.workers=" in told
+    assert main(["--resume", str(folder), "data.workers=0"]) == 0
+
+
+def test_a_second_run_in_the_folder_of_one_is_refused(data, tmp_path, capsys, monkeypatch):
+    from main_diffusion_train_vq import main
+
+    folder = tmp_path / "nano"
+    folder.mkdir()
+    code = "import sys, time; from pathlib import Path; from utils.files import held\n"
+    code += "with held(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    holder = subprocess.Popen([sys.executable, "-c", code, folder / "train.log"], cwd=ROOT, stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == b"held\n"
+    args = [*command(data, tmp_path), "stages=[gt]"]
+    assert main(args) == 1
+    assert f"{folder}: another process is at work in this folder" in capsys.readouterr().err
+    holder.kill()  # however it ends
+    holder.wait()
+    assert main(args) == 0
+
+
+def test_a_disk_without_room_for_a_folder_is_full(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    with pytest.raises(DiskFull, match="this folder cannot be made"):
+        make_folder(tmp_path / "states")
+
+
+def small_disk(bytes: int):
+    """For a child process: no file may grow beyond this, which PyTorch meets as it meets a full disk."""
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (bytes, bytes))
+
+
+@pytest.mark.parametrize("setting", ["stop", "continue"])
+def test_a_full_disk(setting, data, saved_run, tmp_path):
+    """The states of nano are larger than 1 MB, its weights, metrics and events smaller."""
+    assert max(p.stat().st_size for p in (saved_run / "ema_ckpts").iterdir()) < 400_000
+    assert (saved_run / "states" / "codec_6.pth").stat().st_size > 400_000
+    args = [sys.executable, TRAIN, *command(data, tmp_path), f"on_full_disk={setting}"]
+    done = subprocess.run(
+        list(map(str, args)), cwd=ROOT, capture_output=True, text=True, preexec_fn=small_disk(400_000), timeout=300
+    )
+    folder = tmp_path / "nano"
+    assert "Traceback" not in done.stderr and "is not saved: cannot write" in done.stderr, done.stderr
+    assert "File too large" in done.stderr
+    left = tree(folder) - {"config.yaml", "metrics.jsonl", "validation.jsonl", "train.log"}
+    assert left == set()
+    if setting == "stop":
+        assert done.returncode == 1 and "on_full_disk=continue" in done.stderr.splitlines()[-1]
+        assert len(lines(folder, "metrics.jsonl")) == 1
+    else:
+        assert done.returncode == 0 and "training goes on" in done.stderr
+        assert len(lines(folder, "metrics.jsonl")) == 10
+
+
+def test_a_full_disk_leaves_no_half_line(tmp_path):
+    code = """
+import resource, sys
+from pathlib import Path
+from utils.logging import RunLog
+resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+log = RunLog(Path(sys.argv[1]), True, patient=True)
+log.begin("gt", 0)
+for step in range(40):
+    log.step("gt", step, {f"term{i}": 0.1 for i in range(40)})
+log.close()
+"""
+    done = run("-c", code, tmp_path)
+    entries = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert 1 <= len(entries) < 40
+    assert done.stderr.count("metrics.jsonl: File too large; training goes on") == 1
+
+
+def test_a_loss_that_is_not_finite_keeps_the_state_and_the_last_checkpoint(data, tmp_path, capsys, monkeypatch):
+    from main_diffusion_train_vq import main
+    from training.codec_stage import CodecStage
+
+    losses, seen = CodecStage.losses, []
+
+    def broken(self, out, image, draws):
+        seen.append(1)
+        terms = losses(self, out, image, draws)
+        return terms | {"commitment": terms["commitment"] * float("nan")} if len(seen) == 4 else terms
+
+    monkeypatch.setattr(CodecStage, "losses", broken)
+    args = [
+        "--cfg_path",
+        str(NANO),
+        "--save_dir",
+        str(tmp_path),
+        "--data",
+        str(data),
+        "save_every=2",
+        "gt.iterations=1",
+    ]
+    assert main([*args, "gt.statistics=2", "gt.adversarial_weight=0"]) == 1
+    told = capsys.readouterr().err.splitlines()[-1]
+    folder = tmp_path / "nano"
+    assert "stage codec, step 3: the term commitment is not finite" in told and "failed_state.pth" in told
+    failed = checkpoints.read(folder / "failed_state.pth")
+    assert (failed["stage"], failed["step"]) == ("codec", 3) and "commitment" in failed["failed"]
+    assert all(value.isfinite().all() for value in failed["codec"].values() if value.is_floating_point())
+    assert Checkpoints(folder, ["gt", "codec"], 3).newest()[0]["step"] == 2
+    assert main(["--resume", str(folder)]) == 0  # with the fault gone
+
+
+def fails_on_two_ranks(rank: int, port: int, args: list[str]) -> None:
+    """The command as torchrun starts it; the main process is slow to write."""
+    from main_diffusion_train_vq import main
+
+    launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({key: str(value) for key, value in launched.items()})
+    torch.set_num_threads(1)
+    save = checkpoints.save
+
+    def slowly(path: Path, content: dict) -> None:
+        time.sleep(3)
+        save(path, content)
+
+    checkpoints.save = slowly
+    sys.exit(main(args))
+
+
+def test_the_failed_state_is_whole_before_any_rank_ends(data, tmp_path):
+    """A launcher stops all ranks when the first has ended, as the spawning here does."""
+    args = [*command(data, tmp_path), "validation.folder=null", "save_every=9", "gt.optim.lr=1e30"]
+    with pytest.raises(torch.multiprocessing.ProcessExitedException, match="exit code 1"):
+        torch.multiprocessing.spawn(fails_on_two_ranks, args=(free_port(), args), nprocs=2)
+    failed = checkpoints.read(tmp_path / "nano" / "failed_state.pth")
+    assert failed["stage"] == "gt" and "is not finite" in failed["failed"]
