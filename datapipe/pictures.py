@@ -176,6 +176,11 @@ def stream(
         raise ConfigError(message) from None
 
 
-def lost_worker(error: BaseException) -> bool:
-    """Whether PyTorch reports that a decoding process is gone, which it may do at any moment, not only when one reads."""
-    return isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
+def lost_worker(error: BaseException) -> str | None:
+    """How a decoding process was lost, in a line, if an error says so; it may come at any moment, not only when one reads.
+
+    It is a worker that the system has killed, or that finds no room in shared memory for its pictures.
+    """
+    last = (str(error).splitlines() or [""])[-1].strip()
+    lost = str(error).startswith("DataLoader worker (pid") or "shared memory" in last
+    return last if isinstance(error, RuntimeError) and lost else None

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from datapipe.pictures import lost_worker
 from tests.commands import NANO, ROOT, TRAIN, free_port, run
 from tests.small_runs import command, lines, tree
 from training.checkpointing import Checkpoints
@@ -41,9 +42,24 @@ def test_a_lost_worker_is_one_line(data, tmp_path, capfd, monkeypatch):
         assert main(args) == 1
     told = capfd.readouterr().err.splitlines()[-1]
     folder = tmp_path / "nano"
-    assert told.startswith("error: data.workers=1: a process that decodes pictures was killed (DataLoader worker"), told
+    assert told.startswith("error: data.workers=1: a process that decodes pictures is lost (DataLoader worker"), told
     assert f"--resume {folder} data.workers=" in told
     assert main(["--resume", str(folder), "data.workers=0"]) == 0
+
+
+@pytest.mark.parametrize(
+    "told, lost",
+    [
+        ("DataLoader worker (pid 7) is killed by signal: Killed. ", True),
+        ("Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback\nRuntimeError: a bug", False),
+        ("Caught RuntimeError ...\nRuntimeError: unable to allocate shared memory(shm) for file </t>: No space", True),
+        ("", False),
+    ],
+)
+def test_a_bug_in_a_worker_is_not_taken_for_its_loss(told, lost):
+    line = lost_worker(RuntimeError(told))
+    assert (line is not None) == lost and (not lost or line == told.splitlines()[-1].strip())
+    assert lost_worker(ValueError(told)) is None
 
 
 def test_a_second_run_in_the_folder_of_one_is_refused(data, tmp_path, capsys, monkeypatch):

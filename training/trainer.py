@@ -112,12 +112,12 @@ class Trainer:
             try:
                 return self._run(stop)
             except RuntimeError as error:
-                if not lost_worker(error):
+                if not (lost := lost_worker(error)):
                     raise
                 raise DiffoError(
-                    f"data.workers={self.config.data.workers}: a process that decodes pictures was killed "
-                    f"({' '.join(str(error).split())}). Mostly memory is short, or shared memory (docker run "
-                    f"--shm-size=8g), of which fewer workers need less. Go on with --resume {self.folder} data.workers=..."
+                    f"data.workers={self.config.data.workers}: a process that decodes pictures is lost ({lost}). Mostly memory "
+                    "is short, or shared memory (docker run --shm-size=8g), of which fewer workers need less. Go on with "
+                    f"--resume {self.folder} data.workers=..."
                 ) from error
 
     def _run(self, stop: StopRequest) -> int:
