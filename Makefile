@@ -24,7 +24,7 @@ test: $(INSTALLED)
 	@$(PY) -m pytest -q
 
 test-slow: $(INSTALLED)
-	@$(PY) -m pytest -q -m slow
+	@$(PY) -m pytest -q -m slow -o faulthandler_timeout=0
 
 lint: $(INSTALLED)
 	@$(PY) -m ruff check .

@@ -5,6 +5,7 @@ shuffled order of epoch p // n) and every random choice made about it. So a run 
 same run on another number of processes sees the same crops.
 """
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -174,6 +175,9 @@ def stream(
         # From a worker it comes as the worker's whole traceback, of which the last line is "class: message".
         message = str(error) if workers == 0 else str(error).rstrip().rpartition("\n")[2].partition(": ")[2]
         raise ConfigError(message) from None
+    except (EOFError, ConnectionResetError):  # a killed worker's pipe may end before PyTorch reports the worker
+        time.sleep(1)  # the report comes by a signal, as a RuntimeError from here
+        raise
 
 
 def lost_worker(error: BaseException) -> str | None:

@@ -4,16 +4,18 @@ import errno
 import json
 import multiprocessing
 import os
+import random
 import resource
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from datapipe.pictures import lost_worker
+from datapipe.pictures import DataParams, Pictures, lost_worker, stream
 from tests.commands import NANO, ROOT, TRAIN, free_port, run
 from tests.small_runs import command, lines, tree
 from training.checkpointing import Checkpoints
@@ -60,6 +62,22 @@ def test_a_bug_in_a_worker_is_not_taken_for_its_loss(told, lost):
     line = lost_worker(RuntimeError(told))
     assert (line is not None) == lost and (not lost or line == told.splitlines()[-1].strip())
     assert lost_worker(ValueError(told)) is None
+
+
+def test_however_the_loss_of_a_worker_shows_it_is_reported_once(data):
+    """It may be killed while its pictures are on their way: then their pipe ends first."""
+    killer = random.Random(0)
+    for _ in range(12):
+        batches = stream(Pictures(DataParams(str(data), workers=1), 64, 0), 2, 0, 1, 0)
+        next(batches)
+        (worker,) = multiprocessing.active_children()
+        timer = threading.Timer(killer.uniform(0, 0.1), worker.kill)
+        with pytest.raises(RuntimeError) as caught:
+            timer.start()
+            for _ in batches:
+                pass
+        assert lost_worker(caught.value)
+        timer.join()
 
 
 def test_a_second_run_in_the_folder_of_one_is_refused(data, tmp_path, capsys, monkeypatch):
