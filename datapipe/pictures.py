@@ -5,6 +5,7 @@ shuffled order of epoch p // n) and every random choice made about it. So a run 
 same run on another number of processes sees the same crops.
 """
 
+import multiprocessing.util
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,10 +22,11 @@ from datapipe.source import Source
 from datapipe.sources import KINDS, Paths, open_source
 from utils.errors import ConfigError, PictureError
 from utils.images import to_signed
-from utils.stopping import stop_for_parent_only
+from utils.stopping import signals_held, stop_for_parent_only
 
 EPOCH, CROP, DRAWS, REVIVAL = range(4)  # independent random streams of one seed
 TRIED = 100  # pictures in a row that may be unreadable
+STALLED = 1800  # seconds without a batch after which the processes that decode count as lost
 
 
 def generator(seed: int, purpose: int, position: int) -> np.random.Generator:
@@ -162,15 +164,21 @@ def stream(
         pinned: in memory that CUDA copies from while it computes.
     """
     workers = pictures.params.workers
+    if workers:
+        # Each would make a folder of its own there for its pictures' socket, and wait in silence if the disk is full.
+        multiprocessing.util.get_temp_dir()
     loader = DataLoader(
         pictures,
         batch_sampler=Positions(batch, rank, world, first),
         num_workers=workers,
         pin_memory=pinned,
+        timeout=STALLED if workers else 0,
         worker_init_fn=stop_for_parent_only,
     )
+    with signals_held():
+        batches = iter(loader)
     try:
-        yield from loader
+        yield from batches
     except ConfigError as error:
         # From a worker it comes as the worker's whole traceback, of which the last line is "class: message".
         message = str(error) if workers == 0 else str(error).rstrip().rpartition("\n")[2].partition(": ")[2]
@@ -183,8 +191,10 @@ def stream(
 def lost_worker(error: BaseException) -> str | None:
     """How a decoding process was lost, in a line, if an error says so; it may come at any moment, not only when one reads.
 
-    It is a worker that the system has killed, or that finds no room in shared memory for its pictures.
+    It is a worker that the system has killed, that finds no room in shared memory for its pictures, or gives none.
     """
-    last = (str(error).splitlines() or [""])[-1].strip()
-    lost = str(error).startswith("DataLoader worker (pid") or "shared memory" in last
+    told = str(error)
+    last = (told.splitlines() or [""])[-1].strip()
+    lost = told.startswith(("DataLoader worker (pid", "DataLoader timed out"))
+    lost = lost or ("DataLoader worker process" in told and "shared memory" in last)
     return last if isinstance(error, RuntimeError) and lost else None

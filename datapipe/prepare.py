@@ -9,7 +9,8 @@ python -m datapipe.prepare download kodak -o data/kodak         or clic2020: tes
 import argparse
 import os
 import sys
-from multiprocessing import Pool
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from tqdm import tqdm
@@ -21,6 +22,7 @@ from utils.commandline import answer, positive
 from utils.errors import DiffoError, PictureError
 from utils.files import PICTURES, atomic_write, make_folder
 from utils.images import find_pictures, read_image
+from utils.stopping import signals_held, stop_for_parent_only
 
 CHECKERS = 4  # processes that decode for --check
 
@@ -115,14 +117,33 @@ def gather(places: list[str], check: bool) -> list[Path]:
     for place in places:
         paths += read_list(place) if place.endswith(".txt") else find_pictures(place, recursive=True)
     if check:
-        with Pool(CHECKERS) as pool:
-            problems = list(tqdm(pool.imap(_problem, paths, 16), desc="checking", total=len(paths), disable=None))
+        problems = _problems(paths)
         for problem in filter(None, problems):
             print(f"left out: {problem}", file=sys.stderr)
         paths = [path for path, problem in zip(paths, problems, strict=True) if not problem]
     if not paths:
         raise DiffoError(f"{', '.join(places)}: no pictures there")
     return paths
+
+
+def _problems(paths: list[Path]) -> list[str | None]:
+    """What is wrong with each picture.
+
+    Raises:
+        DiffoError: a process that reads them was killed.
+    """
+    pool = ProcessPoolExecutor(CHECKERS, initializer=stop_for_parent_only)
+    try:
+        with signals_held():  # while its processes start
+            answers = pool.map(_problem, paths, chunksize=16)
+        return list(tqdm(answers, desc="checking", total=len(paths), disable=None))
+    except BrokenProcessPool as error:
+        raise DiffoError(
+            "--check: a process that reads pictures was killed. Mostly memory is short; without --check, training "
+            "replaces pictures that it cannot read"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _problem(path: Path) -> str | None:

@@ -1,8 +1,6 @@
 """The stream of training crops: every random choice is a function of the seed and the position alone."""
 
 import itertools
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -12,7 +10,7 @@ from PIL import Image
 
 from datapipe import pictures as module
 from datapipe.pictures import DataParams, Pictures, Positions, enlarged_crop, epoch_order, generator, stream
-from tests.commands import ROOT, photograph
+from tests.commands import photograph
 from utils.images import read_image, to_signed
 
 SIZE = 32
@@ -104,29 +102,6 @@ def test_it_may_go_on_with_another_batch_and_world(folder):
     before = [p for rank in (0, 1) for _, positions in batches(dataset(folder), 3, rank, 2, 0, 2) for p in positions]
     after = [p for rank in range(3) for _, positions in batches(dataset(folder), 1, rank, 3, 12, 4) for p in positions]
     assert sorted(map(int, before + after)) == list(range(24))
-
-
-@pytest.mark.parametrize("stopped", ["pass", "raise RuntimeError('a bug')"])
-def test_workers_end_with_a_process_that_fails(folder, stopped):
-    """They outlive a signal to the whole group, and must not outlive their process: it waits for them at its end."""
-    code = """
-import os, signal, subprocess, sys
-from datapipe.pictures import DataParams, Pictures, stream
-from utils.stopping import StopRequest
-os.setsid()
-batches = stream(Pictures(DataParams(sys.argv[1], workers=2), 32, 0), 2, 0, 1, 0)
-next(batches)
-with StopRequest() as stop:
-    subprocess.run(["kill", "-TERM", "--", f"-{os.getpgrp()}"])  # from outside, as schedulers do
-assert stop.number == signal.SIGTERM
-for _ in range(9):  # more than is decoded ahead
-    next(batches)
-print("served")
-"""
-    command = [sys.executable, "-c", code + stopped, str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.stdout == "served\n", done.stderr
-    assert done.returncode == int("raise" in stopped), done.stderr
 
 
 def test_workers_do_not_change_the_stream(folder):

@@ -54,7 +54,12 @@ def test_a_lost_worker_is_one_line(data, tmp_path, capfd, monkeypatch):
     [
         ("DataLoader worker (pid 7) is killed by signal: Killed. ", True),
         ("Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback\nRuntimeError: a bug", False),
-        ("Caught RuntimeError ...\nRuntimeError: unable to allocate shared memory(shm) for file </t>: No space", True),
+        (
+            "Caught RuntimeError in DataLoader worker process 0.\nRuntimeError: unable to allocate shared memory(shm)",
+            True,
+        ),
+        ("DataLoader timed out after 1800 seconds", True),
+        ("out of resource: shared memory, Required: 1, Hardware limit: 0", False),
         ("", False),
     ],
 )
@@ -184,13 +189,18 @@ def test_a_loss_that_is_not_finite_keeps_the_state_and_the_last_checkpoint(data,
     assert main(["--resume", str(folder)]) == 0  # with the fault gone
 
 
+def launched(rank: int, port: int) -> None:
+    """Tell this process that it is one of two, as torchrun does."""
+    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({key: str(value) for key, value in told.items()})
+    torch.set_num_threads(1)
+
+
 def fails_on_two_ranks(rank: int, port: int, args: list[str]) -> None:
     """The command as torchrun starts it; the main process is slow to write."""
     from main_diffusion_train_vq import main
 
-    launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({key: str(value) for key, value in launched.items()})
-    torch.set_num_threads(1)
+    launched(rank, port)
     save = checkpoints.save
 
     def slowly(path: Path, content: dict) -> None:
@@ -199,6 +209,41 @@ def fails_on_two_ranks(rank: int, port: int, args: list[str]) -> None:
 
     checkpoints.save = slowly
     sys.exit(main(args))
+
+
+def test_a_reader_of_the_messages_that_goes_does_not_end_the_run(data, tmp_path):
+    """`... 2>&1 | head`, or a tee that dies."""
+    args = [sys.executable, str(TRAIN), *command(data, tmp_path)]
+    process = subprocess.Popen(args, cwd=ROOT, stderr=subprocess.PIPE)
+    process.stderr.read(10)
+    process.stderr.close()
+    assert process.wait(timeout=120) == 0
+    assert (tmp_path / "nano" / "states" / "codec_6.pth").exists()
+
+
+def ends_on_one_of_two_ranks(rank: int, port: int, args: list[str], log: str) -> None:
+    from main_diffusion_train_vq import main
+    from training.gt_stage import GtStage
+
+    launched(rank, port)
+    if rank == 0:
+        with open(log, "w") as file:
+            os.dup2(file.fileno(), 2)
+        assert main(args) == 1
+        return
+    step = GtStage.step
+    GtStage.step = lambda self, image, positions, number: (
+        step(self, image, positions, number) if number < 2 else os._exit(0)
+    )
+    main(args)
+
+
+def test_a_rank_whose_other_has_ended_says_so_in_a_line(data, tmp_path):
+    args = [*command(data, tmp_path), "validation.folder=null"]
+    log = tmp_path / "stderr"
+    torch.multiprocessing.spawn(ends_on_one_of_two_ranks, args=(free_port(), args, str(log)), nprocs=2)
+    told = log.read_text()
+    assert "Traceback" not in told and "error: another process of this run has ended" in told.splitlines()[-1]
 
 
 def test_the_failed_state_is_whole_before_any_rank_ends(data, tmp_path):

@@ -3,6 +3,8 @@
 import contextlib
 import hashlib
 import io
+import os
+import signal
 import threading
 import time
 import zipfile
@@ -57,6 +59,12 @@ def test_check_leaves_unreadable_pictures_out(folder, tmp_path, capsys):
         said = told(capsys, *args, folder, "--check", "-o", out)
         assert said.count("left out: ") == 1 and "broken.png: not a picture" in said and f"{out}: 3 pictures" in said
     assert len(ShardSource([str(tmp_path / "shards")])) == 3
+
+
+def test_a_lost_process_of_check_is_one_line(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(prepare, "read_image", lambda path: os.kill(os.getpid(), signal.SIGKILL))
+    said = told(capsys, "list", folder, "--check", "-o", tmp_path / "l.txt", status=1)
+    assert "--check: a process that reads pictures was killed" in said and not (tmp_path / "l.txt").exists()
 
 
 def test_shards_keep_to_both_limits(folder, tmp_path, capsys):

@@ -135,7 +135,7 @@ DEVICES = [
 ]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_asked_to_stop_a_run_saves_and_goes_on_exactly(number, data, saved_run, tmp_path):
     """As schedulers ask, and Ctrl-C: with its workers, which get the signal too."""
     args = [sys.executable, str(TRAIN), *command(data, tmp_path), "data.workers=1", "save_every=100", "--auto_resume"]
@@ -154,6 +154,26 @@ def test_asked_to_stop_a_run_saves_and_goes_on_exactly(number, data, saved_run, 
     assert saved.step + (4 if saved.stage == "codec" else 0) == len(lines(folder, "metrics.jsonl")) < 10
     run(*args[1:])  # the same command: --auto_resume
     assert lines(folder, "metrics.jsonl") == lines(saved_run, "metrics.jsonl")
+
+
+def test_a_run_killed_while_its_latent_is_measured_has_saved_before(data, tmp_path, monkeypatch):
+    from main_diffusion_train_vq import main
+    from training.gt_stage import GtStage
+
+    def finish(self, batches):
+        raise KeyboardInterrupt
+
+    args = [*command(data, tmp_path), "save_every=100", "validation.folder=null"]
+    whole, killed = tmp_path / "nano", tmp_path / "killed"
+    assert main(args) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(GtStage, "finish", finish)
+        main([*args, "name=killed"])
+    assert Checkpoints(killed, ["gt", "codec"], 2).points() == [Point("gt", 4)]
+    assert main(["--resume", str(killed)]) == 0
+    assert lines(killed, "metrics.jsonl") == lines(whole, "metrics.jsonl")
+    for name in ("ema_ckpts/GT_vq_model_4.pth.tar", "ema_ckpts/vq_model_6.pth.tar"):
+        assert flat(checkpoints.read(killed / name)) == flat(checkpoints.read(whole / name))
 
 
 def test_resuming_tells_what_is_not_as_before(data, tmp_path, monkeypatch):

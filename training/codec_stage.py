@@ -52,7 +52,7 @@ class CodecStage:
     """
 
     name = "codec"
-    extends = True  # a finished stage can be trained further
+    finishes = False  # it can be trained further after its end
 
     def __init__(self, config: TrainConfig, codec: Codec, device: torch.device):
         p: CodecStageParams = config.codec

@@ -33,7 +33,7 @@ class GtStage:
     """Stage `gt`: L = w_d |X - X^| + w_p perceptual + w_a lambda hinge (VQGAN, Esser et al. 2021), continuous latent."""
 
     name = "gt"
-    extends = False  # finish() has averaged and rescaled the weights
+    finishes = True  # with what cannot be taken back: finish() averages and rescales the weights
 
     def __init__(self, config: TrainConfig, codec: Codec, device: torch.device):
         p: GtParams = config.gt

@@ -25,7 +25,7 @@ from utils import checkpoints, distributed
 from utils.config import to_mapping
 from utils.errors import CheckpointError, ConfigError, DiffoError, DiskFull, NotFinite
 from utils.files import atomic_write, make_folder, require_writable
-from utils.logging import RunLog
+from utils.logging import RunLog, Unbroken
 from utils.metrics import MS_SSIM_MIN_SIDE
 from utils.stopping import StopRequest
 
@@ -158,18 +158,19 @@ class Trainer:
         if start.step == 0 and name == "codec":
             batches = self._look_at_latent(batches)
         steps = range(start.step, last)
-        shown = dict(initial=start.step, total=last, desc=name, mininterval=1.0)
+        shown = dict(initial=start.step, total=last, desc=name, mininterval=1.0, file=Unbroken(sys.stderr))
         for step in (bar := tqdm(steps, disable=not distributed.is_main(), **shown)):
             loss = self._step(stage, step, batches)
             bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
             done = step + 1
             better = self._validate(stage, done)
             stopped = distributed.on_any_rank(stop.number is not None, self.device)
-            if done < last and (better or stopped or done % self.config.save_every == 0):
+            on = done < last or stage.finishes  # something is still to come, which may take long
+            if on and (better or stopped or done == last or done % self.config.save_every == 0):
                 self._save(stage, done)
                 if stopped:
                     return False
-        if name == "gt":
+        if stage.finishes:
             stage.finish(itertools.islice(self._batches(stage, 0), -(-params.statistics // taken)))
         self._tell_unreadable()
         self._save(stage, last, finished=True)
@@ -317,7 +318,7 @@ class Trainer:
         """The stage that a saved state goes on with: its own, unless that is finished."""
         name, step, index = saved["stage"], saved["step"], self.config.stages.index(saved["stage"])
         asked = getattr(self.config, name).iterations
-        if not saved["finished"] or (asked > step and STAGES[name].extends):
+        if not saved["finished"] or (asked > step and not STAGES[name].finishes):
             return Start(index, step, saved["position"], saved["training"])
         if asked > step and name == self.config.stages[-1]:
             raise CheckpointError(

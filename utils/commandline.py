@@ -1,6 +1,7 @@
 """How every command of the project ends: one line for what the user can mend, never a traceback for it."""
 
 import argparse
+import errno
 import io
 import os
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from utils.errors import DiffoError, out_of_memory
 
 FAILED, INTERRUPTED = 1, 130
+OUTPUT = (errno.ENOSPC, errno.EIO, errno.EFBIG)  # what writing to stdout may meet
 
 
 def answer(work: Callable[..., int | None], *args) -> int:
@@ -20,17 +22,21 @@ def answer(work: Callable[..., int | None], *args) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        return work(*args) or 0
+        status = work(*args) or 0
+        sys.stdout.flush()  # what fails there must not fail at exit
+        return status
     except DiffoError as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILED
-    except BrokenPipeError:  # whoever read our output has gone; Python must not complain about it at exit either
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # whoever read our output has gone
+        _drop_output()
         return FAILED
     except OSError as error:
         if error.filename is None:
-            raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+            if error.errno not in OUTPUT:
+                raise
+            _drop_output()
+        print(f"error: {error.filename or 'output'}: {error.strerror}", file=sys.stderr)
         return FAILED
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
@@ -41,6 +47,11 @@ def answer(work: Callable[..., int | None], *args) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _drop_output() -> None:
+    """What is still to be written to stdout must not fail again at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def positive(text: str) -> int:

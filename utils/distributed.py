@@ -11,6 +11,8 @@ from torch import Tensor
 
 from utils.errors import DiffoError
 
+# How gloo and nccl report that.
+OTHER_ENDED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 PATIENCE = timedelta(hours=1)  # for the main process, which alone writes checkpoints
 
 
@@ -29,7 +31,11 @@ def is_main() -> bool:
 
 @contextmanager
 def process_group(device: torch.device):
-    """Join the group that torchrun announces (nccl on CUDA, gloo on CPU), and leave it; nothing when unlaunched."""
+    """Join the group that torchrun announces (nccl on CUDA, gloo on CPU), and leave it; nothing when unlaunched.
+
+    Raises:
+        DiffoError: another process of the group ended while this one waited for it.
+    """
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if launched:
         cuda = device.type == "cuda"
@@ -37,9 +43,12 @@ def process_group(device: torch.device):
         dist.init_process_group(**backend, timeout=PATIENCE)
     try:
         yield
-    finally:
-        if launched:
-            dist.destroy_process_group()
+    except RuntimeError as error:
+        if launched and any(told in str(error) for told in OTHER_ENDED):
+            raise DiffoError("another process of this run has ended, and says why if it could") from error
+        raise
+    if launched:  # not after an error of this process alone: nccl would wait for the others here
+        dist.destroy_process_group()
 
 
 def local_device(name: str) -> torch.device:

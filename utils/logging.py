@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 import torch
 from torch import Tensor
@@ -21,6 +21,25 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter  # takes seconds
 
 METRICS, VALIDATION, TENSORBOARD, LOG = "metrics.jsonl", "validation.jsonl", "tensorboard", "train.log"
+
+
+class Unbroken:
+    """A text stream whose reader may go, or disk fill up, without ending the work that tells something there."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
 
 
 class RunLog:
@@ -45,7 +64,7 @@ class RunLog:
         self.logger.propagate = False
         file = logging.FileHandler(folder / LOG)
         file.handleError = lambda record: None  # a full disk: the terminal has the message too
-        for handler, time in ((file, "%Y-%m-%d %H:%M:%S"), (logging.StreamHandler(sys.stderr), "%H:%M:%S")):
+        for handler, time in ((file, "%Y-%m-%d %H:%M:%S"), (logging.StreamHandler(Unbroken(sys.stderr)), "%H:%M:%S")):
             handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", time))
             self.logger.addHandler(handler)
 
