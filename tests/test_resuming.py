@@ -142,7 +142,13 @@ def test_asked_to_stop_a_run_saves_and_goes_on_exactly(number, data, saved_run, 
     folder = tmp_path / "nano"
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        args, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+        args,
+        cwd=ROOT,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # where the tests themselves are told to ignore it
     )
     while process.poll() is None and not (folder / "metrics.jsonl").is_file():
         time.sleep(0.01)
