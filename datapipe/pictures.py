@@ -188,13 +188,21 @@ def stream(
         raise
 
 
+_lost: list[BaseException] = []
+
+
 def lost_worker(error: BaseException) -> str | None:
     """How a decoding process was lost, in a line, if an error says so; it may come at any moment, not only when one reads.
 
-    It is a worker that the system has killed, that finds no room in shared memory for its pictures, or gives none.
+    It is a worker that the system has killed, that finds no room in shared memory for its pictures, or gives none. The
+    error, and with it the stream, is kept until the process ends: closing the stream takes a lock that the lost worker
+    may have held.
     """
     told = str(error)
     last = (told.splitlines() or [""])[-1].strip()
     lost = told.startswith(("DataLoader worker (pid", "DataLoader timed out"))
     lost = lost or ("DataLoader worker process" in told and "shared memory" in last)
-    return last if isinstance(error, RuntimeError) and lost else None
+    if not (isinstance(error, RuntimeError) and lost):
+        return None
+    _lost.append(error)
+    return last

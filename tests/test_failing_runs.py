@@ -69,13 +69,34 @@ def test_a_bug_in_a_worker_is_not_taken_for_its_loss(told, lost):
     assert lost_worker(ValueError(told)) is None
 
 
+def test_a_worker_lost_with_a_lock_does_not_keep_the_run(data, tmp_path):
+    """Killed just then, it takes the lock with it by which PyTorch would tell the workers that they are done."""
+    code = """
+import multiprocessing.synchronize, os, signal, sys
+from main_diffusion_train_vq import main
+ours, calls = os.getpid(), []
+def is_set(self):
+    with self._cond:
+        calls.append(1)
+        if os.getpid() != ours and len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return False
+multiprocessing.synchronize.Event.is_set = is_set
+sys.exit(main(sys.argv[1:]))
+"""
+    args = [*command(data, tmp_path), "validation.folder=null", "stages=[gt]", "data.workers=1"]
+    done = run("-c", code, *args, expect=1, timeout=60)
+    assert "a process that decodes pictures is lost" in done.stderr.splitlines()[-1]
+
+
 def test_however_the_loss_of_a_worker_shows_it_is_reported_once(data):
     """It may be killed while its pictures are on their way: then their pipe ends first."""
     killer = random.Random(0)
     for _ in range(12):
+        before = multiprocessing.active_children()
         batches = stream(Pictures(DataParams(str(data), workers=1), 64, 0), 2, 0, 1, 0)
         next(batches)
-        (worker,) = multiprocessing.active_children()
+        (worker,) = (child for child in multiprocessing.active_children() if child not in before)
         timer = threading.Timer(killer.uniform(0, 0.1), worker.kill)
         with pytest.raises(RuntimeError) as caught:
             timer.start()
