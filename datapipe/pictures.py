@@ -22,11 +22,11 @@ from datapipe.source import Source
 from datapipe.sources import KINDS, Paths, open_source
 from utils.errors import ConfigError, PictureError
 from utils.images import to_signed
-from utils.stopping import signals_held, stop_for_parent_only
+from utils.stopping import end_children_at_exit, signals_held, stop_for_parent_only
 
 EPOCH, CROP, DRAWS, REVIVAL = range(4)  # independent random streams of one seed
+LOST = "DataLoader worker (pid"  # how PyTorch begins to report it
 TRIED = 100  # pictures in a row that may be unreadable
-STALLED = 1800  # seconds without a batch after which the processes that decode count as lost
 
 
 def generator(seed: int, purpose: int, position: int) -> np.random.Generator:
@@ -167,12 +167,12 @@ def stream(
     if workers:
         # Each would make a folder of its own there for its pictures' socket, and wait in silence if the disk is full.
         multiprocessing.util.get_temp_dir()
+        end_children_at_exit()
     loader = DataLoader(
         pictures,
         batch_sampler=Positions(batch, rank, world, first),
         num_workers=workers,
         pin_memory=pinned,
-        timeout=STALLED if workers else 0,
         worker_init_fn=stop_for_parent_only,
     )
     with signals_held():
@@ -183,9 +183,9 @@ def stream(
         # From a worker it comes as the worker's whole traceback, of which the last line is "class: message".
         message = str(error) if workers == 0 else str(error).rstrip().rpartition("\n")[2].partition(": ")[2]
         raise ConfigError(message) from None
-    except (EOFError, ConnectionResetError):  # a killed worker's pipe may end before PyTorch reports the worker
+    except (EOFError, ConnectionError) as error:  # a killed worker's pipe may end before PyTorch reports the worker
         time.sleep(1)  # the report comes by a signal, as a RuntimeError from here
-        raise
+        raise RuntimeError(f"{LOST}) has closed its pipe") from error
 
 
 _lost: list[BaseException] = []
@@ -194,14 +194,12 @@ _lost: list[BaseException] = []
 def lost_worker(error: BaseException) -> str | None:
     """How a decoding process was lost, in a line, if an error says so; it may come at any moment, not only when one reads.
 
-    It is a worker that the system has killed, that finds no room in shared memory for its pictures, or gives none. The
-    error, and with it the stream, is kept until the process ends: closing the stream takes a lock that the lost worker
-    may have held.
+    It is a worker that the system has killed, or that finds no room in shared memory for its pictures. The error, and
+    with it the stream, is kept until the process ends: closing the stream takes a lock that the lost worker may have held.
     """
     told = str(error)
     last = (told.splitlines() or [""])[-1].strip()
-    lost = told.startswith(("DataLoader worker (pid", "DataLoader timed out"))
-    lost = lost or ("DataLoader worker process" in told and "shared memory" in last)
+    lost = told.startswith(LOST) or ("DataLoader worker process" in told and "shared memory" in last)
     if not (isinstance(error, RuntimeError) and lost):
         return None
     _lost.append(error)

@@ -30,8 +30,16 @@ def test_a_reader_that_has_gone_is_no_news(told):
     assert (done.returncode, done.stderr) == (1, "")
 
 
+def test_a_closed_output_is_no_error():
+    """`>&-`, as daemons have it."""
+    command = f'{sys.executable} -c "{COMMAND}" 10 >&-'
+    done = subprocess.run(["sh", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_output_onto_a_full_disk_is_one_line(told):
     with open("/dev/full", "w") as full:
         done = told(full)
-    assert (done.returncode, done.stderr) == (1, "error: output: No space left on device\n")
+    line = "error: output or a temporary file cannot be written: No space left on device\n"
+    assert (done.returncode, done.stderr) == (1, line)

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import io
+import multiprocessing
 import os
 import signal
 import threading
@@ -61,6 +62,7 @@ def test_check_leaves_unreadable_pictures_out(folder, tmp_path, capsys):
     assert len(ShardSource([str(tmp_path / "shards")])) == 3
 
 
+@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="processes that are not forked lack the patch")
 def test_a_lost_process_of_check_is_one_line(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(prepare, "read_image", lambda path: os.kill(os.getpid(), signal.SIGKILL))
     said = told(capsys, "list", folder, "--check", "-o", tmp_path / "l.txt", status=1)

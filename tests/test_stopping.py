@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import ROOT
+from tests.commands import ROOT, run
 from utils import stopping
 from utils.stopping import StopRequest
 
@@ -71,8 +71,28 @@ def alive(pid: int) -> bool:
     """Whether a process runs; one that has ended and that nobody has asked for does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def test_children_are_asked_until_they_end():
+    """A signal may be lost among others."""
+    code = """
+import multiprocessing, os, signal, time
+from utils.stopping import end_children_at_exit
+left = [1, 1]
+def deaf(ready):
+    signal.signal(signal.SIGTERM, lambda *_: left.pop() if left else os._exit(0))
+    ready.set()
+    while True:
+        time.sleep(60)
+if __name__ == "__main__":
+    ready = multiprocessing.Event()
+    multiprocessing.Process(target=deaf, args=(ready,), daemon=True).start()
+    ready.wait()
+    end_children_at_exit()
+"""
+    run("-c", code, timeout=60)
 
 
 @pytest.fixture

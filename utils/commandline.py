@@ -1,43 +1,46 @@
 """How every command of the project ends: one line for what the user can mend, never a traceback for it."""
 
 import argparse
-import errno
 import io
 import os
 import sys
 from collections.abc import Callable
+from typing import TextIO
 
 from utils.errors import DiffoError, out_of_memory
+from utils.files import disk_is_full
 
 FAILED, INTERRUPTED = 1, 130
-OUTPUT = (errno.ENOSPC, errno.EIO, errno.EFBIG)  # what writing to stdout may meet
 
 
 def answer(work: Callable[..., int | None], *args) -> int:
     """Call work(*args); its result is the exit status (None: 0).
 
-    It is 1 for a DiffoError, whose message is printed, and for what system and memory refuse. File names that are no
-    text are printed escaped.
+    It is 1 for a DiffoError, whose message is printed, for what system and memory refuse, and for output that cannot be
+    written. File names that are no text are printed escaped.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
+    status = _status(work, args)
+    if (error := _flushed(sys.stdout)) and not status:
+        status = _output_failed(error)
+    _flushed(sys.stderr)
+    return status
+
+
+def _status(work: Callable[..., int | None], args: tuple) -> int:
     try:
-        status = work(*args) or 0
-        sys.stdout.flush()  # what fails there must not fail at exit
-        return status
+        return work(*args) or 0
     except DiffoError as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILED
-    except BrokenPipeError:  # whoever read our output has gone
-        _drop_output()
-        return FAILED
     except OSError as error:
-        if error.filename is None:
-            if error.errno not in OUTPUT:
-                raise
-            _drop_output()
-        print(f"error: {error.filename or 'output'}: {error.strerror}", file=sys.stderr)
-        return FAILED
+        if error.filename is not None:
+            print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+            return FAILED
+        if not (isinstance(error, BrokenPipeError) or disk_is_full(error)):
+            raise
+        return _output_failed(error)
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
@@ -49,9 +52,20 @@ def answer(work: Callable[..., int | None], *args) -> int:
         return INTERRUPTED
 
 
-def _drop_output() -> None:
-    """What is still to be written to stdout must not fail again at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _output_failed(error: OSError) -> int:
+    if not isinstance(error, BrokenPipeError):  # whose reader has gone and asks for nothing more
+        print(f"error: output or a temporary file cannot be written: {error.strerror}", file=sys.stderr)
+    return FAILED
+
+
+def _flushed(stream: TextIO | None) -> OSError | None:
+    """Write out what a stream keeps. Where that fails, the error, and nothing is kept: Python would meet it again at exit."""
+    try:
+        if stream:
+            stream.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return error
 
 
 def positive(text: str) -> int:

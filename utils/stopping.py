@@ -1,6 +1,6 @@
 """Ending long work between two of its steps when the system or the user asks for it."""
 
-import multiprocessing
+import multiprocessing.util
 import os
 import signal
 import threading
@@ -54,7 +54,7 @@ class StopRequest:
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Let the signals that ask to stop wait. Processes that are started here are born with them waiting."""
+    """Let the signals that ask to stop wait. Processes that are forked here are born with them waiting."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)
     try:
         yield
@@ -66,8 +66,8 @@ def stop_for_parent_only(_: int = 0) -> None:
     """For a process that serves another, started with `signals_held`: the other decides about signals to the whole group.
 
     They are ignored, but for a SIGTERM that the parent sent, as `multiprocessing` does at exit with the children that
-    are left before it waits for them without limit. The process ends with its parent, however that ended. Where the
-    system does not tell who sends a signal (macOS), SIGTERM ends the process as ever.
+    are left before it waits for them without limit (`end_children_at_exit`). A process that was forked ends with its
+    parent, however that ended. Where the system does not tell who sends a signal (macOS), SIGTERM ends it as ever.
     """
     for number in ASKING.keys() - {signal.SIGTERM}:
         signal.signal(number, signal.SIG_IGN)
@@ -85,3 +85,18 @@ def _end_with_parent() -> None:
         if came and came.si_pid == parent:
             break
     os._exit(0)
+
+
+def end_children_at_exit() -> None:
+    """Have this process, at its end, ask its daemonic children to end until they do.
+
+    `multiprocessing` asks once, and a signal that comes while one like it waits is lost.
+    """
+    multiprocessing.util.Finalize(None, _end_children, exitpriority=1)
+
+
+def _end_children() -> None:
+    for child in multiprocessing.active_children():
+        while child.daemon and child.is_alive():
+            child.terminate()
+            child.join(0.1)
