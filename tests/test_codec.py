@@ -1,7 +1,6 @@
-"""The whole codec with tiny random networks: files, decoding from bytes alone, and the training pass."""
+"""The whole codec with tiny random networks: files, and decoding from bytes alone."""
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,60 +8,17 @@ import torch
 
 from models import bitstream, diffusion, entropy_coding
 from models.autoencoder import AutoencoderParams
-from models.codec import Codec, portable_noise
-from models.diffusion import DiffusionParams, RateParams
-from models.records import CodecParams, Draws, Sampling
+from models.codec import portable_noise
+from models.diffusion import RateParams
+from models.records import CodecParams, Sampling
 from models.unet import UNetParams
 from models.vq_base import VQBaseParams
-from tests.networks import off_zero
-from training.config import CodecStageParams, TrainConfig
-from training.stages import CodecStage
+from tests.small_codec import PARAMS, D, K, Traced, new_codec, picture, y_of
 from utils.errors import BitstreamError, CheckpointError
 from utils.images import to_signed, to_uint8
 
-D, K = 8, 64
 BITS = 6  # log2 K
-PARAMS = CodecParams(
-    autoencoder=AutoencoderParams(
-        ch=8, ch_mult=(1, 1, 1, 1, 2), num_res_blocks=1, z_channels=8, embed_dim=D, n_embed=0, groups=4
-    ),
-    vq_base=VQBaseParams(
-        ch=8, ch_mult=(2,), num_res_blocks=1, z_channels=8, embed_dim=4, in_channels=D, codebook_size=K, groups=4
-    ),
-    unet=UNetParams(
-        latent_channels=D,
-        condition_channels=4,
-        condition_width=4,
-        model_channels=16,
-        channel_mult=(1, 1, 1, 1),
-        num_res_blocks=1,
-        swin_embed_dim=16,
-        head_channels=8,
-        mlp_ratio=1,
-        groups=8,
-    ),
-    diffusion=DiffusionParams(steps=4),
-)
 SIZES = [(16, 16), (17, 31), (250, 333), (16, 200), (64, 48)]
-
-
-def picture(height: int, width: int, seed: int = 0) -> torch.Tensor:
-    random = torch.Generator().manual_seed(seed)
-    coarse = torch.rand(1, 3, height // 8 + 2, width // 8 + 2, generator=random)
-    return to_uint8(torch.nn.functional.interpolate(coarse, size=(height, width), mode="bilinear")[0] * 2 - 1)
-
-
-def new_codec() -> Codec:
-    """Random weights, no layer at zero, a code book in the middle of the latents."""
-    torch.manual_seed(0)
-    codec = Codec(PARAMS)
-    off_zero(codec)
-    with torch.no_grad():
-        codec.autoencoder.quant_conv.weight.mul_(10)
-        z = codec.vq_base(codec.to_latent(to_signed(picture(256, 256, seed=9))[None])).z
-        codec.vq_base.quantize.revive(z.permute(0, 2, 3, 1).flatten(0, 2)[:K], everything=True)
-    codec.fingerprint = b"\x01\x02\x03\x04"
-    return codec.eval()
 
 
 @pytest.fixture(scope="module")
@@ -210,22 +166,6 @@ def test_eta_follows_from_the_length_of_the_base_alone(codec, size):
     assert codec.nominal_bpp == BITS / 256
 
 
-class Traced:
-    """What the denoiser is given while a file is decoded."""
-
-    def __init__(self, codec, data, sampling=None):
-        self.calls = []
-        handle = codec.unet.register_forward_pre_hook(lambda _, args: self.calls.append([a.clone() for a in args]))
-        try:
-            self.decoded = codec.decode(data, *([sampling] if sampling else []))
-        finally:
-            handle.remove()
-
-    @property
-    def times(self):
-        return [t.item() for _, t, _ in self.calls]
-
-
 def test_what_sampling_changes(codec):
     data = codec.compress(picture(64, 48))
     plain = Traced(codec, data)
@@ -250,11 +190,6 @@ def test_what_sampling_changes(codec):
     assert reseeded.decoded.eta == eta and reseeded.times == plain.times and differs(reseeded)
     for other in (louder, reseeded):
         assert torch.equal(other.calls[0][2], plain.calls[0][2])  # z_q
-
-
-@torch.no_grad()
-def y_of(codec, data):
-    return codec.vq_base.reconstruct(codec.vq_base.rows(codec.read(data).k))
 
 
 @torch.no_grad()
@@ -287,91 +222,6 @@ def test_parts_that_do_not_fit_are_refused():
     ]:
         with pytest.raises(ValueError, match=message):
             CodecParams(**part)
-
-
-# Training -----------------------------------------------------------------------------------------------------------
-
-
-def draws(codec, t, eta, shape, seed=0):
-    """Draws whose noise level at the last step is eta, or the published one where eta is NaN."""
-    noise = torch.randn(len(t), *shape, generator=torch.Generator().manual_seed(seed))
-    spread = torch.tensor(eta, dtype=torch.float64) / codec.rate.eta(codec.nominal_bpp)
-    return Draws(torch.tensor(t), spread, noise)
-
-
-def test_noisy_input(codec):
-    """Per sample: the decoder's own input where eta is given at the last step, the published one elsewhere."""
-    x, y = torch.randn(2, 4, D, 2, 3, generator=torch.Generator().manual_seed(1))
-    given = draws(codec, [3, 3, 1, 0], [0.5, math.nan, 0.5, math.nan], (D, 2, 3))
-    x_t, eta = codec.noisy_input(x, y, torch.zeros(4), given)
-    etas = codec.schedule.etas
-    assert eta.tolist() == pytest.approx([0.5, etas[3], etas[1], etas[0]], abs=1e-15)
-    torch.testing.assert_close(x_t[0], y[0] + 2 * math.sqrt(0.5) * given.noise[0])
-    for i, t in ((1, 3), (2, 1), (3, 0)):
-        published = x[i] + etas[t] * (y[i] - x[i]) + 2 * math.sqrt(etas[t]) * given.noise[i]
-        torch.testing.assert_close(x_t[i], published.float(), rtol=0, atol=1e-6)
-    everywhere = draws(codec, [3, 2, 1, 0], [math.nan] * 4, (D, 2, 3))
-    expected = diffusion.q_sample(codec.schedule, x, y, everywhere.t, everywhere.noise)
-    assert torch.equal(codec.noisy_input(x, y, torch.zeros(4), everywhere)[0], expected)
-    # At the decoder's own input the original does not enter.
-    other, _ = codec.noisy_input(-x, y, torch.zeros(4), given)
-    assert torch.equal(other[0], x_t[0]) and not torch.equal(other[1], x_t[1])
-
-
-@torch.no_grad()
-def test_training_sees_what_the_decoder_sees(codec):
-    """With the file's own eta and noise, the training pass predicts what decoding predicts."""
-    image = picture(64, 48)
-    data = codec.compress(image)
-    traced = Traced(codec, data)
-    noise = next(portable_noise(bitstream.noise_seed(codec.read(data).file.base), torch.zeros(1, D, 4, 3)))
-    given = replace(draws(codec, [3], [traced.decoded.eta], (D, 4, 3)), noise=noise)
-    out = codec(to_signed(image)[None], given)
-    difference = to_uint8(out.image[0]).int() - traced.decoded.image.int()
-    assert difference.abs().max() <= 1 and difference.bool().float().mean() < 0.001
-    assert out.x.shape == out.y_hat.shape == out.x_hat.shape == (1, D, 4, 3)
-    torch.testing.assert_close(out.y_hat, y_of(codec, data), rtol=0, atol=1e-5)
-
-
-@torch.no_grad()
-def test_a_correction_is_added_to_what_the_decoder_knows():
-    """prediction: correction. x^ = y^ + U in training and decoding, and U starts silent; `latent` has U alone."""
-    ours = replace(PARAMS, unet=replace(PARAMS.unet, condition_channels=D), adapter="difference")
-    codec, plain = Codec(replace(ours, prediction="correction")).eval(), Codec(ours).eval()
-    codec.fingerprint = b"\x01\x02\x03\x04"
-    image = picture(64, 48)
-    out = codec(to_signed(image)[None], draws(codec, [3], [0.5], (D, 4, 3)))
-    assert torch.equal(out.x_hat, out.y_hat)
-    data = codec.compress(image)
-    silent = to_uint8(codec.to_image(y_of(codec, data))[0])
-    assert torch.equal(codec.decompress(data), silent)
-    torch.nn.init.normal_(codec.unet.out[-1].weight, std=0.1)
-    x, lq = torch.randn(2, 1, D, 4, 3, generator=torch.Generator().manual_seed(1))
-    t = torch.tensor([2.5])
-    torch.testing.assert_close(codec.denoiser(x, t, lq), lq + codec.unet(x, t, lq))
-    assert not torch.equal(codec.decompress(data), silent)
-    assert torch.equal(plain.denoiser(x, t, lq), plain.unet(x, t, lq))
-    with pytest.raises(ValueError, match="needs adapter difference"):
-        replace(PARAMS, prediction="correction")
-
-
-@pytest.mark.parametrize("eta", [math.nan, 0.4], ids=["published", "decoder"])
-def test_gradients_reach_all_that_is_trained(eta):
-    codec = new_codec()
-    stage = CodecStage(
-        TrainConfig(networks=PARAMS, codec=CodecStageParams(perceptual="none")), codec, torch.device("cpu")
-    )
-    image = torch.stack([to_signed(picture(48, 64, seed)) for seed in range(2)])
-    out = codec(image, draws(codec, [3, 1], [eta, eta], (D, 3, 4)))
-    (out.image.square().mean() + 0.25 * (out.base.z - out.base.z_q.detach()).square().mean()).backward()
-    for name, parameter in codec.named_parameters():
-        averaged = name.startswith("vq_base.quantize.")  # moved by averages, not by gradients
-        if name.startswith("autoencoder.") or averaged:
-            assert parameter.grad is None, name
-        else:
-            assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), name
-    trained = {id(p) for p in stage.optimiser.parameters}
-    assert trained == {id(p) for n, p in codec.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("wrong", [{"steps": 0}, {"eta": 0.0}, {"eta": 1.5}], ids=str)
