@@ -188,7 +188,7 @@ def stream(
         raise RuntimeError(f"{LOST}) has closed its pipe") from error
 
 
-_lost: list[BaseException] = []
+_kept: list[BaseException] = []
 
 
 def lost_worker(error: BaseException) -> str | None:
@@ -202,5 +202,5 @@ def lost_worker(error: BaseException) -> str | None:
     lost = told.startswith(LOST) or ("DataLoader worker process" in told and "shared memory" in last)
     if not (isinstance(error, RuntimeError) and lost):
         return None
-    _lost.append(error)
+    _kept.append(error)
     return last

@@ -165,8 +165,8 @@ class Trainer:
             done = step + 1
             better = self._validate(stage, done)
             stopped = distributed.on_any_rank(stop.number is not None, self.device)
-            on = done < last or stage.finishes  # something is still to come, which may take long
-            if on and (better or stopped or done == last or done % self.config.save_every == 0):
+            more = done < last or stage.finishes  # something is still to come, which may take long
+            if more and (better or stopped or done == last or done % self.config.save_every == 0):
                 self._save(stage, done)
                 if stopped:
                     return False
