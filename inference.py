@@ -151,7 +151,7 @@ def inspect(jobs: list[Job], args: argparse.Namespace) -> int:
     from coding.run import describe, read_bytes
     from coding.weights import Weights
     from models.bitstream import VERSION, unpack
-    from store.triple import release_named
+    from models.released import release_named
 
     weights, failed = Weights(args), 0
     for job in jobs:

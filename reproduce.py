@@ -56,18 +56,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def fetch_weights(args: argparse.Namespace) -> None:
-    from utils.metrics import download_weights
+    from measuring.metrics import download_weights
 
     download_weights(args.timeout)
 
 
 def fit_eta(args: argparse.Namespace) -> None:
-    from release import eta as fitting
+    from experiments import eta as fitting
+    from measuring.metrics import METRICS, unavailable
+    from models.released import SMALL, load_codec
     from release.making import require_empty, with_rate
-    from store.triple import SMALL, load_codec
     from utils.distributed import local_device
     from utils.files import atomic_write, make_folder, require_writable
-    from utils.metrics import METRICS, unavailable
 
     if args.store:
         require_empty(args.store)
@@ -99,7 +99,7 @@ def measure_rates(args: argparse.Namespace) -> None:
     """One run of inference.py per quality; then the means in rates.csv and one chart per metric."""
     import inference
     from coding.report import COLUMNS, TABLES, aligned_table, write_rows
-    from utils.curves import Curve, chart
+    from measuring.charts import Curve, chart
 
     rows = []
     for quality in args.qualities:
@@ -125,9 +125,9 @@ def measure_rates(args: argparse.Namespace) -> None:
 
 def compare_at_equal_bytes(args: argparse.Namespace) -> None:
     """Every picture by each rival's base code, then by the two layers within as many bytes: rows and their means."""
-    from coding.equal_bytes import contest
     from coding.report import aligned_table, write_rows
-    from store.triple import SMALL, load_codec
+    from experiments.equal_bytes import contest
+    from models.released import SMALL, load_codec
     from utils.distributed import local_device
     from utils.files import make_folder, require_writable
 
@@ -156,7 +156,7 @@ def photographs(folder: Path, limit: int | None) -> list[Path]:
 
 def summary(sets: dict, rate, default, metric: str, levels: list[int]) -> dict:
     """What eta.json says: the fit, and the rule against every constant eta on both sets."""
-    from release.eta import LOWER_IS_BETTER
+    from experiments.eta import LOWER_IS_BETTER
 
     sign = 1 if metric in LOWER_IS_BETTER else -1
     about = {
@@ -186,8 +186,8 @@ def summary(sets: dict, rate, default, metric: str, levels: list[int]) -> dict:
 
 
 def draw(found, rate, metric: str, path: Path) -> None:
-    from release.eta import LOWER_IS_BETTER
-    from utils.curves import Curve, chart
+    from experiments.eta import LOWER_IS_BETTER
+    from measuring.charts import Curve, chart
 
     sign = 1 if metric in LOWER_IS_BETTER else -1
     curves = [

@@ -28,8 +28,8 @@ from datapipe.sources import demo_photographs
 from models.bitstream import CodedResidual, pack, unpack
 from models.codec import Codec
 from models.entropy_coding import encode_indices, encode_symbols
+from models.released import SMALL, load_codec
 from models.residual_networks import hyper_size
-from store.triple import SMALL, load_codec
 from utils.commandline import answer, positive
 from utils.errors import BitstreamError, DiffoError
 from utils.images import find_pictures, read_image

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from datapipe.sources import demo_photographs
 from models import entropy_coding
 from models.codec import Codec
-from store.triple import SMALL, load_codec
+from models.released import SMALL, load_codec
 from utils.commandline import answer, positive
 from utils.distributed import local_device
 from utils.errors import DiffoError

@@ -12,14 +12,14 @@ from torch import Tensor
 from coding import budget, ledger, report
 from coding.plan import Job
 from coding.weights import Weights
+from measuring.contact_sheets import contact_sheet
+from measuring.metrics import bpp, colour_shift, ms_ssim, psnr, score_with_pyiqa, unavailable
 from models.bitstream import CodedPicture, unpack
 from models.codec import Codec
 from models.records import Analysed, Sampling
 from utils.errors import BitstreamError, PictureError, out_of_memory
 from utils.files import atomic_write, make_folder
 from utils.images import read_image, write_image
-from utils.metrics import bpp, colour_shift, ms_ssim, psnr, score_with_pyiqa, unavailable
-from utils.plots import contact_sheet
 
 LARGEST_BPP = 2  # ten times what the largest files have
 MIN_LIMIT = 1 << 20  # bytes; small pictures may take more than that per pixel

@@ -3,7 +3,7 @@
 import argparse
 
 from models.codec import Codec
-from store.triple import SMALL, Triple, load_codec, load_triple, release_of
+from models.released import SMALL, Triple, load_codec, load_triple, release_of
 from utils.distributed import local_device
 from utils.errors import DiffoError
 

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 from datapipe.sources import data_options
+from models.released import NAMES, Triple, load_triple
 from release.making import COUNTED, require_empty, write_release
 from release.tables import count
-from store.triple import NAMES, Triple, load_triple
 from training.checkpointing import AVERAGES, BEST, Checkpoints
 from training.config import RUN_CONFIG, load_config
 from utils.commandline import answer, positive

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from datapipe.sources import data_options
 from models.autoencoder import Autoencoder
 from models.codec import Codec
+from models.released import NAMES, OURS
 from release.making import COUNTED, require_empty, write_release
 from release.tables import count
-from store.triple import NAMES, OURS
 from training.config import load_config
 from utils import checkpoints
 from utils.commandline import answer, positive

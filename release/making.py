@@ -9,7 +9,7 @@ import yaml
 
 from models.codec import Codec
 from models.diffusion import RateParams
-from store.triple import ABOUT, NETWORKS, Triple, load_codec, save_triple
+from models.released import ABOUT, NETWORKS, Triple, load_codec, save_triple
 from training.config import RUN_CONFIG, TrainConfig, load_config
 from utils.config import to_mapping
 from utils.errors import DiffoError

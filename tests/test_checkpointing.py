@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from store.triple import NAMES
+from models.released import NAMES
 from tests.small_runs import command, lines, tree
 from training.checkpointing import Checkpoints, Point
 from utils import checkpoints

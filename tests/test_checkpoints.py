@@ -16,8 +16,8 @@ import yaml
 from models import entropy_coding
 from models.codec import Codec
 from models.diffusion import RateParams
+from models.released import NAMES, OURS, Triple, load_triple, save_triple
 from release import load_codec
-from store.triple import NAMES, OURS, Triple, load_triple, save_triple
 from tests.commands import NANO
 from tests.residual import new_codec
 from training.config import load_config

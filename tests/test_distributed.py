@@ -11,7 +11,7 @@ import torch
 import torch.multiprocessing as multiprocessing
 
 from models.codec import Codec
-from store.triple import NETWORKS
+from models.released import NETWORKS
 from tests.commands import NANO, free_port
 from training.config import load_config
 from training.perceptual import perceptual_term

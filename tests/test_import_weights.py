@@ -14,9 +14,9 @@ from omegaconf import OmegaConf
 from main_diffusion_train_vq import main as train
 from models.autoencoder import Autoencoder
 from models.codec import Codec
+from models.released import NAMES, Triple, save_triple
 from release import load_codec
 from release.import_weights import main, take
-from store.triple import NAMES, Triple, save_triple
 from tests.commands import NANO, ROOT, photograph, run
 from tests.parity import fixture_file
 from training.config import load_config

@@ -11,7 +11,7 @@ import torch
 
 from models.codec import Codec
 from models.entropy_coding import frequency_table
-from store.triple import Triple, save_triple
+from models.released import Triple, save_triple
 from tests.commands import NANO, ROOT, call, levels, photograph, run
 from training.config import load_config
 from utils.images import read_image

@@ -15,9 +15,9 @@ from coding import budget, ledger
 from coding.compressai_view import CompressAIView
 from models import bitstream
 from models.records import CodecParams
+from models.released import Triple, load_codec, load_triple, save_triple
 from models.residual_hyperprior import LEVEL_CODES, node_of
 from release.tables import Counts, gaussian_pmf
-from store.triple import Triple, load_codec, load_triple, save_triple
 from tests.commands import ROOT, call, photograph
 from tests.residual import new_codec, picture
 from utils.config import to_mapping

@@ -3,9 +3,9 @@ import os
 import pytest
 import torch
 
+from measuring.contact_sheets import CELL, GUTTER, MARGIN, ROW_GAP, contact_sheet
 from utils.errors import DiffoError
 from utils.images import read_image
-from utils.plots import CELL, GUTTER, MARGIN, ROW_GAP, contact_sheet
 
 WIDTH = 2 * MARGIN + 2 * CELL + GUTTER
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
+from experiments.eta import Sweep, fit
 from models.codec import Codec
 from models.diffusion import RateParams
-from release.eta import Sweep, fit
+from models.released import load_codec
 from release.making import write_release
 from release.tables import Counts
 from reproduce import main
-from store.triple import load_codec
 from tests.commands import NANO, photograph
 from tests.residual import new_codec
 from training.config import load_config
@@ -128,7 +128,7 @@ def test_two_layers_against_a_base_alone_at_its_bytes(release, tmp_path, capsys)
 
 @pytest.mark.parametrize("metric", ["lpips", "lpips-vgg"])
 def test_a_metric_that_cannot_be_computed_is_refused(metric, pictures, tmp_path, capsys):
-    from utils.metrics import METRICS, unavailable
+    from measuring.metrics import METRICS, unavailable
 
     if metric in METRICS and unavailable(metric) is None:
         pytest.skip("its weights are here")

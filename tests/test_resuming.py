@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from store.triple import Triple, load_triple
+from models.released import Triple, load_triple
 from tests.commands import NANO, ROOT, TRAIN, on_board, run
 from tests.small_runs import command, interrupted, lines, train, tree
 from training.checkpointing import Checkpoints, Point

@@ -12,8 +12,8 @@ import torch
 from coding.compressai_view import CompressAIView
 from datapipe.sources import demo_photographs
 from models.entropy_coding import fixed_length_bytes
+from models.released import ABOUT, RELEASES, SMALL, releases
 from release import load_codec
-from store.triple import ABOUT, RELEASES, SMALL, releases
 from tests.commands import ROOT, levels, run
 from utils.images import read_image
 

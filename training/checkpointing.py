@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from models.records import CodecParams
-from store.triple import Triple, save_triple
+from models.released import Triple, save_triple
 from utils import checkpoints
 from utils.errors import CheckpointError
 from utils.files import atomic_write, make_folder, remove_leftovers

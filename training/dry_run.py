@@ -7,8 +7,9 @@ import yaml
 from torch import Tensor, nn
 
 from datapipe.sources import open_source
+from measuring.metrics import VGG16
 from models.codec import Codec
-from store.triple import NAMES, NETWORKS
+from models.released import NAMES, NETWORKS
 from training.config import TrainConfig
 from training.perceptual import perceptual_term
 from training.speed import Speed
@@ -16,7 +17,6 @@ from training.stages import STAGES
 from training.trainer import new_codec, start_from
 from utils.config import to_mapping
 from utils.images import find_pictures
-from utils.metrics import VGG16
 
 META = torch.device("meta")
 MIB = 2**20

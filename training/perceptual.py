@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from measuring.metrics import VGG16
 from models.losses import ms_ssim_loss
 from utils.errors import ConfigError
 from utils.imports import quiet
-from utils.metrics import VGG16
 
 Perceptual = Callable[[Tensor, Tensor], Tensor]
 

@@ -14,8 +14,9 @@ from tqdm import tqdm
 
 from datapipe.pictures import Pictures, lost_worker, stream
 from datapipe.sources import open_source
+from measuring.metrics import MS_SSIM_MIN_SIDE
 from models.codec import Codec
-from store.triple import NAMES, NETWORKS
+from models.released import NAMES, NETWORKS
 from training.checkpointing import Checkpoints, Point
 from training.config import RUN_CONFIG, TrainConfig
 from training.speed import Speed
@@ -26,7 +27,6 @@ from utils.config import to_mapping
 from utils.errors import CheckpointError, ConfigError, DiffoError, DiskFull, NotFinite
 from utils.files import atomic_write, make_folder, require_writable
 from utils.logging import RunLog, Unbroken
-from utils.metrics import MS_SSIM_MIN_SIDE
 from utils.stopping import StopRequest
 
 STOPPED = 128  # and the signal's number: the exit status that shells give to what a signal has ended

@@ -8,13 +8,13 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from measuring.metrics import MS_SSIM_MIN_SIDE, ms_ssim, psnr
 from models.records import CELL
 from training.config import ValidationParams
 from utils import distributed
 from utils.ema import Ema
 from utils.errors import ConfigError, NotFinite, PictureError
 from utils.images import find_pictures, read_image, to_signed, to_uint8
-from utils.metrics import MS_SSIM_MIN_SIDE, ms_ssim, psnr
 
 SHOWN = 4  # pictures in the grid
 

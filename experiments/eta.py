@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from measuring.metrics import score_with_pyiqa, unavailable
 from models.codec import Codec
 from models.diffusion import RateParams
 from models.records import Sampling
 from utils.images import read_image
-from utils.metrics import score_with_pyiqa, unavailable
 
 PERCEPTUAL, WITHOUT_WEIGHTS = "lpips-vgg", "nlpd"
 LOWER_IS_BETTER = ("lpips-vgg", "lpips-alex", "dists", "nlpd", "gmsd")
@@ -74,7 +74,7 @@ def sweep(codec: Codec, pictures: Sequence[Path], levels: Sequence[int], etas: S
     """Decode every picture at every level with every eta, and score it.
 
     Args:
-        levels: bytes as in the file, 0 for the base alone. metric: a key of `utils.metrics.METRICS`.
+        levels: bytes as in the file, 0 for the base alone. metric: a key of `measuring.metrics.METRICS`.
     """
     sign = 1 if metric in LOWER_IS_BETTER else -1
     scores, rates = np.zeros((len(levels), len(etas))), np.zeros(len(levels))

@@ -8,10 +8,10 @@ from tqdm import tqdm
 
 from coding import budget
 from coding.report import Row, mean_row
+from measuring.metrics import MS_SSIM_MIN_SIDE, bpp, ms_ssim, psnr
 from models.codec import Codec
 from utils.errors import BudgetError, PictureError
 from utils.images import read_image
-from utils.metrics import MS_SSIM_MIN_SIDE, bpp, ms_ssim, psnr
 
 
 @dataclass(frozen=True)
