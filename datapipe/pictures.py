@@ -18,20 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from datapipe.draws import CROP, EPOCH, generator
 from datapipe.source import Source
 from datapipe.sources import KINDS, Paths, open_source
 from utils.errors import ConfigError, PictureError
 from utils.images import to_signed
 from utils.stopping import end_children_at_exit, signals_held, stop_for_parent_only
 
-EPOCH, CROP, DRAWS, REVIVAL = range(4)  # independent random streams of one seed
 LOST = "DataLoader worker (pid"  # how PyTorch begins to report it
 TRIED = 100  # pictures in a row that may be unreadable
-
-
-def generator(seed: int, purpose: int, position: int) -> np.random.Generator:
-    """The random numbers of one purpose at one position, the same on every machine."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, purpose, position])))
 
 
 @dataclass(frozen=True)

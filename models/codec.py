@@ -143,12 +143,11 @@ class Codec(nn.Module):
         target = y_hat if draws.shift else x + 0.0 * y_hat  # without the shift, VQ-D still takes part in the step
         published = diffusion.q_sample(self.schedule, x, target, draws.t, draws.noise)
         scheduled = torch.from_numpy(self.schedule.etas).to(draws.t.device)[draws.t]
-        own = ~draws.spread.isnan() & (draws.t == len(self.schedule) - 1)
         rate = self.rate.c / (self.nominal_bpp + residual_bpp.double())
         drawn = (rate.clamp(self.rate.eta_min, self.rate.eta_max) * draws.spread).clamp(max=1.0)
-        eta = torch.where(own, drawn, scheduled)
+        eta = torch.where(draws.decoder_input, drawn, scheduled)
         decoders = diffusion.prior_sample(y_hat, eta, self.schedule.kappa, draws.noise)
-        return torch.where(own.view(-1, 1, 1, 1), decoders, published), eta
+        return torch.where(draws.decoder_input.view(-1, 1, 1, 1), decoders, published), eta
 
     # Coding ---------------------------------------------------------------------------------------------------------
 

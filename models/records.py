@@ -87,18 +87,20 @@ class CodecOutput:
 
 @dataclass(frozen=True)
 class Draws:
-    """The random numbers of a training pass, one entry per sample.
+    """The random numbers of a training pass, one entry per sample (`datapipe.draws`).
 
     Attributes:
-        t: steps, int64 (N,). spread: factor on the noise level that the rate gives, float (N,); used at the last step
-        only, NaN where the published forward process is meant. noise: standard normal, N x d x h x w.
-        level: of the residual, float (N,), 0 for none, else 1 to L. uniform: in [-1/2, 1/2), (N,
-        `residual.noise_size(h, w)`). Both None without a residual codec.
+        t: steps, int64 (N,). noise: standard normal, N x d x h x w.
+        decoder_input: bool (N,), True where x_t is the decoder's own input y^ + kappa sqrt(eta) noise, else the
+            published forward process. spread: factor on the noise level that the rate gives there, float64 (N,).
+        level: of the residual, float64 (N,), 0 for none, else 1 to L. uniform: in [-1/2, 1/2), (N,
+            `residual.noise_size(h, w)`). Both None without a residual codec.
         shift: False drops the shift towards y^ from the published forward process.
     """
 
     t: Tensor
     spread: Tensor
+    decoder_input: Tensor
     noise: Tensor
     level: Tensor | None = None
     uniform: Tensor | None = None

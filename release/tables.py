@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from datapipe.pictures import Pictures, generator, stream
+from datapipe.draws import LEVELS, generator
+from datapipe.pictures import Pictures, stream
 from models.codec import Codec
 from models.entropy_coding import centred_table, frequency_table, table_cost_bits
 from models.residual_hyperprior import HYPER_REACH, LEVEL_CODES, SYMBOL_REACH, ResidualTables, Symbols, node_of
@@ -17,7 +18,6 @@ from training.config import TrainConfig
 
 PRIOR_WEIGHT = 64  # symbols that the Gaussian counts for, beside those that were seen
 _UNIT = 1024  # counts are multiplied by it, so that the prior's fractions survive as integers
-LEVELS = 4  # purpose of the random streams, beside those of training
 
 
 @dataclass

@@ -21,16 +21,17 @@ def codec():
 
 
 def draws(codec, t, eta, shape, seed=0):
-    """Draws whose noise level at the last step is eta, or the published one where eta is NaN."""
+    """Draws of the decoder's own input with noise level eta, or of the published forward process where eta is None."""
     noise = torch.randn(len(t), *shape, generator=torch.Generator().manual_seed(seed))
-    spread = torch.tensor(eta, dtype=torch.float64) / codec.rate.eta(codec.nominal_bpp)
-    return Draws(torch.tensor(t), spread, noise)
+    own = torch.tensor([level is not None for level in eta])
+    levels = torch.tensor([level or 1.0 for level in eta], dtype=torch.float64)
+    return Draws(torch.tensor(t), levels / codec.rate.eta(codec.nominal_bpp), own, noise)
 
 
 def test_noisy_input(codec):
     """Per sample: the decoder's own input where eta is given at the last step, the published one elsewhere."""
     x, y = torch.randn(2, 4, D, 2, 3, generator=torch.Generator().manual_seed(1))
-    given = draws(codec, [3, 3, 1, 0], [0.5, math.nan, 0.5, math.nan], (D, 2, 3))
+    given = draws(codec, [3, 3, 1, 0], [0.5, None, None, None], (D, 2, 3))
     x_t, eta = codec.noisy_input(x, y, torch.zeros(4), given)
     etas = codec.schedule.etas
     assert eta.tolist() == pytest.approx([0.5, etas[3], etas[1], etas[0]], abs=1e-15)
@@ -38,7 +39,7 @@ def test_noisy_input(codec):
     for i, t in ((1, 3), (2, 1), (3, 0)):
         published = x[i] + etas[t] * (y[i] - x[i]) + 2 * math.sqrt(etas[t]) * given.noise[i]
         torch.testing.assert_close(x_t[i], published.float(), rtol=0, atol=1e-6)
-    everywhere = draws(codec, [3, 2, 1, 0], [math.nan] * 4, (D, 2, 3))
+    everywhere = draws(codec, [3, 2, 1, 0], [None] * 4, (D, 2, 3))
     expected = diffusion.q_sample(codec.schedule, x, y, everywhere.t, everywhere.noise)
     assert torch.equal(codec.noisy_input(x, y, torch.zeros(4), everywhere)[0], expected)
     # At the decoder's own input the original does not enter.
@@ -83,7 +84,7 @@ def test_a_correction_is_added_to_what_the_decoder_knows():
         replace(PARAMS, prediction="correction")
 
 
-@pytest.mark.parametrize("eta", [math.nan, 0.4], ids=["published", "decoder"])
+@pytest.mark.parametrize("eta", [None, 0.4], ids=["published", "decoder"])
 def test_gradients_reach_all_that_is_trained(eta):
     codec = new_codec()
     stage = CodecStage(

@@ -245,7 +245,7 @@ def test_level_zero_sends_nothing_and_every_parameter_takes_part():
     x, y, k = latents(4, 4, n=4)
     uniform = centred_noise(codec.residual, 4, 4, n=4)
     level = torch.tensor([0.0, 1.3, 0.0, 2.6])
-    draws = Draws(torch.zeros(4, dtype=torch.long), torch.full((4,), math.nan), x, level, uniform)
+    draws = Draws(torch.zeros(4, dtype=torch.long), torch.ones(4), torch.zeros(4, dtype=torch.bool), x, level, uniform)
     y_hat, bpp = codec.with_residual(x, y, k, draws)
     sent = level > 0
     assert torch.equal(y_hat[~sent], y[~sent]) and bpp[~sent].tolist() == [0, 0]
@@ -257,7 +257,7 @@ def test_level_zero_sends_nothing_and_every_parameter_takes_part():
     for name, parameter in codec.residual.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), name
     codec.residual.zero_grad()
-    nothing = Draws(draws.t, draws.spread, x, torch.zeros(4), uniform)
+    nothing = replace(draws, level=torch.zeros(4))
     y_hat, bpp = codec.with_residual(x, y, k, nothing)
     assert torch.equal(y_hat, y) and not bpp.any()
     (y_hat.square().mean() + bpp.mean() + codec.residual.rate_model.auxiliary_loss()).backward()

@@ -2,14 +2,12 @@
 backward, averages. What a stage knows: see training/gt_stage.py.
 """
 
-import math
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from datapipe.pictures import DRAWS, REVIVAL, generator
+from datapipe.draws import REVIVAL, DrawParams, draw_batch, generator
 from models.codec import Codec
 from models.losses import chroma_distortion, commitment, distortion
 from models.records import CELL, CodecOutput, Draws
@@ -127,34 +125,19 @@ class CodecStage:
 
     def draws(self, positions: Tensor, size: tuple[int, int]) -> Draws:
         """t, eta and noise of every sample, from its position in the stream alone."""
-        params, latent = self.codec.params, [side // CELL for side in size]
-        shape = (params.autoencoder.embed_dim, *latent)
-        last = params.diffusion.steps - 1
+        params, (h, w) = self.codec.params, (side // CELL for side in size)
         residual = self.codec.residual
-        t, spread, noise, level, uniform = [], [], [], [], []
-        for position in positions.tolist():
-            random = generator(self.seed, DRAWS, position)
-            share = self.params.last_step_share
-            if share is None:
-                t.append(int(random.integers(0, last + 1)))
-            else:
-                t.append(last if last == 0 or random.random() < share else int(random.integers(0, last)))
-            factor = 2 ** random.uniform(-1, 1)  # log-uniform within a factor 2
-            spread.append(factor if self.params.forward == "decoder" else math.nan)
-            noise.append(torch.from_numpy(random.standard_normal(shape, dtype=np.float32)))
-            if residual:
-                sent = random.random() >= self.params.base_only_share
-                level.append(random.uniform(1, residual.params.levels) if sent else 0.0)
-                numbers = random.random(residual.noise_size(*latent), dtype=np.float32) - 0.5
-                uniform.append(torch.from_numpy(numbers))
-        return Draws(
-            torch.tensor(t, device=self.device),
-            torch.tensor(spread, device=self.device, dtype=torch.float64),
-            torch.stack(noise).to(self.device),
-            torch.tensor(level, device=self.device, dtype=torch.float64) if residual else None,
-            torch.stack(uniform).to(self.device) if uniform else None,
-            self.params.shift,
+        drawn = DrawParams(
+            (params.autoencoder.embed_dim, h, w),
+            params.diffusion.steps,
+            self.params.last_step_share,
+            self.params.forward == "decoder",
+            self.params.base_only_share,
+            residual.params.levels if residual else 0,
+            residual.noise_size(h, w) if residual else 0,
         )
+        numbers = draw_batch(drawn, self.seed, positions.tolist())
+        return Draws(**{k: v.to(self.device) for k, v in numbers.items()}, shift=self.params.shift)
 
     def rate_weight(self, level: Tensor) -> Tensor:
         """lambda_g of levels (N,), geometric from the first level's to the last's."""
@@ -204,6 +187,7 @@ class CodecStage:
             draws,
             t=torch.full_like(draws.t, self.codec.params.diffusion.steps - 1),
             spread=torch.ones_like(draws.spread),
+            decoder_input=torch.full_like(draws.decoder_input, self.params.forward == "decoder"),
             level=None if draws.level is None else draws.level.new_tensor(levels),
         )
         out = self.codec(image, draws)
