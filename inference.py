@@ -17,11 +17,11 @@ from coding.plan import STREAM, Job, inputs, outputs, plan
 from utils.commandline import answer, positive
 from utils.errors import DiffoError
 from utils.files import make_folder, require_writable
+from utils.limits import MAX_PIXELS
 
 MODES = ("roundtrip", "compress", "decompress", "inspect")
 WRITTEN = {"roundtrip": [STREAM, ".png"], "compress": [STREAM], "decompress": [".png"], "inspect": []}
 CHOP_SIZE = 2048
-MAX_PIXELS = 100_000_000
 
 
 def quality(text: str) -> float:

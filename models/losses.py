@@ -1,4 +1,4 @@
-"""What training minimises: distortion, perceptual, commitment and adversarial terms.
+"""The terms that training minimises: distortion, perceptual, commitment and adversarial terms.
 
 Pictures are N x 3 x H x W in [-1, 1]; every term is a scalar, averaged over the batch.
 """

@@ -14,9 +14,7 @@ from PIL import ExifTags, Image, ImageFile
 
 from utils.errors import PictureError
 from utils.files import PICTURES, atomic_path, find_files
-
-MAX_PIXELS = 100_000_000
-MIN_SIDE = 16  # of a picture that a file can hold (models/bitstream.py)
+from utils.limits import MAX_PIXELS, MIN_SIDE
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
