@@ -6,9 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from datapipe.draws import DrawParams
 from datapipe.pictures import Batch
 from models.codec import Codec
-from models.losses import chroma_distortion, distortion
+from models.losses import distortion
+from models.records import CELL
 from training.config import GtParams, TrainConfig
 from training.stage import Restored, Stage
 from training.validation import Evaluated
@@ -36,26 +38,26 @@ class GtStage(Stage):
         if hasattr(self.network, "quantize"):
             self.network.quantize.requires_grad_(False)
         self.distortion = F.l1_loss if p.distortion == "l1" else distortion
-        self.factors = {"distortion": p.distortion_weight, "perceptual": p.perceptual_weight}
-        if p.chroma_weight:
-            self.factors["chroma"] = p.chroma_weight
+        self.factors = self.shared_factors()
 
     def forward(self, model: nn.Module, batch: Batch) -> Restored:
-        return Restored(model(batch.image))  # X^ = D(E(X))
+        """X^ = D(E(X)), or D(E(X) + noise) with `latent_noise`."""
+        if not self.params.latent_noise:
+            return Restored(model(batch.image))
+        noise = self.params.latent_noise * batch.draws["noise"]
+        return Restored(model(batch.image, noise, self.params.latent_scale == "common"))
+
+    def draw_params(self, height: int, width: int) -> DrawParams | None:
+        d = self.codec.params.autoencoder.embed_dim
+        return DrawParams((d, height // CELL, width // CELL), steps=1) if self.params.latent_noise else None
 
     def terms(self, out: Restored, batch: Batch) -> dict[str, Tensor]:
-        terms = {
-            "distortion": self.distortion(out.image, batch.image),
-            "perceptual": self.perceptual(out.image, batch.image),
-        }
-        if "chroma" in self.factors:
-            terms["chroma"] = chroma_distortion(out.image, batch.image)
-        return terms
+        distortion = {"distortion": self.distortion(out.image, batch.image)}
+        return distortion | self.shared_terms(out.image, batch.image)
 
     @torch.no_grad()
     def evaluate(self, image: Tensor, position: int) -> Evaluated:
-        batch = Batch(image, torch.tensor([position]), {})
-        out = self.forward(self.network, batch)
+        batch, out = Batch(image, torch.tensor([position])), Restored(self.network(image))
         return Evaluated(self.losses(out, batch)["loss"].item(), {"": (out.image, None)})
 
     @torch.no_grad()

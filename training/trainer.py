@@ -86,7 +86,7 @@ class Trainer:
         self.validation: dict[str, Validation] = {}
         if config.validation.folder:
             for name in config.stages:
-                smallest = MS_SSIM_MIN_SIDE if getattr(config, name).perceptual == "ms_ssim" else CELL
+                smallest = MS_SSIM_MIN_SIDE if getattr(config, name).perceptual.get("ms_ssim") else CELL
                 self.validation[name] = Validation(config.validation, device, smallest)
         self.checkpoints = Checkpoints(folder, config.stages, config.keep_last)
         self.best: dict | None = None  # "stage", "step" and "loss" of the best weights by validation
