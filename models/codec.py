@@ -77,7 +77,7 @@ class Codec(nn.Module):
 
         Six maps of the outermost resolution (1/patch of the picture's) are alive at the widest moment, and three copies
         of the picture. Measured peaks: 0.28 GB and 0.53 GB for one and two megapixels with the networks of tiny.yaml,
-        where this gives 0.26 and 0.49; 0.20 and 0.38 GB with those of small.yaml, where it gives 0.19 and 0.33.
+        where this gives 0.26 and 0.49; 0.21 and 0.38 GB with those of small.yaml, where it gives 0.19 and 0.33.
         """
         weights = sum(p.numel() for p in self.parameters())
         ae = self.params.autoencoder
