@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from models.autoencoder import AutoencoderParams
 from models.codec import Codec
 from models.records import CodecParams
 from models.residual_hyperprior import ResidualTables
@@ -183,6 +184,9 @@ def meaning(params: CodecParams) -> dict[str, Any]:
     for key in ("residual", "adapter", "prediction", "detail_branch", "perceptual_branch"):
         if mapping[key] == later[key].default:
             del mapping[key]
+    for key in ("patch", "shortcut"):
+        if mapping["autoencoder"][key] == AutoencoderParams.__dataclass_fields__[key].default:
+            del mapping["autoencoder"][key]
     for key in ("decay", "epsilon", "revive_below"):
         del mapping["vq_base"][key]
     return mapping
