@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -62,6 +62,13 @@ class DataParams:
             raise ValueError(f"enlarge {self.enlarge}: two factors above 0, the smaller first")
         if self.workers < 0:
             raise ValueError(f"workers {self.workers}: from 0 up")
+
+
+class Batch(NamedTuple):
+    """Crops and their positions in the stream: image N x 3 x size x size in [-1, 1], position int64 (N,)."""
+
+    image: Tensor
+    position: Tensor
 
 
 class Pictures(Dataset):
@@ -150,10 +157,8 @@ def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
     return generator(seed, EPOCH, epoch).permutation(n)
 
 
-def stream(
-    pictures: Pictures, batch: int, rank: int, world: int, first: int, pinned: bool = False
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches (N x 3 x size x size in [-1, 1], positions (N,)) from position `first` of the stream on, without end.
+def stream(pictures: Pictures, batch: int, rank: int, world: int, first: int, pinned: bool = False) -> Iterator[Batch]:
+    """Batches from position `first` of the stream on, without end.
 
     Args:
         pinned: in memory that CUDA copies from while it computes.
@@ -173,7 +178,7 @@ def stream(
     with signals_held():
         batches = iter(loader)
     try:
-        yield from batches
+        yield from (Batch(*crops) for crops in batches)
     except ConfigError as error:
         # From a worker it comes as the worker's whole traceback, of which the last line is "class: message".
         message = str(error) if workers == 0 else str(error).rstrip().rpartition("\n")[2].partition(": ")[2]
