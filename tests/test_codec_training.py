@@ -10,6 +10,7 @@ import torch
 from models import bitstream, diffusion
 from models.codec import Codec, portable_noise
 from models.records import Draws
+from tests.residual import new_codec as with_residual
 from tests.small_codec import PARAMS, D, Traced, new_codec, picture, y_of
 from training.config import CodecStageParams, TrainConfig
 from training.stages import CodecStage
@@ -63,6 +64,18 @@ def test_eta_falls_with_the_rate_of_the_residual(codec):
     x_t, eta = codec.noisy_input(x, y, bpp.float(), Draws(torch.zeros(5).long(), spread, torch.ones(5).bool(), noise))
     torch.testing.assert_close(eta, expected, rtol=1e-6, atol=0)
     torch.testing.assert_close(x_t, y + (2 * expected.sqrt().float()).view(5, 1, 1, 1) * noise)
+
+
+def test_eta_passes_no_gradient_to_the_rate(monkeypatch):
+    """The noise level is told, not learnt: the picture's terms do not move the rate by way of eta."""
+    codec = with_residual().requires_grad_(True)
+    codec.residual.train_rates()
+    bpp, noisy_input = [], codec.noisy_input
+    monkeypatch.setattr(codec, "noisy_input", lambda x, y, b, draws: bpp.append(b) or noisy_input(x, y, b, draws))
+    given = draws(codec, [1], [0.5], (8, 2, 2))
+    uniform = torch.zeros(1, codec.residual.noise_size(2, 2))
+    out = codec(torch.zeros(1, 3, 32, 32), replace(given, level=torch.tensor([2.0]), uniform=uniform))
+    assert out.residual_bpp.requires_grad and torch.equal(bpp[0], out.residual_bpp) and not bpp[0].requires_grad
 
 
 def test_without_the_shift(codec):

@@ -225,16 +225,20 @@ def test_the_forward_process_by_hand():
     schedule = Schedule.exponential(DiffusionParams())
     equal(diffusion.q_sample(schedule, X, Y, BOTH, NOISE), X_T)
     eta = torch.tensor([0.64, 0.01], dtype=torch.float64)
-    equal(diffusion.prior_sample(Y, eta, 2.0, NOISE), column(3.8, 3.1))  # 3 + 2 * 0.8 * 0.5, 3 + 2 * 0.1 * 0.5
-    # 3.8 / sqrt(1 + 4 * 0.64) = 3.8 / 1.886796, 3.1 / sqrt(1 + 4 * 0.01) = 3.1 / 1.019804
-    equal(diffusion.scale_input(column(3.8, 3.1), eta, 2.0), column(2.013997, 3.039800))
+    equal(diffusion.prior_sample(Y, eta, 3.0, NOISE), column(4.2, 3.15))  # 3 + 3 * 0.8 * 0.5, 3 + 3 * 0.1 * 0.5
+    # 4.2 / sqrt(1 + 9 * 0.64) = 4.2 / 2.6, 3.15 / sqrt(1 + 9 * 0.01) = 3.15 / 1.044031
+    equal(diffusion.scale_input(column(4.2, 3.15), eta, 3.0), column(1.615385, 3.017152))
 
 
 class Told:
-    """A denoiser that says 7 and keeps what it was told."""
+    """A denoiser that says 7 and keeps what it was told, the last and all scaled inputs."""
+
+    def __init__(self):
+        self.inputs = []
 
     def __call__(self, scaled, t, lq):
         self.scaled, self.t, self.lq = scaled, t, lq
+        self.inputs.append(scaled)
         return torch.full_like(scaled, 7.0)
 
 
@@ -242,7 +246,7 @@ class Told:
     ("centre", "scaled"),
     [(0.0, (2.013997, 3.039800)), (Y, (0.423999, 0.098058))],  # of 3.8 and 3.1, of 0.8 and 0.1
     ids=["published", "difference"],
-)
+)  # 3.8 / 1.886796 and 3.1 / 1.019804
 def test_the_single_step_by_hand(centre, scaled):
     told, eta = Told(), torch.tensor([0.64, 0.01])
     assert torch.equal(diffusion.one_step(told, Y, X, eta, NOISE, DiffusionParams(), centre), column(7.0, 7.0))
@@ -271,9 +275,25 @@ def test_a_step_towards_the_truth_lands_on_the_right_marginal():
 
 
 def test_an_ancestral_step_by_hand():
-    # 0.000625 * 3.08 + 0.999375 = 1.0013; deviation sqrt(4 * 0.000625 * 0.6396) = 0.0399875, half of it is added
-    schedule = Schedule.exponential(DiffusionParams())
-    equal(diffusion.ancestral_step(schedule, X_T, X, BOTH, NOISE), column(1.02129375, 1.0))
+    # 0.000625 * 3.08 + 0.999375 = 1.0013; deviation sqrt(9 * 0.000625 * 0.6396) = 0.05998125, half of it is added
+    schedule = Schedule.exponential(DiffusionParams(kappa=3, min_noise_level=0.06))  # eta 0.0004, 0.64 as above
+    equal(diffusion.ancestral_step(schedule, X_T, X, BOTH, NOISE), column(1.03129063, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("ddim", "second"),
+    [
+        (True, 6.976821),  # 0.9906 * 7 + 0.025 * 3.8 - 0.0156 * 3 = 6.9824
+        (False, 7.012386),  # 0.999375 * 7 + 0.000625 * 3.8 + 0.0399875 * 0.5 = 7.01799375
+    ],
+)
+def test_all_steps_by_hand(ddim, second):
+    """The start 3.8 / sqrt(1 + 4 * 0.64), then the above / sqrt(1 + 4 * 0.0004) = 1.0007997; told 7 each time."""
+    told, schedule = Told(), Schedule.exponential(DiffusionParams())
+    equal(diffusion.sample(schedule, told, Y, X, lambda: NOISE, ddim), column(7.0, 7.0))
+    assert len(told.inputs) == 2 and told.t.tolist() == [0, 0]
+    equal(told.inputs[0], column(2.013997, 2.013997))
+    equal(told.inputs[1], column(second, second))
 
 
 def test_no_cast_rounds_the_schedule():
