@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.autoencoder import AutoencoderParams
 from models.codec import Codec
 from models.records import CodecParams
 from models.residual_hyperprior import ResidualTables

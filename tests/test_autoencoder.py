@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from models.autoencoder import COMMITMENT, Autoencoder, AutoencoderParams, fit_linear
+from models.blocks import AttnBlock
 from models.codec import Codec
 from models.records import CodecParams
 from tests.commands import NANO
@@ -43,7 +44,7 @@ def test_sizes(autoencoder, size):
     assert torch.equal(restored, autoencoder.decode(x))
 
 
-def test_downsampling_follows_the_levels():
+def test_downsampling_follows_the_resolutions():
     assert AutoencoderParams().downsampling == 16
     assert AutoencoderParams(ch_mult=(1, 2, 4)).downsampling == 4
     assert AutoencoderParams(ch_mult=(1, 2, 4), patch=4).downsampling == 16
@@ -139,6 +140,18 @@ def test_the_signal_and_its_gradient_cross_an_untrained_network():
     assert 0.3 < restored.std() < 3
     (restored * torch.randn_like(restored)).sum().backward()
     assert 0.1 < network.encoder.conv_in.weight.grad.norm() / network.decoder.conv_in.weight.grad.norm() < 30
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 5), (3, 4)], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+def test_attention_is_given_dense_rows(monkeypatch, size, layout):
+    """A single position included, whose head stride of 1 no memory-efficient kernel of CUDA takes."""
+    block, given = AttnBlock(8, groups=4), []
+    attention = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *qkv: given.extend(qkv) or attention(*qkv))
+    block(torch.randn(2, 8, *size).contiguous(memory_format=layout))
+    positions = size[0] * size[1]
+    assert [(t.shape, t.stride()) for t in given] == [((2, 1, positions, 8), (8 * positions, 8 * positions, 8, 1))] * 3
 
 
 def test_residual_branches_start_at_zero(autoencoder):
