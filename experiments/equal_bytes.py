@@ -1,5 +1,6 @@
 """Two releases at equal bytes: one codes a picture, the other takes at most as many bytes for it."""
 
+import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,16 +8,36 @@ from torch import Tensor
 from tqdm import tqdm
 
 from coding import budget
-from coding.report import Row, mean_row
+from coding.report import Row, aligned_table, mean_row, write_rows
+from experiments.inputs import codec_of, photographs
 from measuring.metrics import MS_SSIM_MIN_SIDE, bpp, ms_ssim, psnr
 from models.codec import Codec
+from models.released import load_codec
 from utils.errors import BudgetError, PictureError
 from utils.images import read_image
 
 
+def run(args: argparse.Namespace) -> None:
+    """Every picture against every rival: rows in equal_bytes.csv, and their means as a table.
+
+    Raises:
+        DiffoError: an option is wrong, before anything is coded; or as `contest`.
+    """
+    pictures = photographs(args.data)
+    ours = codec_of(args)
+    rivals = [(folder.name, load_codec(folder, ours.device)) for folder in args.against]
+    rows, means = [], []
+    for name, theirs in rivals:
+        found = contest(ours, theirs, name, pictures)
+        rows += [row for pair in zip(found.theirs, found.ours, strict=True) for row in pair]
+        means += found.means()
+    write_rows(rows, args.out_path / "equal_bytes.csv")
+    print(aligned_table(means))
+
+
 @dataclass(frozen=True)
 class Contest:
-    """What became of the same pictures, in the same order: rows of the rival, and rows of ours within its bytes."""
+    """The same pictures in the same order: rows of the rival, and rows of ours within its bytes."""
 
     theirs: list[Row]
     ours: list[Row]

@@ -128,7 +128,7 @@ def test_two_layers_against_a_base_alone_at_its_bytes(release, tmp_path, capsys)
 
 @pytest.mark.parametrize("metric", ["lpips", "lpips-vgg"])
 def test_a_metric_that_cannot_be_computed_is_refused(metric, pictures, tmp_path, capsys):
-    from measuring.metrics import METRICS, unavailable
+    from measuring.pyiqa_metrics import METRICS, unavailable
 
     if metric in METRICS and unavailable(metric) is None:
         pytest.skip("its weights are here")

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from measuring.metrics import VGG16
+from measuring.pyiqa_metrics import VGG16
 from models.losses import ms_ssim_loss
 from utils.errors import ConfigError
 from utils.imports import quiet

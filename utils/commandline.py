@@ -5,12 +5,13 @@ import io
 import os
 import sys
 from collections.abc import Callable
-from typing import TextIO
+from typing import TextIO, TypeVar
 
 from utils.errors import DiffoError, out_of_memory
 from utils.files import disk_is_full
 
 FAILED, INTERRUPTED = 1, 130
+Number = TypeVar("Number", int, float)
 
 
 def answer(work: Callable[..., int | None], *args) -> int:
@@ -68,9 +69,17 @@ def _flushed(stream: TextIO | None) -> OSError | None:
         return error
 
 
-def positive(text: str) -> int:
-    """An argparse type: a whole number from 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
+def number(kind: Callable[[str], Number], allowed: Callable[[Number], bool], words: str) -> Callable[[str], Number]:
+    """An argparse type: a number that is allowed; `words` say which ones are."""
+
+    def read(text: str) -> Number:
+        value = kind(text)
+        if not allowed(value):
+            raise argparse.ArgumentTypeError(f"{text} is not {words}")
+        return value
+
+    read.__name__ = kind.__name__  # argparse names it where the text is no number
+    return read
+
+
+positive = number(int, lambda value: value >= 1, "a positive number")
