@@ -19,9 +19,6 @@ _INK = (32, 32, 32)
 _FAINT = (110, 110, 110)
 _FRAME = (216, 216, 216)
 
-# Pillow's own font, the same on every machine, has no long dashes and would draw boxes.
-_DASHES = str.maketrans("—–", "--")
-
 Row = tuple[torch.Tensor, torch.Tensor, str, str]
 
 
@@ -91,7 +88,7 @@ def _scaled(picture: torch.Tensor) -> Image.Image:
 def _wrapped(caption: str, font: ImageFont.FreeTypeFont) -> list[str]:
     """The caption in lines no wider than a column; a word that alone is wider loses its middle."""
     lines: list[str] = []
-    for word in caption.translate(_DASHES).split():
+    for word in caption.split():
         word = _shortened(word, font)
         if lines and font.getlength(f"{lines[-1]} {word}") <= COLUMN:
             lines[-1] += f" {word}"

@@ -72,12 +72,6 @@ def test_long_captions_stay_in_their_column(tmp_path, caption):
     assert not has_ink(long[:, -MARGIN:])
 
 
-def test_long_dashes_are_drawn_as_a_dash_not_as_a_box(tmp_path):
-    picture = flat(64, 64, 0, 0, 255)
-    plain = drawn(tmp_path, (picture, picture, "kodim01 - 24 bpp", "b"))
-    assert torch.equal(plain, drawn(tmp_path, (picture, picture, "kodim01 — 24 bpp", "b")))
-
-
 def test_no_rows_and_no_folder_are_refused(tmp_path):
     with pytest.raises(ValueError, match="at least one row"):
         contact_sheet([], tmp_path / "sheet.png")
