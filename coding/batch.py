@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
         report.write_tables(work.rows, args.out_path, work.about())
         if args.overview and work.pairs:
             work.overview()
-        print(report.text_table(work.rows))
+        print(report.aligned_table([*work.rows, report.mean_row(work.rows)]))
     if failed and len(jobs) > 1:
         print(f"error: {failed} of {len(jobs)} inputs could not be done", file=sys.stderr)
     return 1 if failed else 0

@@ -65,11 +65,6 @@ def mean_row(rows: list[Row]) -> Row:
     return mean
 
 
-def text_table(rows: list[Row]) -> str:
-    """The rows and their mean as aligned text."""
-    return aligned_table([*rows, mean_row(rows)])
-
-
 def aligned_table(rows: list[Row]) -> str:
     """Rows as aligned text under the columns' headings."""
     names = [name for name in columns_of(rows) if name not in FILES_ONLY]

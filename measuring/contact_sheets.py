@@ -86,21 +86,13 @@ def _scaled(picture: torch.Tensor) -> Image.Image:
 
 
 def _wrapped(caption: str, font: ImageFont.FreeTypeFont) -> list[str]:
-    """The caption in lines no wider than a column; a word that alone is wider loses its middle."""
+    """The caption in lines no wider than a column; a word that alone is wider loses its end."""
     lines: list[str] = []
     for word in caption.split():
-        word = _shortened(word, font)
+        while font.getlength(word) > COLUMN:
+            word = word[:-2] + "…"
         if lines and font.getlength(f"{lines[-1]} {word}") <= COLUMN:
             lines[-1] += f" {word}"
         else:
             lines.append(word)
     return lines
-
-
-def _shortened(word: str, font: ImageFont.FreeTypeFont) -> str:
-    kept = len(word)
-    shorter = word
-    while font.getlength(shorter) > COLUMN:
-        kept -= 1
-        shorter = f"{word[: (kept + 1) // 2]}…{word[len(word) - kept // 2 :]}"
-    return shorter

@@ -5,7 +5,7 @@ import importlib.util
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,7 +43,7 @@ class WeightFile:
         return self.name.removesuffix(".pth").rpartition("-")[2]
 
     def is_there(self) -> bool:
-        return self.path.is_file() and self.path.stat().st_size > 0
+        return self.path.is_file()
 
 
 _TORCHVISION = "https://download.pytorch.org/models", "checkpoints"
@@ -141,16 +141,17 @@ def _load_quietly(pyiqa_name: str, device: torch.device) -> torch.nn.Module:
         return pyiqa.create_metric(pyiqa_name, device=device).net
 
 
-def download_weights(timeout: float = 20.0, report: Callable[[str], None] = print) -> None:
+def download_weights(timeout: float = 20.0) -> None:
     """Fetch the weights of all learned metrics into the caches where their libraries look (about 0.8 GB in all).
 
-    Files already there are kept. Each file ends up complete and with the hash in its name, or not at all; `report` gets
-    one line for each. Raises DiffoError in one line at the first file that cannot be fetched; no single connection or
-    read may take longer than `timeout` seconds.
+    Files already there are kept. Each file ends up complete and with the hash in its name, or not at all; a
+    line is printed for each. No single connection or read may take longer than `timeout` seconds.
+
+    Raises DiffoError in one line at the first file that cannot be fetched.
     """
     for file in dict.fromkeys(file for metric in METRICS.values() for file in metric.weights):
         if file.is_there():
-            report(f"{file.name}: already in {file.path.parent}")
+            print(f"{file.name}: already in {file.path.parent}")
             continue
         fetch(file.url, file.path, file.sha256, timeout)
-        report(f"{file.name}: {file.path.stat().st_size / 1e6:.1f} MB, SHA-256 agrees, now in {file.path.parent}")
+        print(f"{file.name}: {file.path.stat().st_size / 1e6:.1f} MB, SHA-256 agrees, now in {file.path.parent}")
