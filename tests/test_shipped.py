@@ -15,7 +15,7 @@ from models.entropy_coding import fixed_length_bytes
 from models.records import Sampling
 from models.released import ABOUT, RELEASES, SMALL, releases
 from release import load_codec
-from tests.commands import ROOT, levels, run
+from tests.commands import ROOT, grey_values, run
 from utils.images import read_image
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -82,7 +82,7 @@ def test_same_picture_with_one_and_two_threads_in_two_processes(tmp_path):
     for threads in (1, 2):
         args = ["--mode", "decompress", "-i", tmp_path, "-o", tmp_path / str(threads), "--ddim", "--one_step"]
         run("inference.py", *args, threads=threads)
-    one, two = (levels(tmp_path / str(threads) / "chelsea.png") for threads in (1, 2))
+    one, two = (grey_values(tmp_path / str(threads) / "chelsea.png") for threads in (1, 2))
     assert np.abs(one - two).max() <= 1
     cells = -(-one.shape[0] // 16) * -(-one.shape[1] // 16)
     assert (tmp_path / "chelsea.dfo").stat().st_size <= 20 + fixed_length_bytes(cells, 512)
@@ -133,7 +133,7 @@ def test_the_readme_example(codec, tmp_path):
 
     data = codec.compress(read_image(demo_photographs()[0]))
     write_image(tmp_path / "decoded.png", codec.decompress(data))
-    assert levels(tmp_path / "decoded.png").shape == levels(demo_photographs()[0]).shape
+    assert grey_values(tmp_path / "decoded.png").shape == grey_values(demo_photographs()[0]).shape
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from measuring.metrics import VGG16
+from measuring.pyiqa_metrics import VGG16
 from models.losses import ms_ssim_loss
 from training.perceptual_networks import FeatureDistance, StLpips
 from utils.errors import ConfigError
