@@ -268,7 +268,8 @@ def start_from_release(folder: str | Path, codec: Codec) -> list[str]:
     _fill(codec, states, triple.files)
     if anew:
         with torch.no_grad():
-            codec.residual.rate_model.bottleneck.quantiles += codec.residual.median.view(-1, 1, 1)
+            rate_model = codec.residual.rate_model
+            rate_model.bottleneck.quantiles += (codec.residual.median - rate_model.median).view(-1, 1, 1)
     return told
 
 

@@ -202,6 +202,10 @@ def test_densities_that_a_release_lacks_start_around_its_medians(tmp_path, round
         [-7.5, 2.5, 12.5],
     ]
     assert torch.equal(codec.residual.log_gain, rounded.residual.log_gain)
+    shared = fresh(rounded.params)
+    shared.residual.median = shared.residual.rate_model.median  # one memory, as after a training pass
+    start_from_release(tmp_path, shared)
+    assert shared.residual.rate_model.median.tolist() == [0.5, 1.5, 2.5]
 
 
 def test_a_release_of_other_sizes_is_refused_with_its_keys(folder, rounded):
