@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 from utils.commandline import number, positive
+from utils.limits import MAX_PIXELS
 
 MODES = ("roundtrip", "compress", "decompress", "inspect")
 CHOP_SIZE = 2048
-MAX_PIXELS = 100_000_000
 
 quality = number(float, lambda value: 0 <= value <= 100, "in 0 to 100")
 rate = number(float, lambda value: 0 < value < float("inf"), "a rate above 0")

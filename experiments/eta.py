@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
     draw(sweeps["fit"], rate, metric, args.out_path / "eta.png")
     print(json.dumps(about, indent=1))
     if args.store:
-        with_rate(codec, rate, source, args.store)
+        with_rate(source, rate, args.store)
         print(f"wrote {args.store}, with c = {rate.c:.4g}")
 
 

@@ -25,12 +25,13 @@ import zlib
 from dataclasses import dataclass
 
 from utils.errors import BitstreamError
+from utils.limits import MIN_SIDE
 
 MAGIC = b"DfO"
 VERSION = 1
 FINGERPRINT_BYTES = 4
-MIN_SIDE, MAX_SIDE = 16, 1 << 20
-LATENT_STRIDE = 16
+MAX_SIDE = 1 << 20
+CELL = 16  # pixels per latent position, along each side
 
 _FLAG_FIXED_LENGTH = 1
 _FLAG_RESIDUAL = 2
@@ -58,7 +59,7 @@ class CodedResidual:
 
 @dataclass(frozen=True)
 class CodedPicture:
-    """What one file says.
+    """The content of one file.
 
     Attributes:
         height, width: of the source picture, in pixels, each 16 to 2^20.
@@ -111,12 +112,12 @@ class CodedPicture:
     def section_bpp(self) -> float:
         """B_eta: bits of the coded sections per pixel of the latent's 16×16 cells; the B of DiffO's Eq. 11."""
         h, w = self.latent_size
-        return 8 * sum(self.section_bytes.values()) / (LATENT_STRIDE**2 * h * w)
+        return 8 * sum(self.section_bytes.values()) / (CELL**2 * h * w)
 
     @property
     def latent_size(self) -> tuple[int, int]:
         """(h, w) of the latent: one index per 16×16 pixels, partial blocks included."""
-        return -(-self.height // LATENT_STRIDE), -(-self.width // LATENT_STRIDE)
+        return -(-self.height // CELL), -(-self.width // CELL)
 
 
 def noise_seed(base: bytes) -> int:

@@ -1,4 +1,4 @@
-"""What the two autoencoders share: normalisation, residual and attention blocks, changes of resolution.
+"""Parts that the two autoencoders share: normalisation, residual and attention blocks, changes of resolution.
 
 Parameter names follow the published state dicts, so that public VQGAN weights load.
 Axes: N batch, C channels, H and W rows and columns of a feature map.
@@ -65,7 +65,9 @@ class AttnBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # N C H W
         h = self.norm(x)
         # Contiguous, because only then the kernel whose memory does not grow with the square of HW is taken.
-        q, k, v = (f(h).flatten(2).transpose(1, 2).contiguous()[:, None] for f in (self.q, self.k, self.v))  # N 1 HW C
+        # The view gives strides that are multiples of C even where HW = 1; CUDA's kernels refuse others.
+        shape = (len(x), 1, -1, x.shape[1])  # N 1 HW C
+        q, k, v = (f(h).flatten(2).transpose(1, 2).contiguous().view(shape) for f in (self.q, self.k, self.v))
         h = F.scaled_dot_product_attention(q, k, v)  # N 1 HW C
         h = h.squeeze(1).transpose(1, 2).reshape(x.shape)  # N C H W
         return x + self.proj_out(h)
@@ -93,7 +95,7 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-class Level(nn.Module):
+class Resolution(nn.Module):
     """One resolution of an encoder or decoder: residual blocks, each followed by attention where asked."""
 
     def __init__(self, in_channels: int, out_channels: int, blocks: int, attention: bool, groups: int):
@@ -124,12 +126,12 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Feature maps from full resolution down by 2^(levels - 1); attention at the last level.
+    """Feature maps from full resolution down by 2^(resolutions - 1); attention at the last.
 
     Args:
         in_channels: channels of the input; out_channels: channels of the result.
-        ch, ch_mult: width of level i is ch * ch_mult[i].
-        num_res_blocks: residual blocks per level. groups: groups of every normalisation.
+        ch, ch_mult: width of resolution i is ch * ch_mult[i].
+        num_res_blocks: residual blocks per resolution. groups: groups of every normalisation.
     """
 
     def __init__(self, in_channels, out_channels, ch, ch_mult, num_res_blocks, groups):
@@ -139,25 +141,25 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
         self.down = nn.ModuleList()
         for i in range(len(ch_mult)):
-            level = Level(widths[i], widths[i + 1], num_res_blocks, attention=i == last, groups=groups)
+            part = Resolution(widths[i], widths[i + 1], num_res_blocks, attention=i == last, groups=groups)
             if i != last:
-                level.downsample = Downsample(widths[i + 1])
-            self.down.append(level)
+                part.downsample = Downsample(widths[i + 1])
+            self.down.append(part)
         self.mid = Middle(widths[-1], groups)
         self.norm_out = group_norm(widths[-1], groups)
         self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:  # N C_in H W -> N C_out H/2^(L-1) W/2^(L-1)
         h = self.conv_in(x)
-        for level in self.down:
-            h = level(h)
-            if hasattr(level, "downsample"):
-                h = level.downsample(h)
+        for part in self.down:
+            h = part(h)
+            if hasattr(part, "downsample"):
+                h = part.downsample(h)
         return self.conv_out(F.silu(self.norm_out(self.mid(h))))
 
 
 class Decoder(nn.Module):
-    """The mirror of `Encoder`, with one residual block more per level."""
+    """The mirror of `Encoder`, with one residual block more per resolution."""
 
     def __init__(self, in_channels, out_channels, ch, ch_mult, num_res_blocks, groups):
         super().__init__()
@@ -168,24 +170,24 @@ class Decoder(nn.Module):
         self.up = nn.ModuleList()
         for i in range(len(ch_mult)):
             above = widths[min(i + 1, last)]
-            level = Level(above, widths[i], num_res_blocks + 1, attention=i == last, groups=groups)
+            part = Resolution(above, widths[i], num_res_blocks + 1, attention=i == last, groups=groups)
             if i != 0:
-                level.upsample = Upsample(widths[i])
-            self.up.append(level)
+                part.upsample = Upsample(widths[i])
+            self.up.append(part)
         self.norm_out = group_norm(widths[0], groups)
         self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
 
     @property
     def last_layer(self) -> nn.Parameter:
-        """The weight that the adaptive adversarial weight of VQGAN is measured at."""
+        """The weight at which VQGAN's adaptive factor of the adversarial term is measured."""
         return self.conv_out.weight
 
     def forward(self, z: Tensor) -> Tensor:  # N C_in h w -> N C_out h*2^(L-1) w*2^(L-1)
         h = self.mid(self.conv_in(z))
-        for level in reversed(self.up):
-            h = level(h)
-            if hasattr(level, "upsample"):
-                h = level.upsample(h)
+        for part in reversed(self.up):
+            h = part(h)
+            if hasattr(part, "upsample"):
+                h = part.upsample(h)
         return self.conv_out(F.silu(self.norm_out(h)))
 
 

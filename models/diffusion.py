@@ -1,4 +1,4 @@
-"""Schedule, noise, rate-aware modulation and sampling steps: pure functions of tensors and numbers.
+"""Schedule, noise, rate-aware modulation and sampling steps: functions of tensors and numbers.
 
 Symbols: x clean latent, y what the decoder knows of it, eta in (0, 1] the noise level (its square root is what the
 schedule lists), kappa the noise's scale, t the step from 0 to T-1. Equations: ResShift (Yue et al. 2023) for the
@@ -7,12 +7,12 @@ diffusion, DiffO (arXiv 2506.16572) for the single step and the modulation.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]  # (scaled input, t, lq) -> predicted x
 
@@ -70,79 +70,86 @@ def time_of_eta(eta: Tensor, params: DiffusionParams) -> Tensor:
     return (params.steps - 1) * fraction ** (1 / params.power)
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """Noise levels of the steps, in float64; `timesteps` are the step numbers that the network is told.
+class Schedule(nn.Module):
+    """Noise levels of the T steps. Take `spaced` of a schedule to run fewer steps than it was trained with.
 
-    Take `spaced` of a schedule to run fewer steps than it was trained with.
+    The tables are buffers, so that they lie where the networks lie; state dicts do not have them.
+
+    Attributes:
+        sqrt_etas, etas: float64 (T,). timesteps: the step numbers that the network is told, int64 (T,).
     """
 
-    sqrt_etas: np.ndarray
-    kappa: float
-    timesteps: np.ndarray = field(default=None)
+    def __init__(self, sqrt_etas: Tensor, kappa: float, timesteps: Tensor | None = None):
+        super().__init__()
+        self.kappa = kappa
+        if timesteps is None:
+            timesteps = torch.arange(len(sqrt_etas), device=sqrt_etas.device)
+        for name, table in {"sqrt_etas": sqrt_etas, "etas": sqrt_etas.square(), "timesteps": timesteps}.items():
+            self.register_buffer(name, table, persistent=False)
 
-    def __post_init__(self):
-        if self.timesteps is None:
-            object.__setattr__(self, "timesteps", np.arange(len(self.sqrt_etas)))
+    def _apply(self, fn, recurse=True):
+        """Moves with the codec, but no cast of the networks rounds the tables."""
+        for name, table in self._buffers.items():
+            moved = fn(table)
+            self._buffers[name] = moved if moved.dtype == table.dtype else table.to(moved.device)
+        return self
 
     @classmethod
     def exponential(cls, params: DiffusionParams) -> "Schedule":
         """sqrt(eta_t) = s_0 (etas_end/s_0)^((t/(T-1))^power); for T = 1, where t/(T-1) is undefined, [etas_end]."""
         if params.steps == 1:
-            return cls(np.array([params.etas_end]), params.kappa)
+            return cls(torch.tensor([params.etas_end], dtype=torch.float64), params.kappa)
         s0 = first_sqrt_eta(params)
         fraction = np.linspace(0, 1, params.steps, dtype=np.float64) ** params.power
-        return cls(s0 * (params.etas_end / s0) ** fraction, params.kappa)
+        return cls(torch.from_numpy(s0 * (params.etas_end / s0) ** fraction), params.kappa)
 
     def spaced(self, count: int) -> "Schedule":
         """Keep the steps int(T/count * i); asking for more than there are keeps all."""
         if count >= len(self):
             return self
-        keep = np.array([int(len(self) / count * i) for i in range(count)])
-        return Schedule(self.sqrt_etas[keep], self.kappa, self.timesteps[keep])
+        keep = [int(len(self) / count * i) for i in range(count)]
+        sqrt_etas, timesteps = (torch.stack([table[i] for i in keep]) for table in (self.sqrt_etas, self.timesteps))
+        return Schedule(sqrt_etas, self.kappa, timesteps)
 
     def __len__(self) -> int:
         return len(self.sqrt_etas)
 
-    @cached_property
-    def etas(self) -> np.ndarray:
-        return self.sqrt_etas**2
+    @property
+    def etas_prev(self) -> Tensor:
+        """eta_{t-1}, with 0 before the first step: float64 (T,)."""
+        return F.pad(self.etas[:-1], (1, 0))
 
-    @cached_property
-    def etas_prev(self) -> np.ndarray:
-        return np.append(0.0, self.etas[:-1])
-
-    @cached_property
-    def alpha(self) -> np.ndarray:
+    @property
+    def alpha(self) -> Tensor:
+        """eta_t - eta_{t-1}: float64 (T,)."""
         return self.etas - self.etas_prev
 
-    @cached_property
-    def posterior_variance(self) -> np.ndarray:
-        """ResShift, Eq. 6."""
+    @property
+    def posterior_variance(self) -> Tensor:
+        """ResShift, Eq. 6: float64 (T,)."""
         return self.kappa**2 * self.etas_prev / self.etas * self.alpha
 
-    @cached_property
-    def posterior_mean_coefs(self) -> tuple[np.ndarray, np.ndarray]:
-        """Weights of x_t and of x_0 in the posterior mean (ResShift, Eq. 6)."""
+    @property
+    def posterior_mean_coefs(self) -> tuple[Tensor, Tensor]:
+        """Factors of x_t and of x_0 in the posterior mean (ResShift, Eq. 6): float64 (T,) each."""
         return self.etas_prev / self.etas, self.alpha / self.etas
 
-    @cached_property
-    def ddim_coefs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """k, m, j of the deterministic step k x_0 + m x_t + j y."""
-        m = np.sqrt(self.etas_prev / self.etas)
-        j = self.etas_prev - np.sqrt(self.etas_prev * self.etas)
-        return 1 - self.etas_prev + np.sqrt(self.etas_prev * self.etas) - m, m, j
+    @property
+    def ddim_coefs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """k, m, j of the deterministic step k x_0 + m x_t + j y: float64 (T,) each."""
+        m = (self.etas_prev / self.etas).sqrt()
+        j = self.etas_prev - (self.etas_prev * self.etas).sqrt()
+        return 1 - self.etas_prev + (self.etas_prev * self.etas).sqrt() - m, m, j
 
 
-def _at(array: np.ndarray, t: Tensor, like: Tensor) -> Tensor:
-    """array[t] as float32, one number per sample, shaped to broadcast over N x d x h x w."""
-    values = torch.from_numpy(array).to(device=t.device)[t].float()
-    return values.view(-1, *[1] * (like.ndim - 1))
+def _at(table: Tensor, t: Tensor) -> Tensor:
+    """table[t] as float32, one number per sample: N x 1 x 1 x 1."""
+    return table[t].float().view(-1, 1, 1, 1)
 
 
 def q_sample(schedule: Schedule, x: Tensor, y: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     """x_t = x + eta_t (y - x) + kappa sqrt(eta_t) noise (ResShift, Eq. 2), t int64 (N,)."""
-    return _at(schedule.etas, t, x) * (y - x) + x + _at(schedule.sqrt_etas * schedule.kappa, t, x) * noise
+    return _at(schedule.etas, t) * (y - x) + x + _at(schedule.sqrt_etas * schedule.kappa, t) * noise
 
 
 def prior_sample(y: Tensor, eta: Tensor, kappa: float, noise: Tensor) -> Tensor:
@@ -181,22 +188,19 @@ def predict(
     schedule: Schedule, denoiser: Denoiser, x_t: Tensor, t: Tensor, lq: Tensor, centre: Tensor | float = 0.0
 ) -> Tensor:
     """The network's prediction of x at step t, int64 (N,)."""
-    eta = torch.from_numpy(schedule.etas).to(t.device)[t]
-    times = torch.from_numpy(schedule.timesteps).to(t.device)[t]
-    return denoiser(scale_input(x_t - centre, eta, schedule.kappa), times, lq)
+    return denoiser(scale_input(x_t - centre, schedule.etas[t], schedule.kappa), schedule.timesteps[t], lq)
 
 
 def ddim_step(schedule: Schedule, x_t: Tensor, x_0: Tensor, y: Tensor, t: Tensor) -> Tensor:
     """k x_0 + m x_t + j y."""
-    k, m, j = (_at(c, t, x_t) for c in schedule.ddim_coefs)
+    k, m, j = (_at(c, t) for c in schedule.ddim_coefs)
     return k * x_0 + m * x_t + j * y
 
 
 def ancestral_step(schedule: Schedule, x_t: Tensor, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     """A draw from q(x_{t-1} | x_t, x_0) (ResShift, Eq. 6); without noise at t = 0."""
-    a, b = (_at(c, t, x_t) for c in schedule.posterior_mean_coefs)
-    deviation = _at(np.sqrt(schedule.posterior_variance), t, x_t)
-    return a * x_t + b * x_0 + deviation * noise
+    a, b = (_at(c, t) for c in schedule.posterior_mean_coefs)
+    return a * x_t + b * x_0 + _at(schedule.posterior_variance.sqrt(), t) * noise
 
 
 def sample(
@@ -217,9 +221,7 @@ def sample(
         the sampled latent, as y.
     """
     last = len(schedule) - 1
-    x_t = prior_sample(
-        y, torch.full((len(y),), schedule.etas[last], dtype=torch.float64, device=y.device), schedule.kappa, draw()
-    )
+    x_t = prior_sample(y, schedule.etas[last].expand(len(y)), schedule.kappa, draw())
     for step in range(last, -1, -1):
         t = torch.full((len(y),), step, dtype=torch.int64, device=y.device)
         x_0 = predict(schedule, denoiser, x_t, t, lq, centre)

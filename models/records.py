@@ -1,4 +1,4 @@
-"""What the codec is built from, takes and gives: sizes, random draws, results of training and coding."""
+"""Records that the codec is built from, takes and gives: sizes, random draws, results of training and coding."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -6,14 +6,12 @@ from typing import Literal
 from torch import Tensor
 
 from models.autoencoder import AutoencoderParams
-from models.bitstream import LATENT_STRIDE, CodedPicture
+from models.bitstream import CELL, CodedPicture
 from models.diffusion import DiffusionParams, RateParams
 from models.residual_hyperprior import Symbols
 from models.residual_networks import ResidualParams
 from models.unet import UNetParams
 from models.vq_base import BaseCode, VQBaseParams
-
-CELL = LATENT_STRIDE  # pixels per latent position along each side
 
 
 @dataclass(frozen=True)
@@ -44,8 +42,8 @@ class CodecParams:
         difference = self.adapter == "difference"
         lq, name = (ae.embed_dim, "autoencoder") if difference else (vq.embed_dim, "vq_base")
         for left, right, what in [
-            (ae.downsampling, CELL, "autoencoder.ch_mult must have five levels (downsampling by 16)"),
-            (len(vq.ch_mult), 1, "vq_base.ch_mult must have one level (one index per latent position)"),
+            (ae.downsampling, CELL, "autoencoder.patch * 2^(len(ch_mult) - 1) must be 16 (patch 1: five resolutions)"),
+            (len(vq.ch_mult), 1, "vq_base.ch_mult must have one resolution (one index per latent position)"),
             (vq.in_channels, ae.embed_dim, "vq_base.in_channels must equal autoencoder.embed_dim"),
             (unet.latent_channels, ae.embed_dim, "unet.latent_channels must equal autoencoder.embed_dim"),
             (unet.condition_channels, lq, f"unet.condition_channels must equal {name}.embed_dim"),
@@ -66,7 +64,7 @@ class CodecParams:
 
 @dataclass(frozen=True)
 class CodecOutput:
-    """What one training pass knows.
+    """Results of one training pass.
 
     Attributes:
         x, y_hat, x_hat: latent, what the decoder knows of it, and prediction, N x d x h x w.

@@ -55,7 +55,7 @@ class ResidualTables:
 
 @dataclass(frozen=True)
 class Symbols:
-    """What one picture's residual sections hold: hyper n_z (C_z, h', w'), residual n and its table index i, (M, h, w).
+    """The integers of one picture's residual sections: hyper n_z (C_z, h', w'), residual n and its table index i, (M, h, w).
 
     All arrays of integers; small ones, because a picture may be large.
     """
@@ -176,7 +176,7 @@ class ResidualHyperprior(nn.Module):
     # Coding ---------------------------------------------------------------------------------------------------------
 
     def symbols(self, s: Tensor, y: Tensor, k: Tensor, code: int, tables: ResidualTables | None = None) -> Symbols:
-        """What the encoder sends at a level.
+        """The integers that the encoder sends at a level.
 
         Args:
             s: g_a(x - y, y), 1 x M x h x w. y: 1 x d x h x w. k: int64 1 x h x w. code: level, 1 to 255.

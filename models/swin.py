@@ -19,7 +19,7 @@ def relative_position_index(window: int) -> Tensor:
 
 
 def shifted_window_mask(height: int, width: int, window: int, shift: int, device: torch.device | None = None) -> Tensor:
-    """What the published denoiser adds to the logits of shifted windows: float32 (L, T, T).
+    """The published denoiser's addition to the logits of shifted windows: float32 (L, T, T).
 
     This is not Swin's mask. Published weights were trained with it, so it has to be kept: only windows of the last
     row of windows are masked, and in them the tokens whose *column* is below w - shift are separated from the rest.

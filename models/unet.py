@@ -24,7 +24,7 @@ class UNetParams:
     model_channels: int = 160
     channel_mult: tuple[int, ...] = (1, 2, 2, 4)
     num_res_blocks: int = 2
-    windows: tuple[int, ...] = (4, 4, 4, 2)  # window side per level
+    windows: tuple[int, ...] = (4, 4, 4, 2)  # window side per resolution
     middle_window: int = 2
     swin_depth: int = 2
     swin_embed_dim: int = 192
@@ -35,8 +35,8 @@ class UNetParams:
     @property
     def size_multiple(self) -> int:
         """Latent sides must be multiples of this inside the network (16 as published)."""
-        levels = [window << level for level, window in enumerate(self.windows)]
-        return math.lcm(*levels, self.middle_window << (len(self.windows) - 1))
+        sides = [window << i for i, window in enumerate(self.windows)]
+        return math.lcm(*sides, self.middle_window << (len(self.windows) - 1))
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
@@ -128,28 +128,28 @@ class UNet(nn.Module):
         first = nn.Conv2d(p.latent_channels + p.condition_width, ch, 3, padding=1)
         self.input_blocks = nn.ModuleList([Stage(first)])
         skips, width = [ch], ch
-        for level, level_width in enumerate(widths):
+        for depth, below in enumerate(widths):
             for i in range(p.num_res_blocks):
-                block = [res(width, level_width)]
-                width = level_width
+                block = [res(width, below)]
+                width = below
                 if i == 0:
-                    block.append(swin(width, p.windows[level]))
+                    block.append(swin(width, p.windows[depth]))
                 self.input_blocks.append(Stage(*block))
                 skips.append(width)
-            if level != last:
+            if depth != last:
                 self.input_blocks.append(Stage(Downsample(width)))
                 skips.append(width)
 
         self.middle_block = Stage(res(width, width), swin(width, p.middle_window), res(width, width))
 
         self.output_blocks = nn.ModuleList()
-        for level in range(last, -1, -1):
+        for depth in range(last, -1, -1):
             for i in range(p.num_res_blocks + 1):
-                block = [res(width + skips.pop(), widths[level])]
-                width = widths[level]
+                block = [res(width + skips.pop(), widths[depth])]
+                width = widths[depth]
                 if i == 0:
-                    block.append(swin(width, p.windows[level]))
-                if level and i == p.num_res_blocks:
+                    block.append(swin(width, p.windows[depth]))
+                if depth and i == p.num_res_blocks:
                     block.append(Upsample(width))
                 self.output_blocks.append(Stage(*block))
 
@@ -157,9 +157,14 @@ class UNet(nn.Module):
             nn.GroupNorm(p.groups, width), nn.SiLU(), nn.Conv2d(width, p.latent_channels, 3, padding=1)
         )
 
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """The weight at which VQGAN's adaptive factor of the adversarial term is measured in stage `codec`."""
+        return self.out[-1].weight
+
     def start_silent(self) -> None:
         """Weights to train from that predict 0 everywhere."""
-        nn.init.zeros_(self.out[-1].weight)
+        nn.init.zeros_(self.last_layer)
         nn.init.zeros_(self.out[-1].bias)
 
     def forward(self, x: Tensor, t: Tensor, lq: Tensor) -> Tensor:

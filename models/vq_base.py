@@ -19,7 +19,7 @@ class VQBaseParams:
     """Size of the VQ base. The defaults are the published ones."""
 
     ch: int = 128
-    ch_mult: tuple[int, ...] = (4,)  # a single level: one index per latent position
+    ch_mult: tuple[int, ...] = (4,)  # a single resolution: one index per latent position
     num_res_blocks: int = 2
     z_channels: int = 256
     embed_dim: int = 256
@@ -38,7 +38,7 @@ class VQBaseParams:
 
 @dataclass(frozen=True)
 class BaseCode:
-    """What the base knows of a latent.
+    """A latent after VQ-E and the code book.
 
     Attributes:
         z: VQ-E(x) before quantisation, N x d_q x h x w.

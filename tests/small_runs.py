@@ -15,7 +15,7 @@ SETTINGS = (
     "gt.iterations=4",
     "codec.iterations=6",
     "gt.statistics=2",
-    "gt.adversarial_weight=0",
+    "gt.adversary.weight=0",
 )
 
 

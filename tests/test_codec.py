@@ -217,8 +217,8 @@ def test_parts_that_do_not_fit_are_refused():
         (dict(vq_base=VQBaseParams(in_channels=9)), "in_channels"),
         (dict(unet=UNetParams(latent_channels=9)), "latent_channels"),
         (dict(unet=UNetParams(condition_channels=9)), "condition_channels"),
-        (dict(vq_base=VQBaseParams(ch_mult=(1, 2))), "one level"),
-        (dict(autoencoder=AutoencoderParams(ch_mult=(1, 2))), "five levels"),
+        (dict(vq_base=VQBaseParams(ch_mult=(1, 2))), "one resolution"),
+        (dict(autoencoder=AutoencoderParams(ch_mult=(1, 2))), "five resolutions"),
     ]:
         with pytest.raises(ValueError, match=message):
             CodecParams(**part)

@@ -220,7 +220,7 @@ def test_the_papers_numbers(paper):
     assert (diffusion.steps, diffusion.kappa, diffusion.power) == (2, 2.0, 0.3)
     assert (diffusion.etas_end, diffusion.min_noise_level) == (0.8, 0.04)
     assert networks.rate.c == 0.02 and networks.rate.eta(0.03125) == 0.64
-    assert paper.gt.optim.betas == (0.5, 0.9) and paper.gt.adversarial_weight == 0.8
+    assert paper.gt.optim.betas == (0.5, 0.9) and paper.gt.adversary.weight == 0.8
     assert paper.stages == ("gt", "codec") and paper.data.crop == "random"
 
 

@@ -26,8 +26,8 @@ OVERRIDES = (
     # AdamW divides by |g| + 1e-8: where a gradient is nearly nothing, the step is its rounding times lr / 1e-8.
     "gt.optim.lr=1e-4",
     "codec.optim.lr=1e-4",
-    "gt.adversarial_start=1",
-    "gt.adversarial_weight=0.5",
+    "gt.adversary.start=1",
+    "gt.adversary.weight=0.5",
     "gt.chroma_weight=1.0",
     "codec.chroma_weight=1.0",
     "networks.adapter=difference",
@@ -198,7 +198,7 @@ def test_unlaunched_is_a_world_of_one():
 
 @pytest.mark.parametrize("name", ["gt", "codec"])
 def test_every_trainable_tensor_is_in_one_group_and_gets_a_gradient(name):
-    stage = new_stage(name, "gt.adversarial_start=0")
+    stage = new_stage(name, "gt.adversary.start=0")
     trainable = {id(p): key for key, p in stage.trained.named_parameters() if p.requires_grad}
     groups = [p for group in stage.optimiser.adamw.param_groups for p in group["params"]]
     assert len(groups) == len(trainable) and {id(p) for p in groups} == trainable.keys()

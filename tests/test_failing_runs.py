@@ -199,7 +199,7 @@ def test_a_loss_that_is_not_finite_keeps_the_state_and_the_last_checkpoint(data,
         "save_every=2",
         "gt.iterations=1",
     ]
-    assert main([*args, "gt.statistics=2", "gt.adversarial_weight=0"]) == 1
+    assert main([*args, "gt.statistics=2", "gt.adversary.weight=0"]) == 1
     told = capsys.readouterr().err.splitlines()[-1]
     folder = tmp_path / "nano"
     assert "stage codec, step 3: the term commitment is not finite" in told and "failed_state.pth" in told

@@ -210,8 +210,8 @@ def test_a_deterministic_run_goes_on_bit_for_bit(device, data, tmp_path):
     """With the device's own defaults of precision and layout, and the last iteration taken once more."""
     from main_diffusion_train_vq import main
 
-    args = [*command(data, tmp_path / "whole"), "--device", device, "deterministic=true", "gt.adversarial_weight=0.8"]
-    assert main([*args, "gt.adversarial_start=1"]) == 0
+    args = [*command(data, tmp_path / "whole"), "--device", device, "deterministic=true", "gt.adversary.weight=0.8"]
+    assert main([*args, "gt.adversary.start=1"]) == 0
     whole, again = tmp_path / "whole" / "nano", tmp_path / "again"
     shutil.copytree(whole, again)
     (again / "states" / "codec_6.pth").unlink()

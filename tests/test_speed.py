@@ -23,7 +23,7 @@ RESIDUAL = "{channels: 8, width: 8, blocks: 1, hyper_channels: 4, scale_width: 8
 
 
 def stage(name: str, speed: SpeedParams = PLAIN):
-    config = load_config(str(NANO), [f"networks.residual={RESIDUAL}", "gt.adversarial_start=0"])
+    config = load_config(str(NANO), [f"networks.residual={RESIDUAL}", "gt.adversary.start=0"])
     return STAGES[name](replace(config, speed=speed), new_codec(config), CPU)
 
 
@@ -267,7 +267,7 @@ def test_compiled_networks_train_as_plain_ones(name, plain):
 @pytest.mark.slow
 def test_a_compiled_autoencoder_meets_its_discriminator_later():
     """The first backward passes keep no graph, those of the adaptive weight do."""
-    config = load_config(str(NANO), ["gt.adversarial_start=1"])
+    config = load_config(str(NANO), ["gt.adversary.start=1"])
     ours = STAGES["gt"](replace(config, speed=OPTIONS["compile"]), new_codec(config), CPU)
     logs = [ours.step(torch.rand(BATCH, 3, SIZE, SIZE) * 2 - 1, torch.arange(BATCH), step)[0] for step in range(2)]
     assert "adversarial" not in logs[0] and "adversarial" in logs[1]

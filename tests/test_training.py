@@ -116,7 +116,7 @@ def test_resume_after_a_kill_gives_the_same_losses(finished, data, tmp_path):
 def test_twenty_steps_on_two_gloo_processes(data, tmp_path):
     """Two ranks train as one: the same first loss as one process with twice the batch, and equal parameters."""
     launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--nnodes=1", f"--master_port={free_port()}"]
-    shared = ["--cfg_path", NANO, "--data", data, "--steps", 2, "--iterations", 20, "gt.adversarial_start=30"]
+    shared = ["--cfg_path", NANO, "--data", data, "--steps", 2, "--iterations", 20, "gt.adversary.start=30"]
     run(*launch, TRAIN, *shared, "--save_dir", tmp_path / "two", "gt.batch_size=1", "codec.batch_size=1")
     run(TRAIN, *shared, "--save_dir", tmp_path / "one")
     two, one = (metrics(tmp_path / name / "nano") for name in ("two", "one"))
@@ -143,7 +143,7 @@ def test_twenty_steps_on_two_gloo_processes(data, tmp_path):
         (["--cfg_path", NANO, "--data", ROOT / "docs", "data.shards=x.tar"], "data.shards as well"),
         (["--cfg_path", NANO, "codec.optim.lr"], "for instance codec.optim.lr=1e-4"),
         (["--cfg_path", NANO, "gt.statistics=0"], "statistics 0: at least 1"),
-        (["--cfg_path", NANO, "gt.crop_size=16"], "the PatchGAN (adversarial_weight) needs 32 pixels"),
+        (["--cfg_path", NANO, "gt.crop_size=16"], "the PatchGAN (adversary.weight) needs 32 pixels"),
         (["--cfg_path", NANO, "codec.last_step_share=90"], "last_step_share 90.0: in [0, 1]"),
         (["--cfg_path", NANO, "codec.commitment=-1"], "commitment -1.0: from 0 up"),
         (["--cfg_path", NANO, "--data", "nowhere"], "nowhere: no such folder"),

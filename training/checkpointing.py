@@ -1,27 +1,24 @@
-"""Checkpoints of a run: complete or absent, the last few and the best.
+"""Checkpoints of a run: the last few and the best, one file each, and the averaged triples of the best and the last.
 
-A checkpoint is the weights in `ckpts` and their averages in `ema_ckpts`, under published names, and the state that a run
-goes on from, `states/<stage>_<iteration>.pth`. The state is written last and lists the others, so that what is cut short
-is no checkpoint; a marker tells the next start what to remove then.
+`checkpoints/<stage>_<iteration>.pth` holds everything that a run goes on from, each tensor once; it is written to a
+temporary name and renamed, so it is complete or absent. `ema_ckpts` holds averaged weights under the published names.
 """
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 from models.records import CodecParams
-from models.released import Triple, save_triple
+from models.released import NAMES, Triple, save_triple
 from utils import checkpoints
 from utils.errors import CheckpointError
 from utils.files import atomic_write, make_folder, remove_leftovers
 
-STATES, BEST = "states", "best.json"
-AVERAGES = "ema_ckpts"
-PREFIXES = {"ckpts": "", AVERAGES: "ema_"}  # of the UNet's file, by folder
-Weights = dict[str, dict[str, Tensor]]  # state dicts by network
+CHECKPOINTS, AVERAGES, BEST = "checkpoints", "ema_ckpts", "best.json"
+OLD = "states"  # of runs before checkpoints were one file
 
 
 @dataclass(frozen=True)
@@ -38,14 +35,19 @@ class Checkpoints:
     def __init__(self, folder: Path, stages: Sequence[str], keep_last: int):
         self.folder, self.stages, self.keep_last = folder, list(stages), keep_last
 
+    def path(self, point: Point) -> Path:
+        return self.folder / CHECKPOINTS / f"{point.stage}_{point.step}.pth"
+
     def points(self) -> list[Point]:
-        """Those whose state is there, the newest last.
+        """Those that are there, the newest last.
 
         Raises:
-            CheckpointError: a state is of a stage that the configuration does not have.
+            CheckpointError: one of a stage that the configuration does not have, or of an older version.
         """
+        if (self.folder / OLD).is_dir():
+            raise CheckpointError(f"{self.folder}: an older version's run ({OLD}/); go on with that version")
         found = []
-        for path in (self.folder / STATES).glob("*_*.pth"):
+        for path in (self.folder / CHECKPOINTS).glob("*_*.pth"):
             stage, _, step = path.stem.partition("_")
             if stage not in self.stages or not step.isdecimal():
                 raise CheckpointError(f"{path}: of a stage that the configuration does not have")
@@ -53,74 +55,40 @@ class Checkpoints:
         return sorted(found, key=lambda point: (self.stages.index(point.stage), point.step))
 
     def newest(self) -> tuple[dict | None, dict[Point, str]]:
-        """The state of the newest complete checkpoint, None if there is none; newer ones, and why they will not do.
+        """Content of the newest checkpoint that can be read, None if there is none; newer ones, and why they will not do.
 
         Raises:
-            CheckpointError: there are checkpoints, and not one is complete.
+            CheckpointError: there are checkpoints, and not one can be read.
         """
-        refused = {}
+        refused: dict[Point, str] = {}
         for point in reversed(self.points()):
             try:
-                state = checkpoints.read(self._state(point))
-                self._require_files(state, point)
-                return state, refused
+                return checkpoints.read(self.path(point)), refused
             except CheckpointError as error:
                 refused[point] = str(error)
         if refused:
             raise CheckpointError(
-                f"{self.folder}: no complete checkpoint to go on from ({'; '.join(refused.values())})"
+                f"{self.folder}: no readable checkpoint to go on from ({'; '.join(refused.values())})"
             )
         return None, refused
 
-    def _require_files(self, state: dict, point: Point) -> None:
-        if "files" not in state:
-            raise CheckpointError(f"{self._state(point)}: not a training state")
-        for name, size in state["files"].items():
-            path = self.folder / name
-            if not path.is_file() or path.stat().st_size != size:
-                raise CheckpointError(f"{self._state(point)}: {name}, which belongs to it, is not there or not whole")
+    def save(self, point: Point, content: dict) -> None:
+        """Write a checkpoint: tensors and plain values. Raises DiffoError and DiskFull; an older one stays whole then."""
+        make_folder(self.folder / CHECKPOINTS)
+        checkpoints.save(self.path(point), {"stage": point.stage, "step": point.step} | content)
 
-    def save(self, point: Point, weights: Weights, averages: Weights, params: CodecParams, state: dict) -> None:
-        """Write a checkpoint. Raises DiffoError and DiskFull; there is no checkpoint of that point then.
+    def save_averages(self, point: Point, averages: dict[str, dict[str, Tensor]], params: CodecParams) -> None:
+        """Write averaged weights, state dicts by network, under the published names; in stage `gt` the autoencoder alone."""
+        triple = Triple.of(make_folder(self.folder / AVERAGES), point.step)
+        if point.stage == "gt":
+            checkpoints.save(triple.autoencoder, {"state_dict": averages["autoencoder"]})
+        else:
+            save_triple(triple, averages, params)
 
-        Args:
-            state: what the run needs to go on, tensors and plain values.
-        """
-        for sub in (STATES, *PREFIXES):
-            make_folder(self.folder / sub)
-        there = self._earlier(point)
-        self._state(point).unlink(missing_ok=True)  # of an abandoned course: it must not vouch for other weights
-        atomic_write(self._marker(point), b"")
-        try:
-            for sub, states in zip(PREFIXES, (weights, averages), strict=True):
-                triple = self._triple(sub, point.step)
-                if point.stage == "gt":
-                    checkpoints.save(triple.autoencoder, {"state_dict": states["autoencoder"]})
-                else:
-                    shared = triple.autoencoder in there and _holds(triple.autoencoder, states["autoencoder"])
-                    save_triple(triple, states, params, keep={triple.autoencoder} if shared else ())
-            files = {str(path.relative_to(self.folder)): path.stat().st_size for path in self._files(point)}
-            about = {"stage": point.stage, "step": point.step, "files": files}
-            checkpoints.save(self._state(point), about | state)
-        except BaseException:
-            self.remove_unfinished()  # it may be what fills the disk
-            raise
-        self._marker(point).unlink()
-
-    def _earlier(self, point: Point) -> set[Path]:
-        """Files of the last checkpoint of the stages before, which a checkpoint of this one may share and must not touch.
-
-        The last iteration of `gt` and the same one of `codec` name one autoencoder, and it is one (`_holds`): `codec`
-        leaves it alone. Checkpoints of `gt` before its last hold others, so they go first.
-        """
-        points = self.points()
-        before = [p for p in points if self.stages.index(p.stage) < self.stages.index(point.stage)]
-        last = list({p.stage: p for p in before}.values())
-        kept = last + [p for p in points if p.stage == point.stage]
-        for superseded in before:
-            if superseded not in last:
-                self._remove(superseded, kept)
-        return {path for p in last for path in self._files(p)}
+    def _averages(self, point: Point) -> list[Path]:
+        """Files of a point's averages, there or not."""
+        triple = Triple.of(self.folder / AVERAGES, point.step)
+        return [triple.autoencoder] if point.stage == "gt" else list(vars(triple).values())
 
     def keep(self, best: dict | None) -> None:
         """Remove all but the last few of the present stage, its best and the last of every earlier stage.
@@ -131,68 +99,30 @@ class Checkpoints:
         """
         points = self.points()
         stage = points[-1].stage
-        kept = [point for point in points if point.stage == stage][-self.keep_last :]
-        kept += {point.stage: point for point in points if point.stage != stage}.values()
-        if best and best["stage"] == stage:
-            kept.append(Point(stage, best["step"]))
-        for point in points:
-            if point not in kept:
-                self._remove(point, kept)
+        last = list({point.stage: point for point in points}.values())
+        chosen = [Point(stage, best["step"])] if best and best["stage"] == stage else []
+        for point in set(points) - {*[p for p in points if p.stage == stage][-self.keep_last :], *last, *chosen}:
+            self.path(point).unlink()
+        wanted = {path for point in (*last, *chosen) for path in self._averages(point)}
+        for path in (path for name in NAMES.values() for path in (self.folder / AVERAGES).glob(name.format("*"))):
+            if path not in wanted:
+                path.unlink()
         if best:
             atomic_write(self.folder / BEST, (json.dumps(best) + "\n").encode())
         else:
             (self.folder / BEST).unlink(missing_ok=True)
 
     def set_aside(self, points: Iterable[Point]) -> None:
-        """What is not complete no longer counts as a checkpoint; its state stays under another name."""
+        """Damaged checkpoints no longer count; they stay under another name."""
         for point in points:
-            self._state(point).replace(self._state(point).with_suffix(".incomplete"))
+            self.path(point).replace(self.path(point).with_suffix(".damaged"))
 
     def remove_unfinished(self) -> None:
-        """Remove what a killed process was writing."""
-        for path in (self.folder / STATES).glob(".*.begun"):
-            stage, _, step = path.stem.removeprefix(".").partition("_")
-            point = Point(stage, int(step))
-            points = self.points()
-            if point not in points:
-                self._remove(point, points)
-            path.unlink()
-        for sub in ("", STATES, *PREFIXES):
+        """Remove temporary files that a killed process was writing."""
+        for sub in ("", CHECKPOINTS, AVERAGES):
             remove_leftovers(self.folder / sub)
-
-    def _remove(self, point: Point, kept: list[Point]) -> None:
-        """The state goes last: without its files it counts as incomplete, and is removed the next time."""
-        shared = {path for other in kept for path in self._files(other)}
-        for path in self._files(point):
-            if path not in shared:
-                path.unlink(missing_ok=True)
-        self._state(point).unlink(missing_ok=True)
-
-    def _triple(self, sub: str, step: int) -> Triple:
-        triple = Triple.of(self.folder / sub, step)
-        return replace(triple, unet=triple.unet.with_name(f"{PREFIXES[sub]}model_{step}.pth"))
-
-    def _files(self, point: Point) -> list[Path]:
-        triples = [self._triple(sub, point.step) for sub in PREFIXES]
-        if point.stage == "gt":
-            return [triple.autoencoder for triple in triples]
-        return [path for triple in triples for path in vars(triple).values()]
-
-    def _state(self, point: Point) -> Path:
-        return self.folder / STATES / f"{point.stage}_{point.step}.pth"
-
-    def _marker(self, point: Point) -> Path:
-        return self.folder / STATES / f".{point.stage}_{point.step}.begun"
-
-
-def _holds(path: Path, state: dict[str, Tensor]) -> bool:
-    """Whether a file holds these very weights: where the disk was full, an earlier stage's last ones may be missing."""
-    try:
-        return checkpoints.digest(checkpoints.read(path)["state_dict"]) == checkpoints.digest(state)
-    except CheckpointError:
-        return False
 
 
 def is_run(folder: Path) -> bool:
     """Whether a run has saved something in a folder."""
-    return any((folder / STATES).glob("*.pth"))
+    return any(path for sub in (CHECKPOINTS, OLD) for path in (folder / sub).glob("*.pth"))

@@ -1,4 +1,4 @@
-"""What a configuration amounts to, told without training: settings, what is found, parameters, memory by shapes alone."""
+"""A configuration's consequences, told without training: settings, what is found, parameters, memory by shapes alone."""
 
 from dataclasses import replace
 
@@ -6,14 +6,16 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from datapipe.pictures import Batch
 from datapipe.sources import open_source
 from measuring.pyiqa_metrics import VGG16
 from models.codec import Codec
 from models.released import NAMES, NETWORKS
 from training.config import TrainConfig
-from training.perceptual import perceptual_term
+from training.perceptual import perceptual_terms
 from training.speed import Speed
 from training.stages import STAGES
+from training.step import Step
 from training.trainer import new_codec, start_from
 from utils.config import to_mapping
 from utils.images import find_pictures
@@ -51,10 +53,10 @@ def dry_run(config: TrainConfig) -> str:
         codec = new_codec(config).to(META)
     for name in config.stages:
         with META:
-            stage = STAGES[name](with_perceptual(config, name, "none"), codec, META)
-            stage.perceptual = perceptual_term(getattr(config, name).perceptual, untrained=True)
-        sections.append(f"stage {name}\n{counts(codec, stage)}\n\n{memory(stage)}\n")
-    missing = [n for n in config.stages if getattr(config, n).perceptual == "lpips"] if not VGG16.is_there() else []
+            step = Step(STAGES[name](without_perceptual(config, name), codec, META))
+            step.stage.perceptual = perceptual_terms(getattr(config, name).perceptual, untrained=True)
+        sections.append(f"stage {name}\n{counts(codec, step)}\n\n{memory(step)}\n")
+    missing = [n for n in config.stages if getattr(config, n).perceptual.get("lpips") and not VGG16.is_there()]
     told = (
         [f"The VGG weights of LPIPS are not on disk: stage {' and '.join(missing)} would not start."] if missing else []
     )
@@ -62,7 +64,7 @@ def dry_run(config: TrainConfig) -> str:
 
 
 def surroundings(config: TrainConfig) -> str:
-    """What is found here of what the configuration names: pictures, checkpoints to start from, the device's precision.
+    """Pictures, checkpoints to start from and the device's precision, as they are found here.
 
     Raises:
         DiffoError: what is named and not there.
@@ -72,24 +74,23 @@ def surroundings(config: TrainConfig) -> str:
     if config.validation.folder:
         count = min(config.validation.limit, len(find_pictures(config.validation.folder, recursive=True)))
         rows.append(f"validation pictures: {count} from {config.validation.folder}")
-    if any(getattr(config, name) for name in NAMES):
+    if config.release or any(getattr(config, name) for name in NAMES):
         rows += start_from(config, new_codec(config))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows.append(f"precision and speed on this machine's {device}: {Speed(config.speed, device)}")
     return "\n".join(rows) + "\n"
 
 
-def with_perceptual(config: TrainConfig, name: str, kind: str) -> TrainConfig:
-    return replace(config, **{name: replace(getattr(config, name), perceptual=kind)})
+def without_perceptual(config: TrainConfig, name: str) -> TrainConfig:
+    return replace(config, **{name: replace(getattr(config, name), perceptual={})})
 
 
-def counts(codec: Codec, stage) -> str:
+def counts(codec: Codec, step: Step) -> str:
     """Table of parameters per network: those that the stage trains, and the others."""
-    networks = {name: getattr(codec, name) for name in NETWORKS} | {
-        "discriminator": getattr(stage, "discriminator", None)
-    }
+    critic = step.adversary and step.adversary.discriminator
+    networks = {name: getattr(codec, name) for name in NETWORKS} | {"discriminator": critic}
     rows = [f"{'network':<16}{'trainable':>14}{'frozen':>14}"]
-    owned = {id(p) for p in stage.trained.parameters()} | {id(p) for p in parameters(networks["discriminator"])}
+    owned = {id(p) for p in step.stage.trained.parameters()} | {id(p) for p in parameters(critic)}
     for name, network in networks.items():
         if network is not None:
             trained = sum(p.numel() for p in network.parameters() if p.requires_grad and id(p) in owned)
@@ -101,30 +102,29 @@ def parameters(network: nn.Module | None) -> list[nn.Parameter]:
     return list(network.parameters()) if network else []
 
 
-def memory(stage) -> str:
+def memory(step: Step) -> str:
     """Table of the memory of one process, in MiB."""
-    p = stage.params
-    critic = getattr(stage, "discriminator", None)
-    perceptual = stage.perceptual if isinstance(stage.perceptual, nn.Module) else None
-    weights = [*stage.codec.parameters(), *parameters(critic), *parameters(perceptual)]
+    stage = step.stage
+    critic = step.adversary and step.adversary.discriminator
+    weights = [*stage.codec.parameters(), *parameters(critic), *stage.perceptual.parameters()]
     trained = [q for q in (*stage.trained.parameters(), *parameters(critic)) if q.requires_grad]
-    image = stage.blank()
+    batch = step.blank()
     sizes = {
         "parameters": size(weights),
         "gradients": size(trained),
         "AdamW's moments": 2 * size(trained),
-        "averages (EMA)": size(stage.ema.average.values()),
-        f"activations, {len(image)} crops of {p.crop_size}": activations(stage, image, weights),
+        "averages (EMA)": size(step.averages.average.values()),
+        f"activations, {len(batch)} crops of {stage.params.crop_size}": activations(step, batch, weights),
     }
     rows = [f"{name:<32}{value / MIB:>10,.0f} MiB" for name, value in sizes.items()]
     return "\n".join([*rows, f"{'together, per process':<32}{sum(sizes.values()) / MIB:>10,.0f} MiB"])
 
 
-def activations(stage, image: Tensor, weights: list[Tensor]) -> int:
-    """Bytes that the backward pass of a micro-batch needs beside the weights: N x 3 x H x W, on any device."""
-    kept = Kept([*weights, *stage.codec.buffers()])
+def activations(step: Step, batch: Batch, weights: list[Tensor]) -> int:
+    """Bytes that the backward pass of a micro-batch needs beside the weights, on any device."""
+    kept = Kept([*weights, *step.stage.codec.buffers()])
     with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda tensor: tensor):
-        stage.rehearse(image)
+        step.rehearse(batch)
     return kept.bytes
 
 

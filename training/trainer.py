@@ -1,37 +1,40 @@
 """Runs the stages of a configuration: batches in, scalars and pictures to the log, checkpoints to the run's folder."""
 
 import itertools
+import json
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import yaml
+from torch import Tensor
 from tqdm import tqdm
 
-from datapipe.pictures import Pictures, lost_worker, stream
+from datapipe.pictures import Batch, Pictures, stream
 from datapipe.sources import open_source
 from measuring.metrics import MS_SSIM_MIN_SIDE
 from models.codec import Codec
-from models.released import NAMES, NETWORKS
+from models.released import NAMES, start_from_release
 from training.checkpointing import Checkpoints, Point
 from training.config import RUN_CONFIG, TrainConfig
+from training.progress import Progress
 from training.speed import Speed
 from training.stages import STAGES
+from training.step import Done, Step
 from training.validation import CELL, Validation
 from utils import checkpoints, distributed
 from utils.config import to_mapping
-from utils.errors import CheckpointError, ConfigError, DiffoError, DiskFull, NotFinite
+from utils.errors import CheckpointError, ConfigError, DiffoError, NotFinite
 from utils.files import atomic_write, make_folder, require_writable
-from utils.logging import RunLog, Unbroken
+from utils.logging import RunLog
 from utils.stopping import StopRequest
 
 STOPPED = 128  # and the signal's number: the exit status that shells give to what a signal has ended
 FAILED = "failed_state.pth"
-OLD_STATE = "training_state.pth"  # of runs before checkpoints were kept by number
 
 
 def new_codec(config: TrainConfig) -> Codec:
@@ -56,7 +59,7 @@ def start_from(config: TrainConfig, codec: Codec) -> list[str]:
     Raises:
         CheckpointError: a file that is not there, or not of that network and size.
     """
-    told = []
+    told = start_from_release(config.release, codec) if config.release else []
     for name in NAMES:
         if path := getattr(config, name):
             state, dropped = checkpoints.parameters_of(checkpoints.read(path))
@@ -67,12 +70,10 @@ def start_from(config: TrainConfig, codec: Codec) -> list[str]:
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run goes on: number of the stage, iterations done, samples that they took, saved state of the stage."""
+    """Where a run goes on: number of the stage, and the checkpoint's content; {} at the beginning of a stage."""
 
     stage: int
-    step: int = 0
-    position: int = 0
-    state: dict | None = None
+    saved: dict
 
 
 class Trainer:
@@ -85,16 +86,15 @@ class Trainer:
         self.validation: dict[str, Validation] = {}
         if config.validation.folder:
             for name in config.stages:
-                smallest = MS_SSIM_MIN_SIDE if getattr(config, name).perceptual == "ms_ssim" else CELL
+                smallest = MS_SSIM_MIN_SIDE if getattr(config, name).perceptual.get("ms_ssim") else CELL
                 self.validation[name] = Validation(config.validation, device, smallest)
         self.checkpoints = Checkpoints(folder, config.stages, config.keep_last)
-        # "stage", "step" and "loss" of the best weights by validation, and of those of them that are on the disk
-        self.best: dict | None = None
-        self.saved_best: dict | None = None
+        self.best: dict | None = None  # "stage", "step" and "loss" of the best weights by validation
         self.position = 0  # of the stream: samples that the stage has taken, on all ranks together
+        self._logged: tuple[float, int] | None = None  # when scalars were written last, and the position then
         if distributed.is_main():
             require_writable(make_folder(folder))
-        self.log = RunLog(folder, distributed.is_main(), patient=config.on_full_disk == "continue")
+        self.log = RunLog(folder, distributed.is_main())
         self.source = open_source(config.data.folder, config.data.txt_file_path, config.data.shards)
         counts = distributed.gather_objects(len(self.source))
         if len(set(counts)) > 1:
@@ -108,172 +108,193 @@ class Trainer:
         Raises:
             DiffoError: what the user can mend.
         """
-        with StopRequest() as stop:
+        with StopRequest() as stop, closing(self.log):
             try:
-                return self._run(stop)
+                start = self._resume()
+                if distributed.is_main():  # also on resuming: overrides may have changed it
+                    text = yaml.safe_dump(to_mapping(self.config), sort_keys=False)
+                    atomic_write(self.folder / RUN_CONFIG, text.encode())
+                for index, name in enumerate(self.config.stages[start.stage :], start.stage):
+                    if not self._stage(name, start.saved if index == start.stage else {}, stop):
+                        self.log.say(f"stopped as asked; go on with --resume {self.folder}")
+                        return STOPPED + (stop.number or signal.SIGTERM)
             except RuntimeError as error:
-                if not (lost := lost_worker(error)):
+                if "DataLoader worker" not in str(error):
                     raise
                 raise DiffoError(
-                    f"data.workers={self.config.data.workers}: a process that decodes pictures is lost ({lost}). Mostly memory "
-                    "is short, or shared memory (docker run --shm-size=8g), of which fewer workers need less. Go on with "
+                    f"data.workers={self.config.data.workers}: a process that decodes pictures is lost. Mostly memory is "
+                    "short, or shared memory (docker run --shm-size=8g), of which fewer workers need less. Go on with "
                     f"--resume {self.folder} data.workers=..."
                 ) from error
+            self.log.say(f"finished: {self.folder}")
+            return 0
 
-    def _run(self, stop: StopRequest) -> int:
-        start = self._resume()
-        if distributed.is_main():  # also on resuming: overrides may have changed it
-            text = yaml.safe_dump(to_mapping(self.config), sort_keys=False)
-            atomic_write(self.folder / RUN_CONFIG, text.encode())
-        for index, name in enumerate(self.config.stages):
-            if index >= start.stage and not self._stage(name, start if index == start.stage else Start(index), stop):
-                self.log.say(f"stopped as asked; go on with --resume {self.folder}")
-                self.log.close()
-                return STOPPED + (stop.number or signal.SIGTERM)
-        self.log.say(f"finished: {self.folder}")
-        self.log.close()
-        return 0
-
-    def _stage(self, name: str, start: Start, stop: StopRequest) -> bool:
+    def _stage(self, name: str, saved: dict, stop: StopRequest) -> bool:
         """Train a stage from where it stands; False if it was asked to stop before its end, and has saved."""
         params = getattr(self.config, name)
-        stage = STAGES[name](self.config, self.codec, self.device)
+        step = Step(STAGES[name](self.config, self.codec, self.device))
         if self.best and self.best["stage"] != name:
-            self.best = self.saved_best = None
-        if start.state:
-            stage.load_state_dict(start.state)
-            start.state.clear()  # moments and averages, as large as the networks
-        self.position = start.position
-        last = max(params.iterations, start.step)  # where fewer are asked for than are done, the stage ends at once
-        self.log.begin(name, start.step)
-        self.log.say(
-            f"stage {name}: iterations {start.step} to {last}, {len(self.source)} pictures from {self.source.name}, "
-            f"batch {params.batch_size} x {distributed.world_size()}, {self.device}, {stage.speed}"
-        )
-        taken = params.batch_size * distributed.world_size()
-        if start.position != start.step * taken:
-            before = start.position / start.step
-            self.log.say(f"a step took {before:g} pictures before and takes {taken} from here on")
-        batches = self._batches(stage, start.position)
-        if start.step == 0 and name == "codec":
-            batches = self._look_at_latent(batches)
-        steps = range(start.step, last)
-        shown = dict(initial=start.step, total=last, desc=name, mininterval=1.0, file=Unbroken(sys.stderr))
-        for step in (bar := tqdm(steps, disable=not distributed.is_main(), **shown)):
-            loss = self._step(stage, step, batches)
-            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-            done = step + 1
-            better = self._validate(stage, done)
-            stopped = distributed.on_any_rank(stop.number is not None, self.device)
-            more = done < last or stage.finishes  # something is still to come, which may take long
-            if more and (better or stopped or done == last or done % self.config.save_every == 0):
-                self._save(stage, done)
-                if stopped:
-                    return False
-        if stage.finishes:
-            stage.finish(itertools.islice(self._batches(stage, 0), -(-params.statistics // taken)))
+            self.best = None
+        progress = Progress(params, saved.get("step", 0), saved.get("seconds", 0.0))
+        self.position, self._logged = saved.get("position", 0), None
+        if saved:
+            averages = {f"{n}.{k}": v for n, state in saved["averages"].items() for k, v in state.items()}
+            step.load_state_dict(saved["training"], averages)
+            saved.clear()  # moments and averages, as large as the networks
+        self._tell_start(step, progress)
+        with closing(self._batches(step, self.position)) as batches, self._bar(name, progress) as bar:
+            while not progress.done:
+                stopped = self._step(step, next(batches), progress, stop, bar)
+                better = self._validate(step, progress)
+                at_end = progress.done and not step.stage.finishes  # saved below, once, as finished
+                if not at_end and (better or stopped or progress.done or progress.step % self.config.save_every == 0):
+                    self._save(step, progress, better=better)
+                    if stopped:
+                        return False
+        if step.stage.finishes:
+            taken = params.batch_size * distributed.world_size()
+            with closing(self._batches(step, 0)) as batches:
+                step.finish(itertools.islice(batches, -(-params.statistics // taken)))
         self._tell_unreadable()
-        self._save(stage, last, finished=True)
+        self._save(step, progress, finished=True)
         return True
 
-    def _batches(self, stage, position: int) -> Iterator:
+    def _tell_start(self, step: Step, progress: Progress) -> None:
+        name, params = step.stage.name, step.stage.params
+        self.log.begin(name, progress.step)
+        length = (
+            f"to {params.iterations}" if params.minutes is None else f"and on for {params.minutes:g} minutes in all"
+        )
+        self.log.say(
+            f"stage {name}: iterations {progress.step} {length}, {len(self.source)} pictures from {self.source.name}, "
+            f"batch {params.batch_size} x {distributed.world_size()}, {self.device}, {step.speed}"
+        )
+        if params.minutes is not None:
+            self.log.say("this stage ends by the clock: it is not repeatable step by step")
+        taken = params.batch_size * distributed.world_size()
+        if self.position != progress.step * taken:
+            before = self.position / progress.step
+            self.log.say(f"a step took {before:g} pictures before and takes {taken} from here on")
+
+    def _bar(self, name: str, progress: Progress) -> tqdm:
+        by_clock = progress.minutes is not None
+        total = 60 * progress.minutes if by_clock else progress.iterations
+        shown = dict(desc=name, unit="s" if by_clock else "it", mininterval=1.0, disable=not distributed.is_main())
+        return tqdm(total=total, initial=progress.seconds if by_clock else progress.step, **shown)
+
+    def _batches(self, step: Step, position: int):
         """This rank's batches for a stage, from a position of the stream on."""
-        params, pinned = stage.params, self.device.type == "cuda"
-        pictures = Pictures(self.config.data, params.crop_size, self.config.seed, self.source)
+        params, pinned = step.stage.params, self.device.type == "cuda"
+        draws = step.stage.draw_params(params.crop_size, params.crop_size)
+        pictures = Pictures(self.config.data, params.crop_size, self.config.seed, self.source, draws)
         return stream(pictures, params.batch_size, distributed.rank(), distributed.world_size(), position, pinned)
 
-    def _look_at_latent(self, batches: Iterator) -> Iterator:
-        """The same batches; says so if the autoencoder's latent is far from what the noise schedule is made for."""
-        first = next(batches)
+    def _step(self, step: Step, batch: Batch, progress: Progress, stop: StopRequest, bar: tqdm) -> bool:
+        """One update and what is logged of it; whether some rank is asked to stop."""
+        batch = batch.to(self.device)
+        name, number, before = step.stage.name, progress.step, progress.seconds
+        if name == "codec" and number == 0:
+            self._look_at_latent(batch.image)
+        try:
+            done = step(batch, progress, stop.number is not None)
+        except NotFinite as error:
+            raise self._failed(step, progress, error) from error
+        self.position += len(batch) * distributed.world_size()
+        bar.update(progress.seconds - before if progress.minutes is not None else 1)
+        if number % self.config.log_every == 0:
+            self._log(step, number, done, bar)
+        if number % self.config.picture_every == 0:
+            self.log.pictures(name, number, [done.image, done.restored])
+            self._tell_unreadable()
+        return done.flags.stop
+
+    def _log(self, step: Step, number: int, done: Done, bar: tqdm) -> None:
+        """Fetch and write the scalars of an update, and the speed since the last that was written."""
+        logs = step.logs(done)
+        now, last = (time.perf_counter(), self.position), self._logged
+        if last:
+            logs["pictures_per_second"] = (now[1] - last[1]) / (now[0] - last[0])
+        self._logged = now
+        bar.set_postfix(loss=f"{logs['loss']:.4f}", refresh=False)
+        self.log.step(step.stage.name, number, logs)
+
+    def _look_at_latent(self, image: Tensor) -> None:
+        """Say so if the autoencoder's latent is far from what the noise schedule is made for."""
         with torch.no_grad():
-            deviation = self.codec.to_latent(first[0].to(self.device)).std().item()
+            deviation = self.codec.to_latent(image).std().item()
         if not 0.7 < deviation < 1.4:
             self.log.say(
                 f"the latent's standard deviation is {deviation:.2f}, and the noise schedule is made for about 1. Stage gt "
                 "rescales it in its last checkpoint alone; public weights are used as they are"
             )
-        return itertools.chain([first], batches)
-
-    def _step(self, stage, step: int, batches: Iterator) -> float:
-        """One update and what is logged of it; returns the loss."""
-        began = time.perf_counter()
-        image, positions = next(batches)
-        try:
-            logs, rows = stage.step(image.to(self.device, non_blocking=True), positions, step)
-        except NotFinite as error:
-            raise self._failed(stage, step, error) from error
-        pictures = stage.params.batch_size * distributed.world_size()
-        self.position += pictures
-        logs["pictures_per_second"] = pictures / (time.perf_counter() - began)
-        self.log.step(stage.name, step, logs)
-        if step % self.config.picture_every == 0:
-            self.log.pictures(stage.name, step, rows)
-            self._tell_unreadable()
-        return logs["loss"]
 
     def _tell_unreadable(self) -> None:
         for line in self.source.unreadable_lines():
             self.log.say(line)
 
-    def _validate(self, stage, done: int) -> bool:
+    def _validate(self, step: Step, progress: Progress) -> bool:
         """Score the averaged weights when it is time; True if they are the best so far, and so must be saved."""
-        last = done == stage.params.iterations
-        if stage.name not in self.validation or not (last or done % self.config.validation.every == 0):
+        name, number = step.stage.name, progress.step
+        if name not in self.validation or not (progress.done or number % self.config.validation.every == 0):
             return False
         try:
-            with stage.speed.eager():
-                scores, rows = self.validation[stage.name].run(stage)
+            with step.speed.eager():
+                scores, rows = self.validation[name].run(step.stage, step.averages)
         except NotFinite as error:
-            raise self._failed(stage, done, error) from error
-        self.log.validation(stage.name, done, scores, rows)
+            raise self._failed(step, progress, error) from error
+        self.log.validation(name, number, scores, rows)
         better = not self.best or scores["loss"] < self.best["loss"]
         if better:
-            self.best = {"stage": stage.name, "step": done, "loss": scores["loss"]}
+            self.best = {"stage": name, "step": number, "loss": scores["loss"]}
         return better
 
-    def _state(self, stage) -> dict:
-        training = {"codec": self.codec.state_dict(), "training": stage.state_dict()}
-        return training | {"best": self.best, "position": self.position}
+    def _content(self, step: Step, progress: Progress) -> dict:
+        """Everything that a run goes on from, each tensor once."""
+        stage, networks = step.stage, to_mapping(self.config.networks)
+        content = {
+            "networks": json.dumps(networks, sort_keys=True),
+            "codec": stage.networks(stage.trained.state_dict()),
+            "averages": stage.networks(step.averages.average),
+            "training": step.state_dict(),
+            "best": self.best,
+            "position": self.position,
+            "seconds": progress.seconds,
+        }
+        if "autoencoder" not in content["codec"]:  # frozen: its own average
+            content["autoencoder"] = self.codec.autoencoder.state_dict()
+        return content
 
-    def _save(self, stage, step: int, finished: bool = False) -> None:
+    def _save(self, step: Step, progress: Progress, better: bool = False, finished: bool = False) -> None:
         """Write a checkpoint, then remove those that need not stay; every rank waits for it.
 
         Args:
-            finished: the stage is done with, not only all its iterations.
+            better: the weights are the best so far. finished: the stage is done with, not only all its iterations.
         Raises:
-            DiskFull: unless the configuration says to go on.
+            DiffoError: it cannot be written; the one before is whole.
         """
-        told: str | None = None
+        told = None
         if distributed.is_main():
-            raw = {n: getattr(self.codec, n).state_dict() for n in NETWORKS if getattr(self.codec, n) is not None}
-            point, state = Point(stage.name, step), self._state(stage) | {"finished": finished}
+            point, content = Point(step.stage.name, progress.step), self._content(step, progress)
             try:
-                told = f"stage {stage.name}, iteration {step} is not saved"
-                self.checkpoints.save(point, raw, stage.states(), self.config.networks, state)
-                told = f"stage {stage.name}, iteration {step} is saved, but not which one is the best"
+                self.checkpoints.save(point, content | {"finished": finished})
+                if better or finished:
+                    frozen = {"autoencoder": content["autoencoder"]} if "autoencoder" in content else {}
+                    self.checkpoints.save_averages(point, content["averages"] | frozen, self.config.networks)
                 self.checkpoints.keep(self.best)
-                told = None
-                self.log.say(f"stage {stage.name}: saved iteration {step}")
-            except DiskFull as full:
-                told = f"{told}: {full}"
-        if not distributed.on_any_rank(told is not None, self.device):
-            self.saved_best = self.best
-            return
-        self.best = self.saved_best
-        told = told or f"stage {stage.name}, iteration {step}: see the main process"
-        if self.config.on_full_disk == "stop":
-            raise DiskFull(
-                f"{told}. Make room and go on with --resume {self.folder}, or set on_full_disk=continue to train on"
-            )
-        self.log.say(f"{told}; training goes on (on_full_disk: continue)")
+                self.log.say(f"stage {point.stage}: saved iteration {point.step}")
+            except DiffoError as error:
+                told = f"stage {point.stage}, iteration {point.step} is not saved: {error}"
+        told = next(filter(None, distributed.gather_objects(told)), None)
+        if told:
+            raise DiffoError(f"{told}. Mend that and go on with --resume {self.folder}")
 
-    def _failed(self, stage, step: int, error: NotFinite) -> DiffoError:
+    def _failed(self, step: Step, progress: Progress, error: NotFinite) -> DiffoError:
         """Keep the state that a step or a validation failed in, apart from the checkpoints. All ranks come here."""
         path, told = self.folder / FAILED, ""
         if distributed.is_main():
             try:
-                about = {"stage": stage.name, "step": step, "failed": str(error)}
-                checkpoints.save(path, about | self._state(stage))
+                about = {"stage": step.stage.name, "step": progress.step, "failed": str(error)}
+                checkpoints.save(path, about | self._content(step, progress))
             except DiffoError as unwritten:
                 told = f" (not written: {unwritten})"
         distributed.barrier()  # a rank that ends has the others stopped
@@ -287,10 +308,8 @@ class Trainer:
             CheckpointError: an older version's run, or ranks that see different checkpoints.
         """
         stages = list(self.config.stages)
-        if (self.folder / OLD_STATE).exists():
-            raise CheckpointError(f"{self.folder}: an older version's run ({OLD_STATE}); go on with that version")
         saved, refused = self.checkpoints.newest()
-        seen = distributed.gather_objects(saved and (saved["stage"], saved["step"]))  # before anything is moved
+        seen = distributed.gather_objects(saved and (saved["stage"], saved["step"]))  # before anything is removed
         if len(set(seen)) > 1:
             raise CheckpointError(f"{self.folder}: ranks see different newest checkpoints ({seen}): is it shared?")
         for reason in refused.values():
@@ -302,12 +321,12 @@ class Trainer:
             self.log.keep_until(stages[0], 0, stages)
             for told in start_from(self.config, self.codec):
                 self.log.say(told)
-            return Start(0)
+            return Start(0, {})
         where = f"{self.folder}, {saved['stage']} {saved['step']}"
-        if "position" not in saved or "finished" not in saved:
-            raise CheckpointError(f"{where}: an older version's checkpoint; go on with that version")
-        checkpoints.load_strictly(self.codec, saved["codec"], where)
-        self.best = self.saved_best = saved["best"]
+        frozen = {"autoencoder": saved["autoencoder"]} if "autoencoder" in saved else {}
+        for name, state in (saved.pop("codec") | frozen).items():
+            checkpoints.load_strictly(getattr(self.codec, name), state, where)
+        self.best = saved["best"]
         if distributed.is_main():
             self.checkpoints.keep(self.best)  # it may have been killed before it did
         self.log.keep_until(saved["stage"], saved["step"], stages)
@@ -315,14 +334,14 @@ class Trainer:
         return self._next(saved, where)
 
     def _next(self, saved: dict, where: str) -> Start:
-        """The stage that a saved state goes on with: its own, unless that is finished."""
-        name, step, index = saved["stage"], saved["step"], self.config.stages.index(saved["stage"])
-        asked = getattr(self.config, name).iterations
-        if not saved["finished"] or (asked > step and not STAGES[name].finishes):
-            return Start(index, step, saved["position"], saved["training"])
-        if asked > step and name == self.config.stages[-1]:
+        """The stage that a checkpoint goes on with: its own, unless that is finished."""
+        name, index = saved["stage"], self.config.stages.index(saved["stage"])
+        progress = Progress(getattr(self.config, name), saved["step"], saved["seconds"])
+        if not saved["finished"] or not (progress.done or STAGES[name].finishes):
+            return Start(index, saved)
+        if not progress.done and name == self.config.stages[-1]:
             raise CheckpointError(
-                f"{where}: stage {name} has ended there, and what ends it cannot be taken back: for {asked} iterations "
-                f"train anew under another name=..."
+                f"{where}: stage {name} has ended there, and what ends it cannot be taken back: to train it for longer, "
+                "train anew under another name=..."
             )
-        return Start(index + 1)
+        return Start(index + 1, {})

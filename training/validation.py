@@ -21,7 +21,7 @@ SHOWN = 4  # pictures in the grid
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What a stage makes of one picture.
+    """A picture as a stage decodes it.
 
     Attributes:
         loss: the stage's own, without its adversarial and auxiliary terms; the smallest mean is the best.
@@ -33,8 +33,9 @@ class Evaluated:
     results: dict[str, tuple[Tensor, float | None]]
 
 
-class Stage(Protocol):
-    ema: Ema
+class Evaluates(Protocol):
+    """The part of a stage that validation needs."""
+
     trained: nn.Module
 
     def evaluate(self, image: Tensor, position: int) -> Evaluated: ...
@@ -55,7 +56,7 @@ class Validation:
         for path in self.files[distributed.rank() :: distributed.world_size()]:  # told now, not after hours
             height, width = self._picture(path).shape[1:]
             if min(height, width) < smallest:
-                raise PictureError(f"{path}: {width}x{height} pixels; perceptual ms_ssim needs sides from {smallest}")
+                raise PictureError(f"{path}: {width}x{height} pixels; perceptual.ms_ssim needs sides from {smallest}")
 
     def _picture(self, path: Path) -> Tensor:
         """uint8 (3, H, W), sides multiples of 16."""
@@ -67,7 +68,7 @@ class Validation:
             raise PictureError(f"{path}: {width}x{height} pixels are less than validation.crop {self.params.crop}")
         return centre(picture, self.params.crop)
 
-    def run(self, stage: Stage) -> tuple[dict[str, float], list[Tensor]]:
+    def run(self, stage: Evaluates, averages: Ema) -> tuple[dict[str, float], list[Tensor]]:
         """Mean scores over all pictures, and rows for a grid: originals, then each of the results.
 
         `loss`, `psnr` (dB, RGB, 8 bits), `ms_ssim` (luma; only where no picture is too small for it) and `bpp`.
@@ -79,7 +80,7 @@ class Validation:
         totals: dict[str, list[float]] = {}
         shown: list[list[Tensor]] = []
         broken: list[str] = []
-        with stage.ema.applied(stage.trained):
+        with averages.applied(stage.trained):
             for index in range(rank, len(self.files), world):
                 picture = self._picture(self.files[index])
                 made = stage.evaluate(to_signed(picture)[None].to(self.device), index)

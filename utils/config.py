@@ -136,6 +136,10 @@ def _convert(kind: Any, value: Any, where: str, default: Any = None) -> Any:
         if not isinstance(value, (list, tuple)):
             raise ConfigError(f"{where}: expected a list, found {value!r}")
         return tuple(_convert(args[0], v, where) for v in value)
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where}: expected a block of keys, found {value!r}")
+        return {_convert(args[0], k, where): _convert(args[1], v, f"{where}.{k}") for k, v in value.items()}
     if kind is float and not isinstance(value, bool):
         with suppress(TypeError, ValueError):  # YAML 1.1 reads 1e-4 as text
             return float(value)

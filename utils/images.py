@@ -14,9 +14,7 @@ from PIL import ExifTags, Image, ImageFile
 
 from utils.errors import PictureError
 from utils.files import PICTURES, atomic_path, find_files
-
-MAX_PIXELS = 100_000_000
-MIN_SIDE = 16  # of a picture that a file can hold (models/bitstream.py)
+from utils.limits import MAX_PIXELS, MIN_SIDE
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -147,7 +145,7 @@ def _to_rgb(image: Image.Image, path: str | os.PathLike[str]) -> np.ndarray:
     if image.mode.startswith("I"):
         return _grey_of_16_bits(image, path)
     if not image.has_transparency_data:
-        return np.asarray(image.convert("RGB"))
+        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
     rgba = np.asarray(image.convert("RGBA")).astype(np.uint16)
     # On white, the light that is missing scales with alpha; the sum stays below 2^16.
     missing = ((255 - rgba[..., :3]) * rgba[..., 3:] + 127) // 255

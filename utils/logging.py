@@ -1,21 +1,17 @@
-"""What a training run leaves behind: JSON lines, TensorBoard events, a log file and one line per event."""
+"""The log of a training run: JSON lines, TensorBoard events, a log file and one line per event."""
 
 import json
 import logging
 import math
-import os
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 import torch
 from torch import Tensor
 
-from utils.errors import DiskFull
-from utils.files import atomic_write, disk_is_full, make_folder
+from utils.files import atomic_write, make_folder
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter  # takes seconds
@@ -45,19 +41,15 @@ class Unbroken:
 class RunLog:
     """Written by the main process alone; on other ranks every call does nothing.
 
-    Args:
-        patient: where the disk is full, say so once and go on without what cannot be written, instead of DiskFull.
+    What cannot be written raises OSError, which ends a run in one line.
     """
 
-    def __init__(self, folder: Path, main: bool, patient: bool = False):
-        self.main, self.patient = main, patient
+    def __init__(self, folder: Path, main: bool):
+        self.main = main
         if not main:
             return
-        make_folder(folder)
-        self.folder = folder
-        self.full: set[str] = set()  # what has been said to be missing
-        threading.excepthook = _quiet_when_full
-        self.boards: dict[str, SummaryWriter] | None = {}  # by the folder of their events; None after a full disk
+        self.folder = make_folder(folder)
+        self.boards: dict[str, SummaryWriter] = {}  # by the folder of their events
         self.logger = logging.getLogger("diffo.train")
         self.logger.setLevel(logging.INFO)
         self.logger.handlers.clear()
@@ -74,13 +66,12 @@ class RunLog:
 
     def begin(self, stage: str, step: int) -> None:
         """A stage starts, or goes on, after `step` iterations: TensorBoard hides what it has of later ones."""
-        if self.main and self.boards is not None:
-            with self._told(TENSORBOARD):
-                from torch.utils.tensorboard import SummaryWriter
+        if self.main:
+            from torch.utils.tensorboard import SummaryWriter
 
-                # One folder each: what is hidden is hidden of a whole folder, and validations are counted from 1.
-                for name, first in ((stage, step), (f"{stage}-validation", step + 1)):
-                    self.boards[name] = SummaryWriter(self.folder / TENSORBOARD / name, purge_step=first)
+            # One folder each: what is hidden is hidden of a whole folder, and validations are counted from 1.
+            for name, first in ((stage, step), (f"{stage}-validation", step + 1)):
+                self.boards[name] = SummaryWriter(self.folder / TENSORBOARD / name, purge_step=first)
 
     def keep_until(self, stage: str, step: int, stages: list[str]) -> None:
         """Drop what the files say of iterations after `step`, those done, of a stage: a resumed run writes it again."""
@@ -117,59 +108,19 @@ class RunLog:
     def _write(self, file: str, stage: str, step: int, values: dict[str, float], group: str = "") -> None:
         if not self.main:
             return
-        with self._told(file):
-            append_line(self.folder / file, json.dumps({"stage": stage, "step": step} | values))
+        with open(self.folder / file, "a") as lines:
+            lines.write(json.dumps({"stage": stage, "step": step} | values) + "\n")
         for name, value in values.items():
             if math.isfinite(value):
-                self._on_board(stage + group, "add_scalar", f"{stage}/{name}", value, step)
+                self.boards[stage + group].add_scalar(f"{stage}/{name}", value, step)
 
     def pictures(self, stage: str, step: int, rows: list[Tensor], group: str = "") -> None:
         """A grid, one row per tensor (N x 3 x H x W in [-1, 1]): originals above, results below."""
         if self.main and rows:
             grid = torch.cat([torch.cat(list(row[:4]), dim=2) for row in rows], dim=1)
-            self._on_board(stage + group, "add_image", f"{stage}/pictures", ((grid.float() + 1) / 2).clamp(0, 1), step)
-
-    def _on_board(self, folder: str, method: str, *args) -> None:
-        """Call TensorBoard's writer, which does not survive a full disk: it is left out then until the run is resumed."""
-        if self.boards is not None:
-            with self._told(TENSORBOARD):
-                getattr(self.boards[folder], method)(*args)
-            if TENSORBOARD in self.full:
-                self.boards = None
-
-    @contextmanager
-    def _told(self, what: str) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            if not disk_is_full(error):
-                raise
-            if not self.patient:
-                raise DiskFull(f"cannot write {what} in the folder {self.folder}: {error.strerror}") from error
-            if what not in self.full:
-                self.full.add(what)
-                self.say(f"{what}: {error.strerror}; training goes on, and what cannot be written is missing there")
+            self.boards[stage + group].add_image(f"{stage}/pictures", ((grid.float() + 1) / 2).clamp(0, 1), step)
 
     def close(self) -> None:
         if self.main:
-            for folder in list(self.boards or ()):
-                self._on_board(folder, "close")
-            threading.excepthook = threading.__excepthook__
-
-
-def _quiet_when_full(args) -> None:
-    """A thread that a full disk has ended, TensorBoard's writer, is told by the log and not by a traceback."""
-    if not (isinstance(args.exc_value, OSError) and disk_is_full(args.exc_value)):
-        threading.__excepthook__(args)
-
-
-def append_line(path: Path, line: str) -> None:
-    """Add a line to a file, or leave the file as it is. Raises OSError."""
-    size = path.stat().st_size if path.exists() else 0
-    try:
-        with open(path, "a") as file:
-            file.write(line + "\n")
-    except OSError:
-        with suppress(OSError):
-            os.truncate(path, size)
-        raise
+            for board in self.boards.values():
+                board.close()

@@ -1,0 +1,172 @@
+"""One update, the same in every stage: micro-batches, gradients over ranks, one look at the flags, updates, averages."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from datapipe.pictures import Batch
+from training.adversary import Adversary
+from training.optimiser import Optimiser
+from training.parallel import accumulate, micro_batches, parallel, settle, synchronised
+from training.progress import Progress
+from training.stage import Stage
+from utils import distributed
+from utils.ema import Ema
+from utils.errors import NotFinite
+
+
+@dataclass(frozen=True)
+class Flags:
+    """All that a step waits for: whether everything is finite, a rank is asked to stop, a code is dead; the main
+    process's clock, in seconds."""
+
+    finite: bool
+    stop: bool
+    dead: bool
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Done:
+    """An update that was made.
+
+    Attributes:
+        flags: of the step. means: terms over all ranks, scalars on the device. numbers: further scalars to log.
+        seen: results of its micro-batches. image, restored: N x 3 x H x W.
+    """
+
+    flags: Flags
+    means: dict[str, Tensor]
+    numbers: dict[str, Tensor | float]
+    seen: list
+    image: Tensor
+    restored: Tensor
+
+
+class Step:
+    """Updates the networks of a stage.
+
+    Attributes:
+        averages: exponential averages of `stage.trained`, which are validated and released.
+    """
+
+    def __init__(self, stage: Stage):
+        p = stage.params
+        self.stage, self.speed = stage, stage.speed
+        self.model = parallel(stage.network)
+        self.averages = Ema(stage.trained, p.ema)
+        self.optimiser = Optimiser(
+            stage.network.named_parameters(), p.optim, p.iterations, self.speed.fused_adamw, stage.shares
+        )
+        self.adversary = Adversary(p, stage.last_layer, self.speed) if p.adversary.weight else None
+        settle(self.model, lambda: self.rehearse(self.blank()))
+        if self.adversary:
+            self.adversary.settle(self.blank().image)
+
+    def __call__(self, batch: Batch, progress: Progress, stop: bool = False) -> Done:
+        """One update.
+
+        Args:
+            batch: of this rank, on the device. stop: this process is asked to; every rank learns it from the flags.
+        Raises:
+            NotFinite: a term or a gradient is not, on every rank alike; nothing was updated.
+        """
+        at, stage = progress.at, self.stage
+        adversary = self.adversary if self.adversary and self.adversary.joins(at) else None
+        parts = micro_batches(len(batch), stage.params.microbatch)
+        terms, seen, factor = {}, [], None
+        self.optimiser.zero_grad()
+        for part in parts:
+            piece, share = batch[part], (part.stop - part.start) / len(batch)
+            with synchronised(self.model, part is parts[-1]):
+                out, own = self.losses(piece)
+                objective = own["loss"] + own.get("auxiliary", 0)
+                if adversary:
+                    own["adversarial"] = adversary.generator_term(out.image)
+                    if factor is None:  # of the first micro-batch, for all of them
+                        factor = adversary.factor(own["loss"], own["adversarial"], stage.last_layer)
+                    objective = objective + factor * own["adversarial"]
+                (share * objective).backward()
+            accumulate(terms, own, share)
+            seen.append(stage.kept(out, piece))
+        restored = torch.cat([one.image for one in seen])
+        numbers = {"grad_norm": self.optimiser.clip(), "lr": self.optimiser.lr(at)}
+        if adversary:
+            terms["discriminator"] = adversary.judge(batch.image, restored, parts)
+            numbers |= {"adversarial_factor": factor, "discriminator_grad_norm": adversary.optimiser.clip()}
+        statistics = stage.gathered(seen, progress.step)
+        dead = terms["loss"].new_zeros(()) if statistics is None else statistics.dead
+
+        flags, means = self._flags(terms, numbers, dead, stop, progress)
+        self.optimiser.update(at)
+        if adversary:
+            adversary.optimiser.update(at)
+        numbers |= stage.follow(statistics, flags.dead, progress.step, self.averages)
+        self.averages.update(stage.trained)
+        progress.advance(flags.seconds)
+        return Done(flags, means, numbers, seen, batch.image, restored)
+
+    def losses(self, batch: Batch) -> tuple:
+        """The stage's forward pass, under DDP and autocast, and its terms, in float32."""
+        with self.speed.autocast():
+            out = self.stage.forward(self.model, batch)
+        return out, self.stage.losses(out, batch)
+
+    def _flags(self, terms: dict, numbers: dict, dead: Tensor, stop: bool, progress: Progress) -> tuple[Flags, dict]:
+        """The flags, in the one wait of a step, and the terms' means over the ranks."""
+        seconds = progress.clock() if distributed.is_main() else 0.0
+        own = [float(stop), seconds]
+        scalars = torch.stack([term.double() for term in terms.values()])
+        together = distributed.all_reduce_sum(torch.cat([scalars, scalars.new_tensor(own)]))
+        means = together[: len(terms)] / distributed.world_size()
+        norms = [value for name, value in numbers.items() if name.endswith("grad_norm")]
+        finite = torch.cat([means, torch.stack(norms).double()]).isfinite().all()
+        flags = torch.stack([finite.double(), together[-2], dead.double(), together[-1]]).tolist()
+        named = dict(zip(terms, means, strict=True))
+        if not flags[0]:
+            broken = [name for name, value in (named | numbers).items() if not math.isfinite(value)]
+            raise NotFinite(
+                f"stage {self.stage.name}, step {progress.step}: the term {broken[0]} is not finite; nothing was "
+                "updated with it"
+            )
+        return Flags(True, flags[1] > 0, flags[2] > 0, flags[3]), named
+
+    def logs(self, done: Done) -> dict[str, float]:
+        """The scalars of an update, fetched from the device; a collective."""
+        numbers = done.means | done.numbers
+        values = torch.stack([torch.as_tensor(v, dtype=torch.float64).cpu() for v in numbers.values()]).tolist()
+        return dict(zip(numbers, values, strict=True)) | self.stage.logs(done.seen)
+
+    def finish(self, batches) -> None:
+        """The averages take the trained weights' place for good, and the stage's last pass changes them."""
+        self.averages.copy_to(self.stage.trained)
+        self.stage.finish(batches)
+        self.averages = Ema(self.stage.trained, self.stage.params.ema)
+
+    # Passes whose result nobody wants: DDP's first, and memory by shapes alone ----------------------------------------
+
+    def blank(self) -> Batch:
+        """A micro-batch of grey pictures, on the networks' device and in their precision."""
+        p, like = self.stage.params, self.stage.last_layer
+        count = micro_batches(p.batch_size, p.microbatch)[0].stop
+        size = (p.crop_size, p.crop_size)
+        batch = Batch(like.new_zeros(count, 3, *size), torch.arange(count), self.stage.drawn(range(count), size))
+        return batch.to(like.device)
+
+    def rehearse(self, batch: Batch) -> Tensor:
+        """The objective of a micro-batch, the adversary's term included."""
+        out, own = self.losses(batch)
+        objective = own["loss"] + own.get("auxiliary", 0)
+        return objective + self.adversary.generator_term(out.image) if self.adversary else objective
+
+    def state_dict(self) -> dict:
+        state = {"updates": self.averages.updates, "optimiser": self.optimiser.state_dict()}
+        return state | ({"adversary": self.adversary.state_dict()} if self.adversary else {})
+
+    def load_state_dict(self, state: dict, averages: dict[str, Tensor]) -> None:
+        self.averages.load_state_dict({"updates": state["updates"], "average": averages})
+        self.optimiser.load_state_dict(state["optimiser"])
+        if self.adversary:
+            self.adversary.load_state_dict(state["adversary"])
