@@ -115,8 +115,20 @@ class Autoencoder(nn.Module):
         image = F.pixel_shuffle(self.decoder(self.post_quant_conv(x)), self.params.patch)
         return (image + self.shortcut.decode(x) if self.shortcut else image).to(x.dtype)
 
-    def forward(self, image: Tensor) -> Tensor:
-        return self.decode(self.encode(image))
+    def forward(self, image: Tensor, noise: Tensor | None = None, common: bool = False) -> Tensor:
+        """D(E(X)), in training D(E(X) + deviation * noise).
+
+        Args:
+            noise: N x d x h x w. common: the deviation is that of all channels together, not of each.
+        """
+        x = self.encode(image)
+        if noise is not None:
+            x = x + noise * x.detach().std(None if common else (0, 2, 3), keepdim=True)
+        return self.decode(x)
+
+    def decoding(self) -> list[nn.Module]:
+        """The parts that make up D."""
+        return [self.post_quant_conv, self.decoder, *([self.shortcut.synthesis] if self.shortcut else [])]
 
     def quantise(self, x: Tensor) -> Quantized:
         """VQGAN's own quantiser (van den Oord et al. 2017, Eq. 3), kept for public weights; the codec never calls it."""

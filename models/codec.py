@@ -22,6 +22,7 @@ from models import bitstream, diffusion, entropy_coding
 from models.autoencoder import Autoencoder
 from models.bitstream import CELL, CodedPicture, CodedResidual
 from models.diffusion import Schedule
+from models.noise import portable_noise
 from models.records import ONE_STEP, Analysed, CodecOutput, CodecParams, Contents, Decoded, Draws, Sampling
 from models.residual_hyperprior import LEVEL_CODES, ResidualHyperprior, Symbols
 from models.residual_networks import hyper_size
@@ -299,14 +300,3 @@ class Codec(nn.Module):
         etas = torch.tensor([eta], dtype=torch.float64, device=self.device)
         x_hat = diffusion.one_step(self.denoiser, known, lq, etas, next(noise), self.params.diffusion, centre)
         return x_hat, eta
-
-
-def portable_noise(seed: int, like: Tensor):
-    """Endless standard normal draws shaped as `like` (1 x d x h x w), the same on every machine and NumPy version.
-
-    NumPy guarantees the stream of the legacy RandomState for good; it is drawn in float64 and cast to float32.
-    """
-    state = np.random.RandomState(seed)
-    while True:
-        values = state.standard_normal(tuple(like.shape[1:])).astype(np.float32)
-        yield torch.from_numpy(values)[None].to(like.device)

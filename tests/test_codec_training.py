@@ -135,9 +135,7 @@ def test_a_correction_is_added_to_what_the_decoder_knows():
 @pytest.mark.parametrize("eta", [None, 0.4], ids=["published", "decoder"])
 def test_gradients_reach_all_that_is_trained(eta):
     codec = new_codec()
-    stage = CodecStage(
-        TrainConfig(networks=PARAMS, codec=CodecStageParams(perceptual="none")), codec, torch.device("cpu")
-    )
+    stage = CodecStage(TrainConfig(networks=PARAMS, codec=CodecStageParams(perceptual={})), codec, torch.device("cpu"))
     image = torch.stack([to_signed(picture(48, 64, seed)) for seed in range(2)])
     out = codec(image, draws(codec, [3, 1], [eta, eta], (D, 3, 4)))
     (out.image.square().mean() + 0.25 * (out.base.z - out.base.z_q.detach()).square().mean()).backward()

@@ -15,8 +15,8 @@ from training.config import TrainConfig
 from training.perceptual import perceptual_terms
 from training.speed import Speed
 from training.stages import STAGES
+from training.start import new_codec, start_from
 from training.step import Step
-from training.trainer import new_codec, start_from
 from utils.config import to_mapping
 from utils.images import find_pictures
 

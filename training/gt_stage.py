@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from datapipe.draws import DrawParams
 from datapipe.pictures import Batch
+from models.autoencoder import fit_linear
 from models.codec import Codec
 from models.losses import distortion
 from models.records import CELL
@@ -35,6 +36,7 @@ class GtStage(Stage):
         self.last_layer = codec.autoencoder.decoder.last_layer
         self.speed.prepare(self.network)
         self.network.train().requires_grad_(True)
+        self.given = bool(config.autoencoder or config.release)
         if hasattr(self.network, "quantize"):
             self.network.quantize.requires_grad_(False)
         self.distortion = F.l1_loss if p.distortion == "l1" else distortion
@@ -59,6 +61,16 @@ class GtStage(Stage):
     def evaluate(self, image: Tensor, position: int) -> Evaluated:
         batch, out = Batch(image, torch.tensor([position])), Restored(self.network(image))
         return Evaluated(self.losses(out, batch)["loss"].item(), {"": (out.image, None)})
+
+    @property
+    def begins(self) -> bool:
+        return self.codec.params.autoencoder.shortcut == "linear" and not self.given
+
+    def begin(self, batches: Iterable[Batch]) -> str:
+        """Fit the linear shortcut to training pictures."""
+        kept = self.network.params.embed_dim
+        variances = fit_linear(self.network, (batch.image for batch in batches))
+        return f"linear shortcut: {variances[:kept].sum() / variances.sum():.1%} of the variance in {kept} channels"
 
     @torch.no_grad()
     def finish(self, batches: Iterable[Batch]) -> None:

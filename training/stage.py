@@ -32,7 +32,9 @@ class Stage(ABC):
     """One stage of a run.
 
     Attributes:
-        name: of its block in the configuration. finishes: it ends with a pass that cannot be taken back (`finish`).
+        name: of its block in the configuration.
+        begins, finishes: a pass over pictures comes before its first step (`begin`), or after its last (`finish`), which
+            cannot be taken back.
         network: computes the forward pass, under DDP. trained: the networks that learn and are averaged.
         last_layer: weight that the adversary's adaptive factor is measured at.
         factors: of the terms in the loss, L = sum of factor x term.
@@ -41,6 +43,7 @@ class Stage(ABC):
 
     name: str
     finishes = False
+    begins = False
     network: nn.Module
     trained: nn.Module
     last_layer: nn.Parameter
@@ -110,6 +113,10 @@ class Stage(ABC):
     def logs(self, seen: list) -> dict[str, float]:
         """Further scalars of a step that is logged; a collective."""
         return {}
+
+    def begin(self, batches: Iterable[Batch]) -> str:
+        """Start the networks from pictures, the same on every rank; a line to tell."""
+        raise NotImplementedError(f"stage {self.name} begins with its first step")
 
     def finish(self, batches: Iterable[Batch]) -> None:
         """End the stage: the averaged weights are in place of the trained ones, to be changed a last time."""
