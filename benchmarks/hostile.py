@@ -140,7 +140,7 @@ def attempt(work):
     began = time.process_time()
     try:
         result = work()
-    except (KeyboardInterrupt, SystemExit):
+    except KeyboardInterrupt:
         raise
     except BaseException as error:  # a panic of a library in another language is no Exception
         public = next(kind.__name__ for kind in type(error).__mro__ if not kind.__name__.startswith("_"))
@@ -171,9 +171,7 @@ def middle(picture: torch.Tensor, side: int) -> torch.Tensor:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.hostile", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--weights", type=Path, default=SMALL, metavar="DIR", help="release folder (default: the small one that ships)")
     add("--pictures", type=Path, metavar="DIR", help="pictures (default: demo photographs)")

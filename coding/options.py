@@ -81,6 +81,8 @@ def _mistakes(args: argparse.Namespace) -> list[tuple[bool, str]]:
     compares = bool(args.metrics or args.overview)
     sized = args.quality or args.target_bpp or args.max_bytes
     contradiction = f"--one_step and --infer_steps {args.infer_steps} contradict each other"
+    nothing = f"--mode {mode} decodes nothing: leave out --ref_path, --metrics and --overview"
+    originals = "--metrics and --overview compare with originals: name them with --ref_path"
     return [
         (bool(args.in_path) == args.demo, "name the input with -i PATH, or use --demo"),
         (args.demo and not encodes, "--demo goes with --mode roundtrip or compress"),
@@ -89,14 +91,8 @@ def _mistakes(args: argparse.Namespace) -> list[tuple[bool, str]]:
         (any(triple) and args.weights, "--weights names a whole release: leave out --ckpt, --vqckpt and --GT_vqckpt"),
         (args.config and not any(triple), "--config goes with --ckpt, --vqckpt and --GT_vqckpt"),
         (args.one_step and args.infer_steps not in (None, 1), contradiction),
-        (
-            (args.ref_path or compares) and not decodes,
-            f"--mode {mode} decodes nothing: leave out --ref_path, --metrics and --overview",
-        ),
-        (
-            compares and mode == "decompress" and not args.ref_path,
-            "--metrics and --overview compare with originals: name them with --ref_path",
-        ),
+        ((args.ref_path or compares) and not decodes, nothing),
+        (compares and mode == "decompress" and not args.ref_path, originals),
         (args.json and mode != "inspect", "--json goes with --mode inspect; the other modes write metrics.json"),
         (args.preview and encodes, "--preview goes with --mode decompress or inspect"),
         (sized and not encodes, "--quality, --target_bpp and --max_bytes go with --mode roundtrip or compress"),

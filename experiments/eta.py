@@ -46,9 +46,12 @@ def run(args: argparse.Namespace) -> None:
         for path in (source / ABOUT, source / RUN_CONFIG):
             if not path.is_file():
                 raise DiffoError(f"{path}: not there; --store copies it into the new release")
-    metric = args.metric or _default_metric()
+    metric = args.metric or PERCEPTUAL
     if reason := unavailable(metric):
-        raise DiffoError(f"--metric {metric}: {reason}")
+        if args.metric:
+            raise DiffoError(f"--metric {metric}: {reason}")
+        metric = WITHOUT_WEIGHTS
+        print(f"{metric} instead of {PERCEPTUAL}: {reason}", file=sys.stderr)
     pictures = {"fit": photographs(args.data, args.limit), "held_out": photographs(args.held_out, args.limit)}
     codec = codec_of(args)
     default = codec.params.rate
@@ -67,13 +70,6 @@ def run(args: argparse.Namespace) -> None:
     if args.store:
         with_rate(source, rate, args.store)
         print(f"wrote {args.store}, with c = {rate.c:.4g}")
-
-
-def _default_metric() -> str:
-    if reason := unavailable(PERCEPTUAL):
-        print(f"{WITHOUT_WEIGHTS} instead of {PERCEPTUAL}: {reason}", file=sys.stderr)
-        return WITHOUT_WEIGHTS
-    return PERCEPTUAL
 
 
 def _better(metric: str) -> str:

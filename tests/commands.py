@@ -46,7 +46,7 @@ def grey_values(path: Path) -> np.ndarray:
 
 
 def on_board(folder: Path, name: str):
-    """What TensorBoard shows of one folder of a run's events."""
+    """TensorBoard's view of one folder of a run's events."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     return EventAccumulator(str(folder / "tensorboard" / name), {"scalars": 0, "images": 0}).Reload()
