@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from models import bitstream, diffusion, entropy_coding
 from models.autoencoder import Autoencoder
 from models.bitstream import CELL, CodedPicture, CodedResidual
-from models.diffusion import Schedule
+from models.diffusion import Denoiser, Schedule
 from models.noise import portable_noise
 from models.records import ONE_STEP, Analysed, CodecOutput, CodecParams, Contents, Decoded, Draws, Sampling
 from models.residual_hyperprior import LEVEL_CODES, ResidualHyperprior, Symbols
@@ -107,10 +107,10 @@ class Codec(nn.Module):
             y_hat = 0.0 * y_hat
         return y_hat, lq, y_hat if difference else 0.0
 
-    def denoiser(self, x: Tensor, t: Tensor, lq: Tensor) -> Tensor:
-        """x^ of a scaled noisy latent: U(x, t, lq), or what it is told, y^, corrected by that."""
-        predicted = self.unet(x, t, lq)
-        return lq + predicted if self.params.prediction == "correction" else predicted
+    def denoiser(self, y_hat: Tensor) -> Denoiser:
+        """x^ of a scaled noisy latent, as a function: U(x, t, lq), or y^, which the decoder knows, corrected by that."""
+        correction = self.params.prediction == "correction"
+        return lambda x, t, lq: y_hat + self.unet(x, t, lq) if correction else self.unet(x, t, lq)
 
     # Training -------------------------------------------------------------------------------------------------------
 
@@ -125,7 +125,7 @@ class Codec(nn.Module):
         x_t, eta = self.noisy_input(x, known, residual_bpp.detach(), draws)
         scaled = diffusion.scale_input(x_t - centre, eta, self.schedule.kappa)
         time = diffusion.time_of_eta(eta, self.params.diffusion).float()
-        x_hat = self.denoiser(scaled, time, lq)  # x^ = U(scaled x_t, t, lq)
+        x_hat = self.denoiser(y_hat)(scaled, time, lq)  # x^ = U(scaled x_t, t, lq)
         with without_autocast(x.device):
             auxiliary = self.residual.rate_model.auxiliary_loss() if self.residual else None
         return CodecOutput(x, y_hat, x_hat, self.to_image(x_hat), base, residual_bpp, auxiliary)
@@ -294,9 +294,11 @@ class Codec(nn.Module):
         noise = portable_noise(seed, known)
         if sampling.steps is not None:
             schedule = self.schedule.spaced(sampling.steps)
-            x_hat = diffusion.sample(schedule, self.denoiser, known, lq, lambda: next(noise), sampling.ddim, centre)
+            x_hat = diffusion.sample(
+                schedule, self.denoiser(y_hat), known, lq, lambda: next(noise), sampling.ddim, centre
+            )
             return x_hat, float(schedule.etas[-1])
         eta = self.rate.eta(file.section_bpp) if sampling.eta is None else sampling.eta
         etas = torch.tensor([eta], dtype=torch.float64, device=self.device)
-        x_hat = diffusion.one_step(self.denoiser, known, lq, etas, next(noise), self.params.diffusion, centre)
+        x_hat = diffusion.one_step(self.denoiser(y_hat), known, lq, etas, next(noise), self.params.diffusion, centre)
         return x_hat, eta

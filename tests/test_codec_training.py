@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from models import bitstream, diffusion
-from models.codec import Codec, portable_noise
+from models.codec import Codec
+from models.noise import portable_noise
 from models.records import Draws
 from tests.residual import new_codec as with_residual
 from tests.small_codec import PARAMS, D, Traced, new_codec, picture, y_of
 from training.config import CodecStageParams, TrainConfig
 from training.stages import CodecStage
+from training.step import Step
 from utils.images import to_signed, to_uint8
 
 
@@ -111,9 +113,10 @@ def test_training_sees_what_the_decoder_sees(codec):
 
 
 @torch.no_grad()
-def test_a_correction_is_added_to_what_the_decoder_knows():
+@pytest.mark.parametrize("adapter, width", [("difference", D), ("published", 4)])
+def test_a_correction_is_added_to_what_the_decoder_knows(adapter, width):
     """prediction: correction. x^ = y^ + U in training and decoding, and U starts silent; `latent` has U alone."""
-    ours = replace(PARAMS, unet=replace(PARAMS.unet, condition_channels=D), adapter="difference")
+    ours = replace(PARAMS, unet=replace(PARAMS.unet, condition_channels=width), adapter=adapter)
     codec, plain = Codec(replace(ours, prediction="correction")).eval(), Codec(ours).eval()
     codec.fingerprint = b"\x01\x02\x03\x04"
     image = picture(64, 48)
@@ -123,13 +126,13 @@ def test_a_correction_is_added_to_what_the_decoder_knows():
     silent = to_uint8(codec.to_image(y_of(codec, data))[0])
     assert torch.equal(codec.decompress(data), silent)
     torch.nn.init.normal_(codec.unet.out[-1].weight, std=0.1)
-    x, lq = torch.randn(2, 1, D, 4, 3, generator=torch.Generator().manual_seed(1))
-    t = torch.tensor([2.5])
-    torch.testing.assert_close(codec.denoiser(x, t, lq), lq + codec.unet(x, t, lq))
+    x, y_hat = torch.randn(2, 1, D, 4, 3, generator=torch.Generator().manual_seed(1))
+    t, lq = torch.tensor([2.5]), x[:, :width].flip(2)
+    torch.testing.assert_close(codec.denoiser(y_hat)(x, t, lq), y_hat + codec.unet(x, t, lq))
     assert not torch.equal(codec.decompress(data), silent)
-    assert torch.equal(plain.denoiser(x, t, lq), plain.unet(x, t, lq))
-    with pytest.raises(ValueError, match="needs adapter difference"):
-        replace(PARAMS, prediction="correction")
+    assert torch.equal(plain.denoiser(y_hat)(x, t, lq), plain.unet(x, t, lq))
+    with pytest.raises(ValueError, match="detail_branch: false puts at 0"):
+        replace(PARAMS, prediction="correction", detail_branch=False)
 
 
 @pytest.mark.parametrize("eta", [None, 0.4], ids=["published", "decoder"])
@@ -145,5 +148,5 @@ def test_gradients_reach_all_that_is_trained(eta):
             assert parameter.grad is None, name
         else:
             assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), name
-    trained = {id(p) for p in stage.optimiser.parameters}
+    trained = {id(p) for p in Step(stage).optimiser.parameters}
     assert trained == {id(p) for n, p in codec.named_parameters() if p.grad is not None}

@@ -2,12 +2,12 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 
 import models.codec
 from models import bitstream
+from models.noise import normal
 from models.records import Draws, Sampling
 from models.residual_networks import hyper_size
 from tests.residual import D, new_codec, picture
@@ -53,8 +53,8 @@ def decoded_parts(codec, data):
     y = codec.vq_base.decoder(codec.vq_base.post_quant_conv(z_q))
     r_hat = codec.residual.restore(coded.hyper, coded.residual, k, y, contents.file.residual.level)
     assert r_hat.abs().max() > 0.01
-    random = np.random.RandomState(bitstream.noise_seed(contents.file.base))
-    return z_q, y + r_hat, torch.from_numpy(random.standard_normal((1, D, *LATENT)).astype(np.float32)), contents.file
+    noise = normal(bitstream.noise_seed(contents.file.base), 0, (D, *LATENT))
+    return z_q, y + r_hat, noise, contents.file
 
 
 @torch.no_grad()
