@@ -71,13 +71,9 @@ def aligned_table(rows: list[Row]) -> str:
     lines = [[COLUMNS.get(name, (name,))[0] for name in names]]
     lines += [[_cell(name, row.get(name)) for name in names] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    aligned = [
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]
-    return "\n".join([aligned[0], "-" * len(aligned[0]), *aligned[1:]])
+    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
+    form = "  ".join([f"{{:<{widths[0]}}}", *(f"{{:>{width}}}" for width in widths[1:])])
+    return "\n".join([form.format(*lines[0]), rule, *(form.format(*line) for line in lines[1:])])
 
 
 def write_tables(rows: list[Row], folder: Path, about: dict) -> None:

@@ -38,11 +38,6 @@ class Run:
         self.rows: list[report.Row] = []
         self.pairs: list[tuple[Path, Path, report.Row]] = []  # original, decoded
 
-    def sampling(self, codec: Codec) -> Sampling:
-        args, trained = self.args, codec.params.diffusion.steps
-        steps = None if args.one_step else min(args.infer_steps or trained, trained)
-        return Sampling(steps=steps, ddim=args.ddim, eta=args.eta, seed=args.seed)
-
     def job(self, job: Job) -> None:
         """Code and decode one input as the mode says, and add its row.
 
@@ -65,10 +60,12 @@ class Run:
         contents, reading = self._timed(lambda: codec.read(data, args.preview))
         row |= describe(file) | ledger.beside(codec, contents)
         if args.mode != "compress":
-            sampling = self.sampling(codec)
+            trained = codec.params.diffusion.steps
+            steps = None if args.one_step else min(args.infer_steps or trained, trained)
+            sampling = Sampling(steps, args.ddim, args.eta, args.seed)
             decoded, networks = self._timed(lambda: codec.render(contents, sampling))
             write_image(job.picture, decoded.image)
-            row |= {"eta": decoded.eta, "steps": sampling.steps or 1}
+            row |= {"eta": decoded.eta, "steps": steps or 1}
             row |= {"decode_s": reading + networks, "read_s": reading}
             row |= {"note": "preview: the base alone"} if args.preview else {}
             if original is not None:
