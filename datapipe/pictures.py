@@ -6,9 +6,9 @@ same run on another number of processes sees the same crops.
 """
 
 import multiprocessing.util
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal
 
@@ -18,15 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from datapipe.draws import CROP, EPOCH, generator
+from datapipe.draws import CROP, EPOCH, DrawParams, draw, generator
 from datapipe.source import Source
 from datapipe.sources import KINDS, Paths, open_source
 from utils.errors import ConfigError, PictureError
 from utils.images import to_signed
-from utils.stopping import end_children_at_exit, signals_held, stop_for_parent_only
 
-LOST = "DataLoader worker (pid"  # how PyTorch begins to report it
 TRIED = 100  # pictures in a row that may be unreadable
+BICUBIC_MARGIN = 3  # pixels that interpolation reads beside the one below a centre: two, and one for rounding
 
 
 @dataclass(frozen=True)
@@ -64,36 +63,68 @@ class DataParams:
             raise ValueError(f"workers {self.workers}: from 0 up")
 
 
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Some positions of the stream.
+
+    Attributes:
+        image: crops, float32 N x 3 x S x S in [-1, 1]. position: int64 (N,).
+        draws: random numbers by name (`datapipe.draws.draw`), each with first axis N; empty where none are drawn.
+    """
+
+    image: Tensor
+    position: Tensor
+    draws: dict[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.image)
+
+    def __getitem__(self, part: slice) -> "Batch":
+        return self._each(lambda tensor: tensor[part])
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The batch on a device; without waiting for the copy where it comes from pinned memory."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        draws = {name: change(tensor) for name, tensor in self.draws.items()}
+        return Batch(change(self.image), change(self.position), draws)
+
+
 class Pictures(Dataset):
-    """Item p is (crop at position p, float32 3 x size x size in [-1, 1]; p).
+    """Item p of the stream: `image`, float32 3 x size x size in [-1, 1]; `position`, p; and its draws by name.
 
     Args:
         source: where the pictures come from, opened already; by default what `params` names.
+        draws: how the random numbers of a sample are drawn; None for none.
     Raises:
         DiffoError: the source cannot be opened, or the first pictures in order are all unreadable.
     """
 
-    def __init__(self, params: DataParams, size: int, seed: int, source: Source | None = None):
-        self.params, self.size, self.seed = params, size, seed
+    def __init__(
+        self, params: DataParams, size: int, seed: int, source: Source | None = None, draws: DrawParams | None = None
+    ):
+        self.params, self.size, self.seed, self.draws = params, size, seed, draws
         self.source = source or open_source(params.folder, params.txt_file_path, params.shards)
         self._picture(0)  # a source without one readable picture is refused here, not in a worker
 
-    def __getitem__(self, position: int) -> tuple[Tensor, int]:
+    def __getitem__(self, position: int) -> dict[str, Tensor | int]:
         random = generator(self.seed, CROP, position)
         crop = self._square if self.params.crop == "square" else self._random
-        picture = crop(self._picture(position)[None], random)[0]
+        image = crop(self._picture(position), random)
         if self.params.flip and random.random() < 0.5:
-            picture = picture.flip(2)
-        return picture.clamp(-1, 1), position
+            image = image.flip(2)
+        drawn = draw(self.draws, self.seed, position) if self.draws else {}
+        return {"image": image.clamp(-1, 1), "position": position} | drawn
 
     def _picture(self, position: int) -> Tensor:
-        """The picture at a position, or the next readable one of that epoch's order: 3 x H x W in [-1, 1]."""
+        """The picture at a position, or the next readable one of that epoch's order: uint8 3 x H x W."""
         n = len(self.source)
         order = epoch_order(self.seed, position // n, n)
         for offset in range(min(n, TRIED)):
             index = int(order[(position + offset) % n])
             try:
-                return to_signed(self.source.read(index))
+                return self.source.read(index)
             except PictureError as error:
                 self.source.mark_unreadable(index)
                 last = error
@@ -102,19 +133,19 @@ class Pictures(Dataset):
     def _random(self, picture: Tensor, random: np.random.Generator) -> Tensor:
         low, high = self.params.enlarge
         factor = low * (high / low) ** random.random()
-        height, width = picture.shape[2:]
+        height, width = picture.shape[1:]
         factor = max(factor, self.size / min(height, width))
         enlarged = [max(self.size, round(side * factor)) for side in (height, width)] if factor > 1 else (height, width)
         top, left = (int(random.integers(0, side - self.size + 1)) for side in enlarged)
         if factor > 1:
             return enlarged_crop(picture, enlarged, top, left, self.size)
-        return picture[:, :, top : top + self.size, left : left + self.size]
+        return to_signed(picture[:, top : top + self.size, left : left + self.size])
 
     def _square(self, picture: Tensor, random: np.random.Generator) -> Tensor:
-        side = min(picture.shape[2:])
-        top, left = (int(random.integers(0, s - side + 1)) for s in picture.shape[2:])
-        square = picture[:, :, top : top + side, left : left + side]
-        return F.interpolate(square, size=(self.size, self.size), mode="area")
+        side = min(picture.shape[1:])
+        top, left = (int(random.integers(0, s - side + 1)) for s in picture.shape[1:])
+        square = to_signed(picture[:, top : top + side, left : left + side])
+        return F.interpolate(square[None], size=(self.size, self.size), mode="area")[0]
 
 
 class Positions(Sampler[list[int]]):
@@ -134,14 +165,21 @@ def enlarged_crop(picture: Tensor, enlarged: Sequence[int], top: int, left: int,
     """A square of a picture as bicubic interpolation to `enlarged` (rows, columns) shows it; the rest is never computed.
 
     Args:
-        picture: 1 x C x H x W. top, left: of the square, in pixels of the enlarged picture; size: its side.
+        picture: uint8 3 x H x W. top, left: of the square, in pixels of the enlarged picture; size: its side.
+    Returns:
+        float32 3 x size x size in about [-1, 1]: bicubic interpolation overshoots.
     """
-    axes = []
-    for start, side in ((left, enlarged[1]), (top, enlarged[0])):
+    axes, shown = [], []
+    for start, side, source in ((left, enlarged[1], picture.shape[2]), (top, enlarged[0], picture.shape[1])):
         centre = torch.arange(start, start + size, dtype=torch.float64) + 0.5
         axes.append((2 * centre / side - 1).float())  # -1 and 1 are the outer edges of the picture
+        first, last = (int(centre[i] / side * source) for i in (0, -1))
+        shown.append(slice(max(0, first - BICUBIC_MARGIN), last + BICUBIC_MARGIN + 1))
     grid = torch.stack(torch.meshgrid(*axes, indexing="xy"), dim=-1)[None]  # 1 size size (x, y)
-    return F.grid_sample(picture, grid, mode="bicubic", padding_mode="border", align_corners=False)
+    signed = torch.empty(picture.shape)[None]  # only what the square shows is ever read
+    part = (..., shown[1], shown[0])
+    signed[part] = to_signed(picture[part])
+    return F.grid_sample(signed, grid, mode="bicubic", padding_mode="border", align_corners=False)[0]
 
 
 @lru_cache(maxsize=2)
@@ -150,52 +188,38 @@ def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
     return generator(seed, EPOCH, epoch).permutation(n)
 
 
-def stream(
-    pictures: Pictures, batch: int, rank: int, world: int, first: int, pinned: bool = False
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches (N x 3 x size x size in [-1, 1], positions (N,)) from position `first` of the stream on, without end.
+def stream(pictures: Pictures, batch: int, rank: int, world: int, first: int, pinned: bool = False) -> Iterator[Batch]:
+    """Batches from position `first` of the stream on, without end. Closing the generator ends its workers.
 
     Args:
+        batch: crops of one rank in each. rank, world: which of how many takes them.
         pinned: in memory that CUDA copies from while it computes.
+    Raises:
+        ConfigError: too many pictures in a row are unreadable.
+        RuntimeError: PyTorch's, for a worker that the system has killed.
     """
     workers = pictures.params.workers
     if workers:
-        # Each would make a folder of its own there for its pictures' socket, and wait in silence if the disk is full.
+        # Each would make a folder of its own there for its pictures' socket, and leave it behind.
         multiprocessing.util.get_temp_dir()
-        end_children_at_exit()
+    positions = Positions(batch, rank, world, first)
     loader = DataLoader(
-        pictures,
-        batch_sampler=Positions(batch, rank, world, first),
-        num_workers=workers,
-        pin_memory=pinned,
-        worker_init_fn=stop_for_parent_only,
+        pictures, batch_sampler=positions, num_workers=workers, pin_memory=pinned, worker_init_fn=own_session
     )
-    with signals_held():
-        batches = iter(loader)
+    batches = iter(loader)
     try:
-        yield from batches
+        for item in batches:
+            yield Batch(item.pop("image"), item.pop("position"), item)
     except ConfigError as error:
         # From a worker it comes as the worker's whole traceback, of which the last line is "class: message".
         message = str(error) if workers == 0 else str(error).rstrip().rpartition("\n")[2].partition(": ")[2]
         raise ConfigError(message) from None
-    except (EOFError, ConnectionError) as error:  # a killed worker's pipe may end before PyTorch reports the worker
-        time.sleep(1)  # the report comes by a signal, as a RuntimeError from here
-        raise RuntimeError(f"{LOST}) has closed its pipe") from error
+    finally:
+        if workers:
+            batches._shutdown_workers()  # now: an error's traceback would keep the iterator, and with it the workers
 
 
-_kept: list[BaseException] = []
-
-
-def lost_worker(error: BaseException) -> str | None:
-    """How a decoding process was lost, in a line, if an error says so; it may come at any moment, not only when one reads.
-
-    It is a worker that the system has killed, or that finds no room in shared memory for its pictures. The error, and
-    with it the stream, is kept until the process ends: closing the stream takes a lock that the lost worker may have held.
-    """
-    told = str(error)
-    last = (told.splitlines() or [""])[-1].strip()
-    lost = told.startswith(LOST) or ("DataLoader worker process" in told and "shared memory" in last)
-    if not (isinstance(error, RuntimeError) and lost):
-        return None
-    _kept.append(error)
-    return last
+def own_session(_: int) -> None:
+    """For a worker: signals to the group, such as Ctrl-C, reach the training process alone, which ends its workers."""
+    if hasattr(os, "setsid"):
+        os.setsid()

@@ -147,7 +147,7 @@ def _to_rgb(image: Image.Image, path: str | os.PathLike[str]) -> np.ndarray:
     if image.mode.startswith("I"):
         return _grey_of_16_bits(image, path)
     if not image.has_transparency_data:
-        return np.asarray(image.convert("RGB"))
+        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
     rgba = np.asarray(image.convert("RGBA")).astype(np.uint16)
     # On white, the light that is missing scales with alpha; the sum stays below 2^16.
     missing = ((255 - rgba[..., :3]) * rgba[..., 3:] + 127) // 255
