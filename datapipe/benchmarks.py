@@ -1,10 +1,9 @@
 """The test sets of the literature, fetched for users who are online: Kodak and CLIC2020.
 
-Checksums are those that the TensorFlow Datasets catalogue (CLIC2020) and many projects that pin Kodak agree on. Where
-none is known (the mirror of CLIC2020), the first download's is written to `checksums.sha256` beside the files, in the
-format of `sha256sum`, and later ones are compared with it.
+Checksums are those that the TensorFlow Datasets catalogue (CLIC2020) and many projects that pin Kodak agree on.
 """
 
+import hashlib
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,21 +13,20 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from utils.download import fetch, sha256_of
+from utils.download import fetch
 from utils.errors import DiffoError
 from utils.files import atomic_write, make_folder
 from utils.images import read_image, write_image
 
-CHECKSUMS = "checksums.sha256"
 CROP = 768  # pixels; of CLIC2020 in the papers on diffusion codecs, this one among them
 
 
 @dataclass(frozen=True)
 class Remote:
-    """A file on a server; `sha256` is empty where no checksum is known. `pictures`: how many an archive holds."""
+    """A file on a server, its SHA-256, and how many pictures it holds."""
 
     url: str
-    sha256: str = ""
+    sha256: str
     pictures: int = 1
 
     @property
@@ -64,7 +62,6 @@ e3111a2fd4da24af15d6459ef9eacfe54106b38e27b4a21821b75c3f5d2d5baf
 """.split()
 
 _CLIC = "https://data.vision.ee.ethz.ch/cvl/clic/test"
-_CLIC_MIRROR = "https://storage.googleapis.com/clic_datasets"
 
 KODAK = tuple(
     Remote(f"https://r0k.us/graphics/kodak/kodak/kodim{number:02d}.png", sha256)
@@ -82,10 +79,6 @@ CLIC2020 = (
         178,
     ),
 )
-CLIC2020_MIRROR = (
-    Remote(f"{_CLIC_MIRROR}/clic2020_professional_test.zip", pictures=250),
-    Remote(f"{_CLIC_MIRROR}/clic2020_mobile_test.zip", pictures=178),
-)
 
 
 def download_kodak(folder: Path, timeout: float, base_url: str | None, report: Callable[[str], None]) -> None:
@@ -95,17 +88,14 @@ def download_kodak(folder: Path, timeout: float, base_url: str | None, report: C
     report(f"{folder}: {len(KODAK)} pictures of Kodak")
 
 
-def download_clic2020(
-    folder: Path, timeout: float, base_url: str | None, mirror: bool, report: Callable[[str], None]
-) -> None:
+def download_clic2020(folder: Path, timeout: float, base_url: str | None, report: Callable[[str], None]) -> None:
     """The 428 pictures of the CLIC2020 test set into `folder/full`, cropped to 768x768 into `folder/768`.
 
     The archives stay in `folder/archives`. Raises DiffoError.
     """
-    archives = CLIC2020_MIRROR if mirror else CLIC2020
-    fetched = [obtain(remote, folder / "archives", timeout, base_url, report) for remote in archives]
+    archives = [obtain(remote, folder / "archives", timeout, base_url, report) for remote in CLIC2020]
     names: list[str] = []
-    for remote, path in zip(archives, fetched, strict=True):
+    for remote, path in zip(CLIC2020, archives, strict=True):
         found = extract(path, folder / "full")
         if len(found) != remote.pictures:
             raise DiffoError(f"{path}: holds {len(found)} pictures, the test set has {remote.pictures}")
@@ -121,7 +111,7 @@ def download_clic2020(
 
 
 def obtain(remote: Remote, folder: Path, timeout: float, base_url: str | None, report: Callable[[str], None]) -> Path:
-    """A remote file in `folder`, fetched if it is not there, its checksum compared or, where none is known, recorded.
+    """A remote file in `folder`, fetched if it is not there, its checksum compared.
 
     Args:
         base_url: of another server that has a file of this name.
@@ -129,32 +119,15 @@ def obtain(remote: Remote, folder: Path, timeout: float, base_url: str | None, r
         DiffoError: the file cannot be fetched, or one is there with another checksum.
     """
     path = folder / remote.name
-    expected = remote.sha256 or _recorded(folder).get(remote.name, "")
-    if path.is_file():
-        digest = sha256_of(path)
-        if not digest.startswith(expected):
-            raise DiffoError(f"{path}: not the file it should be, its SHA-256 is not {expected}; remove it, run again")
-        told = "already there"
+    there = path.is_file()
+    if there:
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != remote.sha256:
+                raise DiffoError(f"{path}: its SHA-256 is not {remote.sha256}; remove the file, run again")
     else:
-        url = f"{base_url.rstrip('/')}/{remote.name}" if base_url else remote.url
-        digest = fetch(url, path, expected, timeout, resume=True)
-        told = "fetched"
-    if expected:
-        report(f"{path}: {told}, SHA-256 agrees")
-    else:
-        lines = [f"{value}  {name}\n" for name, value in (_recorded(folder) | {remote.name: digest}).items()]
-        atomic_write(folder / CHECKSUMS, "".join(lines).encode())
-        report(f"{path}: {told}; no checksum of it is known, so this one's is recorded in {folder / CHECKSUMS}")
+        fetch(f"{base_url.rstrip('/')}/{remote.name}" if base_url else remote.url, path, remote.sha256, timeout)
+    report(f"{path}: {'already there' if there else 'fetched'}, SHA-256 agrees")
     return path
-
-
-def _recorded(folder: Path) -> dict[str, str]:
-    """Name -> SHA-256 of the files recorded in a folder."""
-    path = folder / CHECKSUMS
-    lines = path.read_text().splitlines() if path.is_file() else []
-    if any(len(line.split()) != 2 for line in lines):
-        raise DiffoError(f"{path}: damaged; each line is a SHA-256 and a name")
-    return {name: value for value, name in map(str.split, lines)}
 
 
 def extract(archive: Path, folder: Path) -> list[str]:
