@@ -9,22 +9,22 @@ python -m datapipe.prepare download kodak -o data/kodak         or clic2020: tes
 import argparse
 import os
 import sys
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from itertools import chain
 from pathlib import Path
 
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from datapipe.benchmarks import CROP, download_clic2020, download_kodak
+from datapipe.pictures import own_session
 from datapipe.shards import find_shards, write_index, write_shards
 from datapipe.sources import read_list
 from utils.commandline import answer, positive
 from utils.errors import DiffoError, PictureError
 from utils.files import PICTURES, atomic_write, make_folder
 from utils.images import find_pictures, read_image
-from utils.stopping import signals_held, stop_for_parent_only
 
-CHECKERS = 4  # processes that decode for --check
+CHECKERS = min(4, os.cpu_count() or 1)  # processes that decode for --check
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -54,7 +54,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     sub = command(download, "download", "fetch a test set of the literature")
     sub.add_argument("set", choices=("kodak", "clic2020"), help=f"clic2020: whole pictures and {CROP}x{CROP} crops")
     sub.add_argument("-o", "--out", type=Path, metavar="DIR", help="default: data/kodak, data/clic2020")
-    sub.add_argument("--mirror", action="store_true", help="clic2020 from another server, without known checksums")
     sub.add_argument("--base_url", metavar="URL", help="a server of your own, with files of the same names")
     sub.add_argument("--timeout", type=float, default=20, metavar="S", help="seconds to wait for the server (20)")
     return parser.parse_args(argv)
@@ -103,19 +102,15 @@ def make_indexes(args: argparse.Namespace) -> None:
 
 def download(args: argparse.Namespace) -> None:
     out = args.out or Path("data") / args.set
-    if args.set == "kodak":
-        if args.mirror:
-            raise DiffoError("--mirror: none is known for Kodak; --base_url names a server of your own")
-        download_kodak(out, args.timeout, args.base_url, print)
-    else:
-        download_clic2020(out, args.timeout, args.base_url, args.mirror, print)
+    get = download_kodak if args.set == "kodak" else download_clic2020
+    get(out, args.timeout, args.base_url, print)
 
 
 def gather(places: list[str], check: bool) -> list[Path]:
     """The pictures of folders and lists, in order; with `check`, those that can be read, the others named."""
     paths: list[Path] = []
     for place in places:
-        paths += read_list(place) if place.endswith(".txt") else find_pictures(place, recursive=True)
+        paths += map(Path, read_list(place)) if place.endswith(".txt") else find_pictures(place, recursive=True)
     if check:
         problems = _problems(paths)
         for problem in filter(None, problems):
@@ -127,23 +122,19 @@ def gather(places: list[str], check: bool) -> list[Path]:
 
 
 def _problems(paths: list[Path]) -> list[str | None]:
-    """What is wrong with each picture.
-
-    Raises:
-        DiffoError: a process that reads them was killed.
-    """
-    pool = ProcessPoolExecutor(CHECKERS, initializer=stop_for_parent_only)
+    """The reason why each picture cannot be read, None where it can. Raises DiffoError if a process was killed."""
+    parts = DataLoader(paths, batch_size=16, num_workers=CHECKERS, collate_fn=_problems_of, worker_init_fn=own_session)
     try:
-        with signals_held():  # while its processes start
-            answers = pool.map(_problem, paths, chunksize=16)
-        return list(tqdm(answers, desc="checking", total=len(paths), disable=None))
-    except BrokenProcessPool as error:
+        return list(tqdm(chain.from_iterable(parts), desc="checking", total=len(paths), disable=None))
+    except RuntimeError as error:
         raise DiffoError(
-            "--check: a process that reads pictures was killed. Mostly memory is short; without --check, training "
-            "replaces pictures that it cannot read"
+            f"--check: {error}. A process that reads pictures was killed; mostly memory is short. Without --check, "
+            "training replaces pictures that it cannot read"
         ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+
+
+def _problems_of(paths: list[Path]) -> list[str | None]:
+    return [_problem(path) for path in paths]
 
 
 def _problem(path: Path) -> str | None:
