@@ -37,20 +37,19 @@ class ShardSource(Source):
 
     def __init__(self, patterns: Sequence[str]):
         self.tars = find_shards(patterns)
-        # Mapped, not read: the processes of a machine share the memory.
-        self._indexes = [load_index(tar) for tar in self.tars]
-        self._starts = np.cumsum([0, *map(len, self._indexes)])
-        super().__init__(", ".join(patterns), int(self._starts[-1]))
+        # Read, not mapped: a mapped file stays open, and there may be more shards than open files are allowed.
+        indexes = [load_index(tar) for tar in self.tars]
+        self._starts = np.cumsum([0, *map(len, indexes)])
+        self._places = np.concatenate(indexes)
+        super().__init__(", ".join(patterns), len(self._places))
 
     def names(self) -> Iterator[str]:
-        return (
-            f"{tar.name} {_fingerprint(tar)} {len(rows)}" for tar, rows in zip(self.tars, self._indexes, strict=True)
-        )
+        counts = np.diff(self._starts)
+        return (f"{tar.name} {_fingerprint(tar)} {count}" for tar, count in zip(self.tars, counts, strict=True))
 
     def read(self, index: int) -> Tensor:
-        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
-        tar = self.tars[shard]
-        offset, length = map(int, self._indexes[shard][index - self._starts[shard]])
+        tar = self.tars[int(np.searchsorted(self._starts, index, side="right")) - 1]
+        offset, length = map(int, self._places[index])
         where = f"{tar}: picture at byte {offset} cannot be read"
         try:
             # Opened anew each time: an open file's position would be shared by all processes that decode.
@@ -93,11 +92,11 @@ def index_path(tar: Path) -> Path:
 
 
 def load_index(tar: Path) -> np.ndarray:
-    """Offset and length, int64 (n, 2), of the pictures in a tar, mapped from the file beside it. Raises DiffoError."""
+    """Offset and length, int64 (n, 2), of the pictures in a tar, from the file beside it. Raises DiffoError."""
     path = index_path(tar)
     _refuse_compressed(tar)
     try:
-        rows = np.load(path, mmap_mode="r", allow_pickle=False)
+        rows = np.load(path, allow_pickle=False)
         fingerprint = _fingerprint(tar)
     except FileNotFoundError:
         raise DiffoError(f"{tar}: no index beside it; make one: {COMMAND} {tar}") from None

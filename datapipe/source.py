@@ -1,4 +1,4 @@
-"""What every source of pictures is: pictures by index, and a record of those that cannot be read."""
+"""The interface of every source: pictures by index, and a record of those that cannot be read."""
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -35,10 +35,10 @@ class Source(ABC):
 
     @abstractmethod
     def names(self) -> Iterable[str]:
-        """What tells one set of pictures from another, in order, wherever it is mounted."""
+        """Names that identify the set and its order, independent of the mount point."""
 
     def digest(self) -> str:
-        """Of the names: alike where index i is the same picture."""
+        """SHA-256 of the names, in hexadecimal digits: alike where index i is the same picture."""
         digest = hashlib.sha256()
         for name in self.names():
             digest.update(name.encode(errors="surrogateescape") + b"\0")
@@ -48,7 +48,7 @@ class Source(ABC):
         self._unreadable[index] = True
 
     def unreadable_lines(self) -> list[str]:
-        """What to say of pictures found unreadable by any rank: each is named once, and a last line counts them all.
+        """Messages about pictures found unreadable by any rank: each is named once, and a last line counts them all.
 
         A collective: all ranks call it. Empty on all ranks but the main one, and where there is nothing new.
         """

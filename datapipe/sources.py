@@ -1,16 +1,20 @@
 """Where pictures come from: index -> decoded picture, from folders, text lists or tar shards."""
 
 import os
-from collections.abc import Iterator, Sequence
+from array import array
+from bisect import bisect
+from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
 from datapipe.shards import ShardSource
 from datapipe.source import Source
 from utils.errors import ConfigError, DiffoError
-from utils.images import find_pictures, read_image
+from utils.files import PICTURES, scan
+from utils.images import read_image
 
 Paths = tuple[str, ...] | str | None  # one path or several
 
@@ -20,22 +24,42 @@ KINDS = ("folder", "txt_file_path", "shards")  # keys of the configuration; one 
 class FileSource(Source):
     """One file for each picture.
 
+    Their names stand in one buffer: a million Path objects take 300 MB, and again in every worker, whose pages are
+    copied when it counts references.
+
     Args:
         found: folders, and the files that were found in each, in order.
     """
 
-    def __init__(self, found: Sequence[tuple[Path, Sequence[Path]]], name: str):
-        self.found = found
-        self.paths = [path for _, paths in found for path in paths]
-        super().__init__(name, len(self.paths))
+    def __init__(self, found: Iterable[tuple[str, Iterable[str]]], name: str):
+        names, ends = bytearray(), array("q", [0])
+        self._folders: list[str] = []
+        self._firsts: list[int] = []  # index of the first file of each folder
+        for folder, paths in found:
+            start = os.path.join(folder, "")
+            self._folders.append(start)
+            self._firsts.append(len(ends) - 1)
+            for path in paths:
+                names += os.fsencode(path.removeprefix(start))
+                ends.append(len(names))
+        self._names, self._ends = bytes(names), np.array(ends)
+        super().__init__(name, len(ends) - 1)
+
+    def path(self, index: int) -> str:
+        """The file of a picture."""
+        return os.path.join(self._folders[bisect(self._firsts, index) - 1], self._name(index))
 
     def read(self, index: int) -> Tensor:
-        return read_image(self.paths[index])
+        return read_image(self.path(index))
 
     def names(self) -> Iterator[str]:
-        for folder, paths in self.found:
-            start = os.path.join(folder, "")  # a list may name files elsewhere, on each machine in another place
-            yield from (str(path).removeprefix(start) if str(path).startswith(start) else path.name for path in paths)
+        # A list may name files elsewhere, on each machine in another place.
+        names = (self._name(index) for index in range(len(self)))
+        return (os.path.basename(name) if os.path.isabs(name) else name for name in names)
+
+    def _name(self, index: int) -> str:
+        """Of a file, relative to its folder, or absolute if it is not in it."""
+        return os.fsdecode(self._names[self._ends[index] : self._ends[index + 1]])
 
 
 def open_source(folder: Paths = None, txt_file_path: Paths = None, shards: Paths = None) -> Source:
@@ -48,40 +72,42 @@ def open_source(folder: Paths = None, txt_file_path: Paths = None, shards: Paths
         return ShardSource(several(shards))
     if txt_file_path:
         lists = several(txt_file_path)
-        return FileSource([(Path(name).parent, read_list(name)) for name in lists], ", ".join(lists))
+        return FileSource([(os.path.dirname(name), read_list(name)) for name in lists], ", ".join(lists))
     if folder:
         folders = several(folder)
-        found = [(Path(f), find_pictures(f, recursive=True)) for f in folders]
-        if not any(paths for _, paths in found):
+        try:
+            return FileSource(((f, scan(f, PICTURES, recursive=True)) for f in folders), ", ".join(folders))
+        except ConfigError:
             for tar in (tar for f in folders for tar in Path(f).rglob("*.tar")):
                 if tar.suffixes == [".tar"]:  # not a checkpoint, .pth.tar
-                    raise ConfigError(f"{', '.join(folders)}: no pictures there, but shards: --data {tar.parent}")
-        return FileSource(found, ", ".join(folders))
+                    raise ConfigError(
+                        f"{', '.join(folders)}: no pictures there, but shards: --data {tar.parent}"
+                    ) from None
+            raise
     demo = demo_photographs()
-    return FileSource([(demo[0].parent, demo)], "scikit-image's photographs (no data was named)")
+    return FileSource([("", map(str, demo))], "scikit-image's photographs (no data was named)")
 
 
 def several(paths: Paths) -> tuple[str, ...]:
     return (paths,) if isinstance(paths, str) else tuple(paths or ())
 
 
-def read_list(path: str | Path) -> list[Path]:
+def read_list(path: str) -> Iterator[str]:
     """The paths in a text list: one in each line, absolute or relative to the list's folder; empty lines do not count.
 
     Whether they exist shows when they are read: a list may be long and its disk slow. Raises DiffoError.
     """
-    path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        with open(path, encoding="utf-8-sig") as lines:
+            yield from (os.path.join(os.path.dirname(path), line.strip()) for line in lines if line.strip())
     except FileNotFoundError:
         raise DiffoError(f"{path}: no such list") from None
     except (OSError, UnicodeDecodeError) as error:
         raise DiffoError(f"{path}: not a readable text list ({error})") from error
-    return [path.parent / line.strip() for line in lines if line.strip()]
 
 
 def data_options(path: str) -> dict[str, str | None]:
-    """What `--data PATH` sets in a configuration: a .txt is a list, a .tar or a folder of them shards, else a folder."""
+    """The configuration keys that `--data PATH` sets: a .txt is a list, a .tar or a folder of them shards, else a folder."""
     kind = "folder"
     if path.endswith(".txt"):
         kind = "txt_file_path"

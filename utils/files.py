@@ -19,23 +19,46 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _DISK_ERRORS = _FULL | {errno.EROFS, errno.EIO}
 
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+PICTURES = (
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".jp2", ".gif", ".bmp", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".pnm"),
+)
 
 
 def find_files(folder: str | os.PathLike[str], suffixes: tuple[str, ...], recursive: bool = False) -> list[Path]:
     """Sorted paths of the files in a folder with one of these suffixes, in any case; an empty list if there are none.
 
-    Hidden files and, when `recursive`, hidden folders are skipped; linked folders inside are not followed.
+    Hidden files and, when `recursive`, hidden folders are skipped; linked folders are entered, unless they lead back.
     Raises DiffoError if `folder` is missing, not a folder, or cannot be listed.
     """
-    if not Path(folder).is_dir():
+    return [Path(name) for name in scan(folder, suffixes, recursive)]
+
+
+def scan(folder: str | os.PathLike[str], suffixes: tuple[str, ...], recursive: bool = False) -> Iterator[str]:
+    """The paths of `find_files` one by one, as text: a Path for each of a million names takes seconds."""
+    if not os.path.isdir(folder):
         raise DiffoError(f"{folder}: no such folder")
-    found: list[Path] = []
-    for root, folders, names in os.walk(folder, onerror=_refuse_folder):
-        folders[:] = [name for name in folders if recursive and not name.startswith(".")]
-        visible = (Path(root, name) for name in names if not name.startswith("."))
-        found += [path for path in visible if path.suffix.lower() in suffixes and path.is_file()]
-    return sorted(found)
+    return _scan(os.fspath(folder), suffixes, recursive, ())
+
+
+def _scan(folder: str, suffixes: tuple[str, ...], recursive: bool, above: tuple[str, ...]) -> Iterator[str]:
+    """`scan`; `above`: the real paths of the folders on the way here."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    try:
+        with os.scandir(folder) as found:
+            # Sorted by name in each folder, which is the order of Path: "a/b" before "a.b".
+            entries = sorted((entry for entry in found if entry.name[0] != "."), key=lambda entry: entry.name)
+    except OSError as error:
+        raise DiffoError(f"{folder}: cannot be listed ({error.strerror})") from error
+    for entry in entries:
+        link = entry.is_symlink()  # of which entry's own answers may be errors
+        if os.path.isdir(entry.path) if link else entry.is_dir():
+            if recursive:
+                yield from _scan(entry.path, suffixes, recursive, (*above, real))
+        elif entry.name.lower().endswith(suffixes) and (os.path.isfile(entry.path) if link else entry.is_file()):
+            yield entry.path
 
 
 def make_folder(path: str | os.PathLike[str]) -> Path:
@@ -73,10 +96,6 @@ def held(path: Path) -> Iterator[None]:
         except OSError:  # some network disks have none
             pass
         yield
-
-
-def _refuse_folder(error: OSError) -> None:
-    raise DiffoError(f"{error.filename}: cannot be listed ({error.strerror})") from error
 
 
 def disk_is_full(error: OSError) -> bool:
