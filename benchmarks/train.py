@@ -31,7 +31,7 @@ from datapipe.pictures import Pictures, stream
 from training.config import TrainConfig, load_config
 from training.speed import Speed, SpeedParams, has_bfloat16
 from training.stages import STAGES
-from training.trainer import new_codec, start_from
+from training.start import new_codec, start_from
 from utils import distributed
 from utils.commandline import answer, positive
 from utils.errors import DiffoError

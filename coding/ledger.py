@@ -35,7 +35,7 @@ def fixed_length_bits(codec: Codec, file: CodedPicture) -> int:
 
 
 def beside(codec: Codec, contents: Contents) -> Bits:
-    """What stands beside the ledger: the estimate of the whole file, and the base at fixed length."""
+    """Beside the ledger: the estimate of the whole file, and the base at fixed length."""
     file = contents.file
     overhead = 8 * (file.header_bytes + file.check_bytes)
     return {

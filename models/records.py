@@ -42,7 +42,7 @@ class CodecParams:
         difference = self.adapter == "difference"
         lq, name = (ae.embed_dim, "autoencoder") if difference else (vq.embed_dim, "vq_base")
         for left, right, what in [
-            (ae.downsampling, CELL, "autoencoder.ch_mult must have five resolutions (downsampling by 16)"),
+            (ae.downsampling, CELL, "autoencoder.patch * 2^(len(ch_mult) - 1) must be 16 (patch 1: five resolutions)"),
             (len(vq.ch_mult), 1, "vq_base.ch_mult must have one resolution (one index per latent position)"),
             (vq.in_channels, ae.embed_dim, "vq_base.in_channels must equal autoencoder.embed_dim"),
             (unet.latent_channels, ae.embed_dim, "unet.latent_channels must equal autoencoder.embed_dim"),

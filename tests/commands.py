@@ -41,7 +41,7 @@ def photograph(path: Path, width: int, height: int, seed: int = 0) -> Path:
     return path
 
 
-def levels(path: Path) -> np.ndarray:
+def grey_values(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path)).astype(int)
 
 

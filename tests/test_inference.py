@@ -12,7 +12,7 @@ import torch
 from models.codec import Codec
 from models.entropy_coding import frequency_table
 from models.released import Triple, save_triple
-from tests.commands import NANO, ROOT, call, levels, photograph, run
+from tests.commands import NANO, ROOT, call, grey_values, photograph, run
 from training.config import load_config
 from utils.images import read_image
 
@@ -53,7 +53,7 @@ def test_round_trip_writes_what_it_says(pictures, weights, tmp_path, capsys):
         assert int(row["bytes"]) == size
         assert int(row["header_bits"]) + int(row["base_bits"]) + int(row["check_bits"]) == 8 * size
         assert float(row["bpp"]) == pytest.approx(8 * size / (width * height))
-        assert levels(out / f"{name}.png").shape == (height, width, 3)
+        assert grey_values(out / f"{name}.png").shape == (height, width, 3)
     assert json.loads((out / "metrics.json").read_text())["pictures"][0]["picture"] == "a.png"
     assert "PSNR" in table and "mean of 2" in table
 
@@ -63,7 +63,7 @@ def test_two_processes_and_threads_agree(pictures, weights, tmp_path):
     for threads in (1, 2):
         args = ["--mode", "decompress", "-i", tmp_path / "files", "-o", tmp_path / f"png{threads}"]
         run("inference.py", *args, *weights, *DENOISE, threads=threads)
-    one, two = (levels(tmp_path / f"png{threads}" / "a.png") for threads in (1, 2))
+    one, two = (grey_values(tmp_path / f"png{threads}" / "a.png") for threads in (1, 2))
     assert np.abs(one - two).max() <= 1
 
 
@@ -80,11 +80,13 @@ def test_schedule_steps_and_flags_of_the_single_step(pictures, weights, tmp_path
     }.items():
         out = tmp_path / name
         assert call(capsys, "-i", pictures / "a.png", "-o", out, *weights, *flags)[0] == 0
-        seen[name] = json.loads((out / "metrics.json").read_text())["pictures"][0] | {"levels": levels(out / "a.png")}
+        seen[name] = json.loads((out / "metrics.json").read_text())["pictures"][0] | {
+            "values": grey_values(out / "a.png")
+        }
     assert seen["eta"]["eta"] == 0.1 and seen["rate"]["eta"] != 0.1
     assert [seen[n]["steps"] for n in ("rate", "ddim", "ancestral", "infer_steps")] == [1, 2, 2, 1]
     for name in ("eta", "seed", "ddim", "ancestral"):
-        assert (seen[name]["levels"] != seen["rate"]["levels"]).any(), name
+        assert (seen[name]["values"] != seen["rate"]["values"]).any(), name
 
 
 def test_decoding_against_references(pictures, weights, tmp_path, capsys):
