@@ -2,7 +2,9 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
+from torch import nn
 
 from datapipe.pictures import Batch
 from models.codec import Codec
@@ -16,8 +18,14 @@ from training.stages import STAGES
 SIDE = 32  # pixels of a crop: a latent of 2 x 2
 
 
-def new_stage(name: str, *overrides: str, residual: bool = False) -> Stage:
-    """A stage in float32 with no layer at zero and the code book in the middle of the latents."""
+def new_stage(
+    name: str, *overrides: str, residual: bool = False, perceptual: dict[str, nn.Module] | None = None
+) -> Stage:
+    """A stage in float32 with no layer at zero and the code book in the middle of the latents.
+
+    Args:
+        perceptual: terms in the place of the configuration's, whose networks are large; it has their factors.
+    """
     config = load_config(str(NANO), [f"{name}.crop_size={SIDE}", "speed.precision=float32", *overrides])
     if residual:
         config = replace(config, networks=replace(config.networks, residual=SMALL))
@@ -31,7 +39,9 @@ def new_stage(name: str, *overrides: str, residual: bool = False) -> Stage:
         codec.autoencoder.quant_conv.weight.mul_(10)
         z = codec.vq_base(codec.to_latent(pictures(8, seed=9))).z
         codec.vq_base.quantize.revive(z.permute(0, 2, 3, 1).flatten(0, 2), everything=True)
-    return STAGES[name](config, codec, torch.device("cpu"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("training.stage.perceptual_terms", lambda factors: nn.ModuleDict(perceptual or {}))
+        return STAGES[name](config, codec, torch.device("cpu"))
 
 
 def pictures(count: int, seed: int = 0) -> torch.Tensor:

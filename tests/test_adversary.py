@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from models.losses import hinge_discriminator, hinge_generator
 from tests.stages import batch_of, new_stage, pictures
 from training.adversary import Adversary
 from training.config import AdversaryParams, CodecStageParams, GtParams
@@ -37,12 +36,6 @@ def adversary():
 def flat(*values: float) -> torch.Tensor:
     """Pictures of one grey value each."""
     return torch.tensor(values).view(-1, 1, 1, 1).expand(-1, 3, 4, 4)
-
-
-def test_hinge_losses():
-    real, fake = torch.tensor([-0.5, 0.25, 3.0]), torch.tensor([-2.0, -0.5, 1.0])
-    assert hinge_discriminator(real, fake).item() == pytest.approx((1.5 + 0.75 + 0) / 6 + (0 + 0.5 + 2) / 6)
-    assert hinge_generator(fake).item() == pytest.approx(0.5)
 
 
 def test_the_discriminators_loss_in_micro_batches(adversary):
@@ -84,14 +77,9 @@ def options(name: str, *more: str) -> tuple[str, ...]:
     return (f"{name}.adversary.weight=0.6", f"{name}.adversary.start=3", f"{name}.optim.clip=0", *more)
 
 
-def with_perceptual(stage):
-    stage.perceptual = lambda image, target: (image - target).abs().mean()
-    return stage
-
-
 @pytest.mark.parametrize("name", ["gt", "codec"])
 def test_it_joins_at_its_start_in_both_stages(name):
-    stage = with_perceptual(new_stage(name, *options(name), residual=name == "codec"))
+    stage = new_stage(name, *options(name), residual=name == "codec")
     step = Step(stage)
     before = copy.deepcopy(step.adversary.discriminator.state_dict())
     progress = Progress(stage.params, step=2)
@@ -122,7 +110,7 @@ def test_what_it_adds_to_a_step(name, pieces):
     """The last layer's gradient is grad L + factor x grad L_G, with the first micro-batch's factor for all; that of the
     discriminator is its own loss's alone."""
     micro = (f"{name}.microbatch={2 // pieces}",)
-    stage = with_perceptual(new_stage(name, *options(name, *micro), residual=name == "codec"))
+    stage = new_stage(name, *options(name, *micro), residual=name == "codec")
     step, batch = Step(stage), batch_of(stage)
     discriminator = copy.deepcopy(step.adversary.discriminator)
     layer, expected, factor, restored, adversarial = stage.last_layer, 0, None, [], 0
@@ -158,7 +146,7 @@ def test_what_it_adds_to_a_step(name, pieces):
 
 def test_every_update_takes_its_own_gradient_alone():
     """Gradients of the step before are gone, the discriminator's too: the same batch at the same weights, twice."""
-    stage = with_perceptual(new_stage("gt", *options("gt")))
+    stage = new_stage("gt", *options("gt"))
     step, batch = Step(stage), batch_of(stage)
     for optimiser in (step.optimiser, step.adversary.optimiser):
         optimiser.update = lambda at: None
@@ -170,7 +158,7 @@ def test_every_update_takes_its_own_gradient_alone():
 
 
 def test_its_state_goes_with_the_steps():
-    stage = with_perceptual(new_stage("gt", *options("gt")))
+    stage = new_stage("gt", *options("gt"))
     step = Step(stage)
     step(batch_of(stage), Progress(stage.params, step=3))
     saved = copy.deepcopy(step.state_dict())

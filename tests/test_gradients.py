@@ -33,12 +33,12 @@ OF_THE_PICTURE = {"VQ-E", "VQ-D", "U", "g_a", "g_s", "gains"}
 TABLE = {
     ("gt", "distortion"): {"E", "D"},
     ("gt", "chroma"): {"E", "D"},
-    ("gt", "perceptual"): {"E", "D"},
+    ("gt", "lpips"): {"E", "D"},
     ("gt", "adversarial"): {"E", "D"},
     ("gt", "discriminator"): {"discriminator"},
     ("codec", "distortion"): OF_THE_PICTURE,
     ("codec", "chroma"): OF_THE_PICTURE,
-    ("codec", "perceptual"): OF_THE_PICTURE,
+    ("codec", "lpips"): OF_THE_PICTURE,
     ("codec", "adversarial"): OF_THE_PICTURE,
     ("codec", "discriminator"): {"discriminator"},
     # |sg(z_q) - VQ-E(x)|^2; averages move the code book.
@@ -55,8 +55,8 @@ class Everything(torch.nn.Module):
     def __init__(self, name: str, *overrides: str, **draws: list):
         super().__init__()
         options = (f"{name}.adversary.weight=0.5", f"{name}.adversary.start=0", f"{name}.chroma_weight=1.0")
-        stage = new_stage(name, *options, *overrides, residual=name == "codec")
-        stage.perceptual = lambda image, target: (image - target).abs().mean()
+        terms = {"lpips": torch.nn.L1Loss()}
+        stage = new_stage(name, *options, *overrides, residual=name == "codec", perceptual=terms)
         self.stage, self.draws = stage, draws
         self.adversary = Adversary(stage.params, stage.last_layer, stage.speed)
         self.codec, self.discriminator = stage.codec, self.adversary.discriminator
@@ -94,6 +94,16 @@ def both():
 @pytest.mark.parametrize("stage, term", TABLE, ids=[" ".join(key) for key in TABLE])
 def test_networks_that_a_term_reaches(both, stage, term):
     assert both[stage].reached(term) == TABLE[stage, term]
+
+
+def test_a_decoder_that_goes_on_learning():
+    """`train_decoder`: D learns from the picture as U does, and no other term reaches it; E stays."""
+    everything = Everything("codec", "codec.train_decoder=0.1", **SENT)
+    assert everything.stage.last_layer is everything.codec.autoencoder.decoder.last_layer
+    for term in ("distortion", "lpips", "adversarial"):
+        assert everything.reached(term) == OF_THE_PICTURE | {"D"}
+    for term in ("rate", "commitment", "auxiliary"):
+        assert everything.reached(term) == TABLE["codec", term]
 
 
 def test_level_0_teaches_the_base_alone():

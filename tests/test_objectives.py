@@ -7,16 +7,17 @@ from types import SimpleNamespace
 import lpips
 import numpy as np
 import pytest
-import pytorch_msssim
 import torch
 
 from datapipe.draws import DrawParams, draw
 from datapipe.pictures import Batch
-from models.losses import ms_ssim_loss
+from measuring.pyiqa_metrics import VGG16
 from models.records import CodecOutput
 from models.vq_base import BaseCode
-from tests.stages import new_stage
-from training.perceptual import Lpips, perceptual_term
+from tests.stages import batch_of, new_stage
+from training.config import CodecStageParams
+from training.perceptual import Lpips, perceptual_terms
+from training.perceptual_networks import SCALE, SHIFT, FeatureDistance
 from training.stage import Restored
 
 RANDOM = np.random.default_rng(0)
@@ -26,12 +27,25 @@ def numbers(*shape: int) -> np.ndarray:
     return RANDOM.uniform(-1, 1, shape)
 
 
-class Recorder:
+class Recorder(torch.nn.Module):
     """A perceptual term that keeps what it is given; neither symmetric nor zero at equal pictures."""
 
-    def __call__(self, image: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    def __init__(self, factor: float):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, image: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         self.image, self.target = image, target
-        return (2 * image - target).mean() + 3
+        return self.factor * (2 * image - target).mean() + 3
+
+
+def recorders() -> dict[str, Recorder]:
+    return {"lpips": Recorder(1.0), "features": Recorder(5.0)}
+
+
+def perceptual(image: np.ndarray, target: np.ndarray) -> dict[str, float]:
+    difference = (2 * image - target).mean()
+    return {"lpips": difference + 3, "features": 5 * difference + 3}
 
 
 def chroma(image: np.ndarray, target: np.ndarray) -> float:
@@ -51,18 +65,18 @@ def test_the_loss_of_stage_gt(kind):
         f"gt.distortion={kind}",
         "gt.distortion_weight=1.5",
         "gt.chroma_weight=0.7",
-        "gt.perceptual_weight=0.3",
+        "gt.perceptual={lpips: 0.3, features: 0.2}",
+        perceptual=recorders(),
     )
-    stage.perceptual = Recorder()
     image, target = numbers(2, 3, 2, 3), numbers(2, 3, 2, 3)
     terms = stage.losses(Restored(torch.tensor(image)), Batch(torch.tensor(target), torch.arange(2)))
     error = np.abs(image - target) if kind == "l1" else (image - target) ** 2
     expected = {
         "distortion": error.mean(),
-        "perceptual": (2 * image - target).mean() + 3,
         "chroma": chroma(image, target),
-    }
-    expected["loss"] = 1.5 * expected["distortion"] + 0.3 * expected["perceptual"] + 0.7 * expected["chroma"]
+    } | perceptual(image, target)
+    factors = {"distortion": 1.5, "lpips": 0.3, "features": 0.2, "chroma": 0.7}
+    expected["loss"] = sum(factor * expected[name] for name, factor in factors.items())
     assert as_floats(terms) == pytest.approx(expected, rel=1e-9)
 
 
@@ -87,48 +101,49 @@ def test_the_loss_of_stage_codec():
     stage = new_stage(
         "codec",
         "codec.distortion_weight=0.9",
-        "codec.perceptual_weight=0.35",
+        "codec.perceptual={lpips: 0.35, features: 0.45}",
         "codec.commitment=0.15",
         "codec.chroma_weight=0.6",
         "codec.rate_weights=[2.0,0.125]",
         residual=True,
+        perceptual=recorders(),
     )
-    stage.perceptual = Recorder()
     out, batch, a = made_up([0.0, 1.0, 2.0, 2.5, 3.0], auxiliary=1000.0)
     image, target = a["image"], a["target"]
     expected = {
         "distortion": ((image - target) ** 2).mean(),
-        "perceptual": (2 * image - target).mean() + 3,
         "commitment": ((a["z"] - a["z_q"]) ** 2).mean(),
         "chroma": chroma(image, target),
         "rate": (np.array([2.0, 2.0, 0.5, 0.25, 0.125]) * a["bpp"]).mean(),
         "auxiliary": 1000.0,
-    }
-    factors = {"distortion": 0.9, "perceptual": 0.35, "commitment": 0.15, "chroma": 0.6, "rate": 1.0}
+    } | perceptual(image, target)
+    factors = {"distortion": 0.9, "lpips": 0.35, "features": 0.45, "commitment": 0.15, "chroma": 0.6, "rate": 1.0}
     expected["loss"] = sum(factor * expected[name] for name, factor in factors.items())
     assert as_floats(stage.losses(out, batch)) == pytest.approx(expected, rel=1e-9)
 
 
 def test_the_codec_stages_loss_without_its_options():
     """The paper's three terms, and its factors, when there is no residual and no chroma."""
-    stage = new_stage("codec")
-    stage.perceptual = Recorder()
+    paper = CodecStageParams()
+    assert paper.perceptual == {"lpips": 0.2} and paper.chroma_weight == 0 and paper.train_decoder == 0
+    stage = new_stage("codec", "codec.perceptual={lpips: 0.2}", perceptual={"lpips": Recorder(1.0)})
     out, batch, _ = made_up([0.0, 0.0])
     terms = as_floats(stage.losses(out, batch))
-    assert set(terms) == {"distortion", "perceptual", "commitment", "loss"}
-    parts = 0.8 * terms["distortion"] + 0.2 * terms["perceptual"] + 0.25 * terms["commitment"]
+    assert set(terms) == {"distortion", "lpips", "commitment", "loss"}
+    parts = 0.8 * terms["distortion"] + 0.2 * terms["lpips"] + 0.25 * terms["commitment"]
     assert terms["loss"] == pytest.approx(parts, rel=1e-12)
 
 
 @pytest.mark.parametrize("name", ["gt", "codec"])
 def test_the_perceptual_term_is_given_the_pictures_as_they_are(name):
-    """In [-1, 1], as LPIPS takes them: first the restored, then the original."""
-    stage, recorder = new_stage(name), Recorder()
-    stage.perceptual = recorder
+    """In [-1, 1], as these networks take them: first the restored, then the original."""
+    terms = recorders()
+    stage = new_stage(name, name + ".perceptual={lpips: 1, features: 1}", perceptual=terms)
     out, batch, _ = made_up([0.0, 0.0])
     stage.losses(out, batch)
-    assert torch.equal(recorder.image, out.image) and torch.equal(recorder.target, batch.image)
-    assert recorder.image.min() < 0 and recorder.target.min() < 0
+    for term in terms.values():
+        assert torch.equal(term.image, out.image) and torch.equal(term.target, batch.image)
+        assert term.image.min() < 0 and term.target.min() < 0
 
 
 def test_lpips_is_given_signed_pictures(monkeypatch):
@@ -148,37 +163,62 @@ def test_lpips_is_given_signed_pictures(monkeypatch):
     torch.testing.assert_close(scaling.shift, 2 * mean - 1, rtol=0, atol=1e-6)
     assert inspect.signature(lpips.LPIPS.forward).parameters["normalize"].default is False
     monkeypatch.setattr(lpips, "LPIPS", Fake)
+    monkeypatch.setattr(type(VGG16), "is_there", lambda _: True)
     image, target = (torch.tensor(numbers(3, 3, 16, 16)).float() for _ in range(2))
-    assert Lpips(untrained=False)(image, target).item() == 3.0  # a mean over the batch
+    assert Lpips()(image, target).item() == 3.0  # a mean over the batch
     assert given["net"] == "vgg" and given["pretrained"] and not given["pnet_rand"]
     assert torch.equal(given["image"], image) and torch.equal(given["target"], target) and not given["normalize"]
 
 
-def test_ms_ssim_is_given_luma_in_0_to_1(monkeypatch):
-    """Of BT.601: 0.299 R + 0.587 G + 0.114 B of pictures moved from [-1, 1] to [0, 1]."""
+class Fixed(torch.nn.Module):
+    """Features of two resolutions, in the place of EfficientNet's."""
+
+    def forward(self, image):
+        return [image, image[:, :2, ::2, ::2]]
+
+
+def test_distance_in_features(monkeypatch):
+    """mean_l mean_hw |f - f'|^2 of features of unit length."""
+    monkeypatch.setattr("training.perceptual_networks.Lite0", Fixed)
+    image, target = numbers(2, 3, 4, 4), numbers(2, 3, 4, 4)
+
+    def unit(features):
+        return features / np.sqrt((features**2).sum(1, keepdims=True))
+
+    pairs = [(image, target), (image[:, :2, ::2, ::2], target[:, :2, ::2, ::2])]
+    expected = np.mean([((unit(a) - unit(b)) ** 2).sum(1).mean() for a, b in pairs])
+    assert FeatureDistance()(torch.tensor(image), torch.tensor(target)).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_st_lpips_normalises_signed_pictures():
+    """To ImageNet's mean and deviation, which are stated for [0, 1]."""
+    assert SHIFT == pytest.approx([2 * mean - 1 for mean in (0.485, 0.456, 0.406)], abs=1e-9)
+    assert SCALE == pytest.approx([2 * deviation for deviation in (0.229, 0.224, 0.225)], abs=1e-9)
+
+
+def test_terms_of_factor_0_are_left_out():
+    terms = perceptual_terms({"lpips": 0.0, "ms_ssim": 0.5})
+    assert list(terms) == ["ms_ssim"]
+    assert list(new_stage("gt", "gt.perceptual={lpips: 0.0}").factors) == ["distortion"]
+
+
+def test_the_noise_on_stage_gts_latent():
+    """`latent_noise` times the sample's own normal numbers, scaled to the deviation that `latent_scale` names."""
     given = {}
 
-    def fake(image, target, data_range):
-        given.update(image=image, target=target, data_range=data_range)
-        return torch.tensor(0.8)
+    def model(image, noise=None, common=None):
+        given.update(image=image, noise=noise, common=common)
+        return image
 
-    monkeypatch.setattr(pytorch_msssim, "ms_ssim", fake)
-    image = torch.tensor([-1.0, 0.0, 1.0]).view(1, 3, 1, 1)  # 0, 0.5, 1
-    target = torch.tensor([1.0, -1.0, -0.5]).view(1, 3, 1, 1)  # 1, 0, 0.25
-    assert ms_ssim_loss(image, target).item() == pytest.approx(0.2)
-    assert given["image"].item() == pytest.approx(0.587 * 0.5 + 0.114)
-    assert given["target"].item() == pytest.approx(0.299 + 0.114 * 0.25)
-    assert given["data_range"] == 1.0
-
-
-def test_the_perceptual_term_falls_towards_the_original():
-    """1 - MS-SSIM: 0 at the original, and smaller the nearer a picture is."""
-    term = perceptual_term("ms_ssim")
-    target = torch.rand(1, 3, 176, 176, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    near, far = (target + scale * torch.randn(target.shape, generator=torch.manual_seed(1)) for scale in (0.1, 0.5))
-    assert term(target, target).item() == pytest.approx(0, abs=1e-5)
-    assert 0.001 < term(near, target) < term(far, target)
-    assert perceptual_term("none")(near, target).item() == 0
+    stage = new_stage("gt", "gt.latent_noise=0.25", "gt.latent_scale=common")
+    assert stage.draw_params(32, 48) == DrawParams((8, 2, 3), steps=1)
+    batch = batch_of(stage)
+    assert stage.forward(model, batch).image is batch.image and given["common"] is True
+    torch.testing.assert_close(given["noise"], 0.25 * batch.draws["noise"])
+    assert given["noise"].shape == (2, 8, 2, 2)
+    plain = new_stage("gt")
+    plain.forward(model, batch_of(plain))
+    assert given["noise"] is None
 
 
 def test_the_codec_stage_asks_for_its_random_numbers():

@@ -16,11 +16,11 @@ from training.step import Step
 SCHEDULE = dict(lr=1e-3, lr_end=2e-4, warmup=4)
 
 
-def optimiser(iterations: int = 12, **options) -> Optimiser:
+def optimiser(iterations: int = 12, shares: dict | None = None, **options) -> Optimiser:
     """Of two weights and quantiles, with gradients (3, 0), (0, -4) and 100."""
     named = {"a": torch.ones(2), "b": torch.ones(2), "bottleneck.quantiles": torch.ones(1)}
     named = {name: torch.nn.Parameter(value) for name, value in named.items()}
-    made = Optimiser(named.items(), OptimParams(**options), iterations)
+    made = Optimiser(named.items(), OptimParams(**options), iterations, shares=shares)
     for parameter, gradient in zip(named.values(), ([3.0, 0.0], [0.0, -4.0], [100.0]), strict=True):
         parameter.grad = torch.tensor(gradient)
     made.named = named
@@ -61,6 +61,21 @@ def test_adamw_takes_the_learning_rate_of_the_place(at):
     expected = {"a": [kept - lr, kept], "b": [kept, kept + lr], "bottleneck.quantiles": [1 - 1e-3]}
     for name, values in expected.items():
         assert made.named[name].tolist() == pytest.approx(values, abs=1e-7), name
+
+
+def test_a_share_of_the_learning_rate():
+    """For parameters by the start of their names; all others, and the quantiles, as ever."""
+    made = optimiser(shares={"b": 0.1}, **SCHEDULE)
+    made.update(8)
+    expected = {"a": [1 - 6e-4, 1], "b": [1, 1 + 6e-5], "bottleneck.quantiles": [1 - 1e-3]}
+    for name, values in expected.items():
+        assert made.named[name].tolist() == pytest.approx(values, abs=1e-7), name
+    step = Step(new_stage("codec", "codec.train_decoder=0.1", "codec.optim.lr=0.001"))
+    layers = step.stage.codec.autoencoder.decoder.last_layer, step.stage.codec.unet.last_layer
+    before = [layer.detach().clone() for layer in layers]
+    step(batch_of(step.stage), Progress(step.stage.params, step=1))
+    moved = [(layer - old).abs().median().item() for layer, old in zip(layers, before, strict=True)]
+    assert moved == pytest.approx([step.optimiser.lr(1) * share for share in (0.1, 1)], rel=0.01)
 
 
 @pytest.mark.parametrize("clip, factor", [(0.0, 1.0), (2.0, 0.4), (7.0, 1.0)])
