@@ -166,7 +166,7 @@ class Trainer:
     def _step(self, step: Step, batch: Batch, progress: Progress, stop: StopRequest, bar: tqdm) -> bool:
         """One update and what is logged of it; whether some rank is asked to stop."""
         batch = batch.to(self.device)
-        name, number, before = step.stage.name, progress.step, progress.seconds
+        name, number = step.stage.name, progress.step
         if name == "codec" and number == 0:
             self._look_at_latent(batch.image)
         try:
@@ -174,7 +174,7 @@ class Trainer:
         except NotFinite as error:
             raise self._failed(step, progress, error) from error
         self.position += len(batch) * distributed.world_size()
-        bar.update(progress.seconds - before if progress.minutes is not None else 1)
+        bar.update(1 if progress.minutes is None else min(progress.seconds, bar.total) - bar.n)
         if number % self.config.log_every == 0:
             self._log(step, number, done, bar)
         if number % self.config.picture_every == 0:
