@@ -100,6 +100,7 @@ def test_a_decoder_that_goes_on_learning():
     """`train_decoder`: D learns from the picture as U does, and no other term reaches it; E stays."""
     everything = Everything("codec", "codec.train_decoder=0.1", **SENT)
     assert everything.stage.last_layer is everything.codec.autoencoder.decoder.last_layer
+    assert set(everything.stage.trained) == {"vq_base", "unet", "residual", "autoencoder"}  # are averaged and saved
     for term in ("distortion", "lpips", "adversarial"):
         assert everything.reached(term) == OF_THE_PICTURE | {"D"}
     for term in ("rate", "commitment", "auxiliary"):
