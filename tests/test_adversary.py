@@ -59,14 +59,18 @@ def test_the_generators_term(adversary):
     assert adversary.discriminator.weight.grad is None
 
 
-def test_the_adaptive_factor(adversary):
-    """w |grad L| / (|grad L_G| + 1e-4) at the last layer, at most 1e4 w: gradients (3, 4) and (0, 2)."""
+def test_the_adaptive_factor(adversary, monkeypatch):
+    """w |grad L| / (|grad L_G| + 1e-4) at the last layer, at most 1e4 w: gradients (3, 4) and (0, 2), or what they are
+    over all ranks."""
     adversary.params = AdversaryParams(weight=0.8)
     layer = nn.Parameter(torch.tensor([0.5, -0.5]))
     loss, term = (layer * torch.tensor([3.0, 4.0])).sum(), 2 * layer[1]
     factor = adversary.factor(loss, term, layer)
     assert factor.item() == pytest.approx(0.8 * 5 / 2.0001, rel=1e-6) and not factor.requires_grad
     assert adversary.factor(loss, 0 * layer.sum(), layer).item() == pytest.approx(0.8 * 1e4)
+    with monkeypatch.context() as patch:
+        patch.setattr("utils.distributed.all_reduce_mean", lambda gradients: gradients * torch.tensor([[3.0], [1.0]]))
+        assert adversary.factor(loss, term, layer).item() == pytest.approx(3 * factor.item())
     adversary.params = AdversaryParams(weight=0.3, adaptive=False)
     assert adversary.factor(loss, term, layer).item() == pytest.approx(0.3)
     (loss + term).backward()  # both graphs are still there
