@@ -40,13 +40,13 @@ def flat(*values: float) -> torch.Tensor:
 
 def test_the_discriminators_loss_in_micro_batches(adversary):
     """(E max(0, 1 - D(X)) + E max(0, 1 + D(X^))) / 2 over the whole batch, whatever the pieces."""
-    real, fake = flat(0.5, 0.25, 0.0), flat(-0.75, -0.5, 0.5)
+    real, fake = flat(0.5, 0.25, 0.875), flat(-0.75, -0.5, 0.5)
     for parts in ([slice(0, 3)], [slice(0, 2), slice(2, 3)]):
         adversary.discriminator.weight.grad = torch.tensor(50.0)
         adversary.optimiser.zero_grad = lambda: adversary.discriminator.zero_grad()
         loss = adversary.judge(real, fake, parts)
-        assert loss.item() == pytest.approx(((0.5 + 0.75 + 1) + (0.25 + 0.5 + 1.5)) / 6)
-        assert adversary.discriminator.weight.grad.item() == pytest.approx((-0.75 + -0.75) / 6)  # its own alone
+        assert loss.item() == pytest.approx(((0.5 + 0.75 + 0.125) + (0.25 + 0.5 + 1.5)) / 6)
+        assert adversary.discriminator.weight.grad.item() == pytest.approx((-1.625 + -0.75) / 6)  # its own alone
 
 
 def test_the_generators_term(adversary):
@@ -59,14 +59,18 @@ def test_the_generators_term(adversary):
     assert adversary.discriminator.weight.grad is None
 
 
-def test_the_adaptive_factor(adversary):
-    """w |grad L| / (|grad L_G| + 1e-4) at the last layer, at most 1e4 w: gradients (3, 4) and (0, 2)."""
+def test_the_adaptive_factor(adversary, monkeypatch):
+    """w |grad L| / (|grad L_G| + 1e-4) at the last layer, at most 1e4 w: gradients (3, 4) and (0, 2), or what they are
+    over all ranks."""
     adversary.params = AdversaryParams(weight=0.8)
     layer = nn.Parameter(torch.tensor([0.5, -0.5]))
     loss, term = (layer * torch.tensor([3.0, 4.0])).sum(), 2 * layer[1]
     factor = adversary.factor(loss, term, layer)
     assert factor.item() == pytest.approx(0.8 * 5 / 2.0001, rel=1e-6) and not factor.requires_grad
     assert adversary.factor(loss, 0 * layer.sum(), layer).item() == pytest.approx(0.8 * 1e4)
+    with monkeypatch.context() as patch:
+        patch.setattr("utils.distributed.all_reduce_mean", lambda gradients: gradients * torch.tensor([[3.0], [1.0]]))
+        assert adversary.factor(loss, term, layer).item() == pytest.approx(3 * factor.item())
     adversary.params = AdversaryParams(weight=0.3, adaptive=False)
     assert adversary.factor(loss, term, layer).item() == pytest.approx(0.3)
     (loss + term).backward()  # both graphs are still there
@@ -157,6 +161,14 @@ def test_every_update_takes_its_own_gradient_alone():
     assert norms[0] == pytest.approx(norms[1], rel=1e-6)
 
 
+def test_its_gradient_is_clipped_too():
+    stage = new_stage("gt", "gt.adversary.weight=0.6", "gt.adversary.start=0", "gt.optim.clip=0.001")
+    step = Step(stage)
+    told = step(batch_of(stage), Progress(stage.params)).numbers["discriminator_grad_norm"].item()
+    norm = torch.stack([p.grad.norm() for p in step.adversary.discriminator.parameters()]).norm().item()
+    assert told > 0.002 and norm == pytest.approx(0.001, rel=1e-2)
+
+
 def test_its_state_goes_with_the_steps():
     stage = new_stage("gt", *options("gt"))
     step = Step(stage)
@@ -165,6 +177,7 @@ def test_its_state_goes_with_the_steps():
     torch.manual_seed(1)
     other = Step(stage)
     other.load_state_dict(saved, step.averages.average)
+    assert other.averages.updates == 1
     shown = pictures(1)
     with torch.no_grad():
         assert torch.equal(other.adversary.discriminator(shown), step.adversary.discriminator(shown))

@@ -80,11 +80,11 @@ def test_validation_scores_the_averages(name, validation):
 
 
 def test_the_trainer_validates_the_averages():
-    step, given = Step(new_stage("gt", "gt.adversary.weight=0")), []
+    step, given, losses = Step(new_stage("gt", "gt.adversary.weight=0")), [], iter([1.0, 2.0, 0.5])
 
     def run(stage, averages):
         given.append((stage, averages))
-        return {"loss": 1.0}, []
+        return {"loss": next(losses)}, []
 
     trainer = SimpleNamespace(
         validation={"gt": SimpleNamespace(run=run)},
@@ -92,10 +92,10 @@ def test_the_trainer_validates_the_averages():
         log=SimpleNamespace(validation=lambda *_: None),
         best=None,
     )
-    assert Trainer._validate(trainer, step, Progress(step.stage.params, step=2))
-    assert given == [(step.stage, step.averages)] and trainer.best == {"stage": "gt", "step": 2, "loss": 1.0}
-    assert not Trainer._validate(trainer, step, Progress(step.stage.params, step=2))  # not better than the best
-    assert not Trainer._validate(trainer, step, Progress(step.stage.params, step=3)) and len(given) == 2
+    found = [Trainer._validate(trainer, step, Progress(step.stage.params, step=number)) for number in (2, 3, 4, 6)]
+    assert found == [True, False, False, True]  # 3 is not its time, and at 4 the loss is larger
+    assert given == [(step.stage, step.averages)] * 3
+    assert trainer.best == {"stage": "gt", "step": 6, "loss": 0.5}
 
 
 def made_up_output(image: torch.Tensor, draws) -> CodecOutput:

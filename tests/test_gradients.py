@@ -18,11 +18,13 @@ NETWORKS = {
     "residual.log_gain": "gains",
     "autoencoder.encoder": "E",
     "autoencoder.quant_conv": "E",
-    "autoencoder.": "D",
+    "autoencoder.decoder": "D",
+    "autoencoder.post_quant_conv": "D",
     "vq_base.quantize": "code book",
     "vq_base.encoder": "VQ-E",
     "vq_base.quant_conv": "VQ-E",
-    "vq_base.": "VQ-D",
+    "vq_base.decoder": "VQ-D",
+    "vq_base.post_quant_conv": "VQ-D",
     "unet.": "U",
     "discriminator.": "discriminator",
 }
@@ -67,20 +69,23 @@ class Everything(torch.nn.Module):
         return out, batch, self.stage.losses(out, batch) | {"adversarial": self.adversary.generator_term(out.image)}
 
     def reached(self, term: str) -> set[str]:
-        """Networks with a gradient other than 0."""
+        """Networks with a gradient other than 0; `part of` those where some parts have none."""
         self.zero_grad(set_to_none=True)
         out, batch, terms = self.compute()
         if term == "discriminator":
             self.adversary.judge(batch.image, out.image.detach(), [slice(0, 2)])
         else:
             terms[term].backward()
-        found = set()
+        parts: dict[str, bool] = {}
         for name, parameter in self.named_parameters():
             name = name.removeprefix("codec.")
-            network = NETWORKS[next(prefix for prefix in NETWORKS if name.startswith(prefix))]
-            if parameter.grad is not None and parameter.grad.abs().max() > 0:
-                found.add(network)
-        return found
+            part = next(prefix for prefix in NETWORKS if name.startswith(prefix))
+            moved = parameter.grad is not None and parameter.grad.abs().max() > 0
+            parts[part] = bool(parts.get(part) or moved)
+        whole: dict[str, list[bool]] = {}
+        for part, moved in parts.items():
+            whole.setdefault(NETWORKS[part], []).append(moved)
+        return {name if all(moved) else f"part of {name}" for name, moved in whole.items() if any(moved)}
 
 
 SENT = dict(level=[1.5, 2.5], t=[1, 1], decoder_input=[True, True], spread=[1.0, 1.5])
@@ -100,6 +105,7 @@ def test_a_decoder_that_goes_on_learning():
     """`train_decoder`: D learns from the picture as U does, and no other term reaches it; E stays."""
     everything = Everything("codec", "codec.train_decoder=0.1", **SENT)
     assert everything.stage.last_layer is everything.codec.autoencoder.decoder.last_layer
+    assert set(everything.stage.trained) == {"vq_base", "unet", "residual", "autoencoder"}  # are averaged and saved
     for term in ("distortion", "lpips", "adversarial"):
         assert everything.reached(term) == OF_THE_PICTURE | {"D"}
     for term in ("rate", "commitment", "auxiliary"):

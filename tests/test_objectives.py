@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import lpips
@@ -9,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from datapipe.draws import DrawParams, draw
+from datapipe.draws import CROP, DRAWS, EPOCH, LEVELS, REVIVAL, DrawParams, draw, generator
 from datapipe.pictures import Batch
 from measuring.pyiqa_metrics import VGG16
 from models.records import CodecOutput
 from models.vq_base import BaseCode
 from tests.stages import batch_of, new_stage
+from training.codec_stage import Seen
 from training.config import CodecStageParams
 from training.perceptual import Lpips, perceptual_terms
 from training.perceptual_networks import SCALE, SHIFT, FeatureDistance
@@ -194,6 +196,34 @@ def test_st_lpips_normalises_signed_pictures():
     """To ImageNet's mean and deviation, which are stated for [0, 1]."""
     assert SHIFT == pytest.approx([2 * mean - 1 for mean in (0.485, 0.456, 0.406)], abs=1e-9)
     assert SCALE == pytest.approx([2 * deviation for deviation in (0.229, 0.224, 0.225)], abs=1e-9)
+
+
+def test_draws_have_a_random_stream_of_their_own(monkeypatch):
+    """Of (seed, draws, position): crops and the revival of codes have others."""
+    asked = []
+
+    def recorded(*key):
+        asked.append(key)
+        return generator(*key)
+
+    monkeypatch.setattr("datapipe.draws.generator", recorded)
+    new_stage("codec", "seed=5").drawn([7, 3], (32, 32))
+    assert asked == [(5, DRAWS, 7), (5, DRAWS, 3)] and DRAWS not in (EPOCH, CROP, REVIVAL, LEVELS)
+
+
+def test_rates_are_logged_by_level():
+    """Of the nearest level, over micro-batches: the base's 4 bits a cell of 256 pixels, and the residual's mean."""
+    stage = new_stage("codec", residual=True)
+    levels, rates = ([0.0, 2.6], [3.0, 1.2]), ([0.0, 0.5], [0.25, 0.125])
+    nothing = torch.zeros(0)
+    seen = [
+        Seen(nothing, nothing, nothing, nothing, torch.tensor(level).double(), torch.tensor(rate))
+        for level, rate in zip(levels, rates, strict=True)
+    ]
+    base = 4 / 256
+    expected = {"bpp_level_0": base, "bpp_level_1": base + 0.125, "bpp_level_3": base + 0.375}
+    assert stage.logs(seen) == pytest.approx(expected)
+    assert stage.logs([replace(seen[0], level=None)]) == {}
 
 
 def test_terms_of_factor_0_are_left_out():

@@ -13,7 +13,7 @@ from training.optimiser import Optimiser
 from training.progress import Progress
 from training.step import Step
 
-SCHEDULE = dict(lr=1e-3, lr_end=2e-4, warmup=4)
+SCHEDULE = dict(lr=5e-3, lr_end=1e-3, warmup=4)
 
 
 def optimiser(iterations: int = 12, shares: dict | None = None, **options) -> Optimiser:
@@ -30,15 +30,15 @@ def optimiser(iterations: int = 12, shares: dict | None = None, **options) -> Op
 @pytest.mark.parametrize(
     "at, lr",
     [
-        (0, 1e-3 / 4),  # the warm-up's first quarter
-        (2, 1e-3 * 3 / 4),
-        (3, 1e-3),  # its end
-        (3.5, 1e-3),
-        (4, 1e-3),  # where the cosine begins
-        (6, 2e-4 + 8e-4 * (1 + math.sqrt(0.5)) / 2),  # a quarter of it
-        (8, 6e-4),  # half of it
-        (12, 2e-4),  # the end
-        (50, 2e-4),
+        (0, 5e-3 / 4),  # the warm-up's first quarter
+        (2, 5e-3 * 3 / 4),
+        (3, 5e-3),  # its end
+        (3.5, 5e-3),
+        (4, 5e-3),  # where the cosine begins
+        (6, 1e-3 + 4e-3 * (1 + math.sqrt(0.5)) / 2),  # a quarter of it
+        (8, 3e-3),  # half of it
+        (12, 1e-3),  # the end
+        (50, 1e-3),
     ],
 )
 def test_the_learning_rate(at, lr):
@@ -56,18 +56,28 @@ def test_adamw_takes_the_learning_rate_of_the_place(at):
     """Its first update moves every weight by lr against the gradient's sign; quantiles by 1e-3 wherever it is."""
     made = optimiser(**SCHEDULE, weight_decay=0.1)
     made.update(at)
-    lr = {0: 2.5e-4, 8: 6e-4}[at]
+    lr = {0: 1.25e-3, 8: 3e-3}[at]
     kept = 1 - 0.1 * lr  # by weight decay, which quantiles do not have
     expected = {"a": [kept - lr, kept], "b": [kept, kept + lr], "bottleneck.quantiles": [1 - 1e-3]}
     for name, values in expected.items():
         assert made.named[name].tolist() == pytest.approx(values, abs=1e-7), name
 
 
+def test_adamw_takes_the_configured_betas():
+    """Gradients 3, then 1, with betas 1/2 and 9/10: moments 1.25 / (1 - 1/4) and 0.91 / (1 - 0.81) after the second."""
+    made = optimiser(lr=1e-3, betas=(0.5, 0.9))
+    made.update(0)
+    made.named["a"].grad[0] = 1.0
+    made.update(1)
+    second = (1.25 / 0.75) / math.sqrt(0.91 / 0.19)
+    assert made.named["a"][0].item() == pytest.approx(1 - 1e-3 * (1 + second), abs=2e-7)
+
+
 def test_a_share_of_the_learning_rate():
     """For parameters by the start of their names; all others, and the quantiles, as ever."""
     made = optimiser(shares={"b": 0.1}, **SCHEDULE)
     made.update(8)
-    expected = {"a": [1 - 6e-4, 1], "b": [1, 1 + 6e-5], "bottleneck.quantiles": [1 - 1e-3]}
+    expected = {"a": [1 - 3e-3, 1], "b": [1, 1 + 3e-4], "bottleneck.quantiles": [1 - 1e-3]}
     for name, values in expected.items():
         assert made.named[name].tolist() == pytest.approx(values, abs=1e-7), name
     step = Step(new_stage("codec", "codec.train_decoder=0.1", "codec.optim.lr=0.001"))

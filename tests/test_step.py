@@ -232,8 +232,9 @@ def test_a_dead_code_starts_anew_and_its_average_with_it():
     torch.testing.assert_close(averages["vq_base.quantize.embedding.weight"][others], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_the_first_step_places_every_code():
-    step, progress = codec_step(at=0)
+@pytest.mark.parametrize("micro", [1, 2])
+def test_the_first_step_places_every_code(micro):
+    step, progress = codec_step(f"codec.microbatch={micro}", at=0)
     book, batch = step.stage.codec.vq_base.quantize.embedding, batch_of(step.stage)
     book.weight.fill_(0.5)
     _, _, z = used(step, batch)
