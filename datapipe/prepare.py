@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from datapipe.benchmarks import CROP, download_clic2020, download_kodak
-from datapipe.pictures import own_session
+from datapipe.pictures import start_worker
 from datapipe.shards import find_shards, write_index, write_shards
 from datapipe.sources import read_list
 from utils.commandline import answer, positive
@@ -123,7 +123,7 @@ def gather(places: list[str], check: bool) -> list[Path]:
 
 def _problems(paths: list[Path]) -> list[str | None]:
     """The reason why each picture cannot be read, None where it can. Raises DiffoError if a process was killed."""
-    parts = DataLoader(paths, batch_size=16, num_workers=CHECKERS, collate_fn=_problems_of, worker_init_fn=own_session)
+    parts = DataLoader(paths, batch_size=16, num_workers=CHECKERS, collate_fn=_problems_of, worker_init_fn=start_worker)
     try:
         return list(tqdm(chain.from_iterable(parts), desc="checking", total=len(paths), disable=None))
     except RuntimeError as error:
