@@ -30,7 +30,7 @@ from utils import checkpoints, distributed
 from utils.config import to_mapping
 from utils.errors import CheckpointError, ConfigError, DiffoError, NotFinite
 from utils.files import atomic_write, make_folder, require_writable
-from utils.logging import RunLog
+from utils.logging import RunLog, Unbroken
 from utils.stopping import StopRequest
 
 STOPPED = 128  # and the signal's number: the exit status that shells give to what a signal has ended
@@ -132,6 +132,7 @@ class Trainer:
     def _stage(self, name: str, saved: dict, stop: StopRequest) -> bool:
         """Train a stage from where it stands; False if it was asked to stop before its end, and has saved."""
         params = getattr(self.config, name)
+        torch.manual_seed(self.config.seed)  # of a discriminator, whatever this process has done before
         step = Step(STAGES[name](self.config, self.codec, self.device))
         if self.best and self.best["stage"] != name:
             self.best = None
@@ -179,8 +180,9 @@ class Trainer:
     def _bar(self, name: str, progress: Progress) -> tqdm:
         by_clock = progress.minutes is not None
         total = 60 * progress.minutes if by_clock else progress.iterations
-        shown = dict(desc=name, unit="s" if by_clock else "it", mininterval=1.0, disable=not distributed.is_main())
-        return tqdm(total=total, initial=progress.seconds if by_clock else progress.step, **shown)
+        shown = dict(desc=name, unit="s" if by_clock else "it", mininterval=1.0, file=Unbroken(sys.stderr))
+        first = progress.seconds if by_clock else progress.step
+        return tqdm(total=total, initial=first, disable=not distributed.is_main(), **shown)
 
     def _batches(self, step: Step, position: int):
         """This rank's batches for a stage, from a position of the stream on."""
@@ -276,10 +278,10 @@ class Trainer:
         if distributed.is_main():
             point, content = Point(step.stage.name, progress.step), self._content(step, progress)
             try:
-                self.checkpoints.save(point, content | {"finished": finished})
-                if better or finished:
+                if better or finished:  # first: a run that is killed in between has no checkpoint without its averages
                     frozen = {"autoencoder": content["autoencoder"]} if "autoencoder" in content else {}
                     self.checkpoints.save_averages(point, content["averages"] | frozen, self.config.networks)
+                self.checkpoints.save(point, content | {"finished": finished})
                 self.checkpoints.keep(self.best)
                 self.log.say(f"stage {point.stage}: saved iteration {point.step}")
             except DiffoError as error:
