@@ -91,7 +91,7 @@ def fit_eta(args: argparse.Namespace) -> None:
     draw(sets["fit"][1], rate, metric, args.out_path / "eta.png")
     print(json.dumps({key: value for key, value in about.items() if key != "sweeps"}, indent=1))
     if args.store:
-        with_rate(codec, rate, weights, args.store)
+        with_rate(weights, rate, args.store)
         print(f"wrote {args.store}, with c = {rate.c:.4g}")
 
 

@@ -1,13 +1,17 @@
-"""The three checkpoints that belong together <-> a codec.
+"""A codec <-> its three checkpoint files, and the releases that ship.
 
 Published names: `ema_model_<it>.pth` (UNet), `vq_model_<it>.pth.tar` (VQ base), `GT_vq_model_<it>.pth.tar` (image
-autoencoder). Each holds exactly the published parameters under `state_dict`; all that is ours (networks' sizes,
-integer tables, rate modulation, digests of the files that belong together) lies under the key `diffo` of the VQ file.
+autoencoder). Each holds exactly the published parameters under `state_dict`; all that is ours lies in the VQ file:
+
+    diffo   networks     JSON of CodecParams
+            digests      SHA-256 of the parameters in the two other files
+            base_table   int32 (K,), or None before release
+            residual     absent without one: state_dict, tables and densities, which training alone needs
 """
 
 import json
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,10 +30,23 @@ from utils.errors import CheckpointError
 OURS = "diffo"
 NAMES = {"unet": "ema_model_{}.pth", "vq_base": "vq_model_{}.pth.tar", "autoencoder": "GT_vq_model_{}.pth.tar"}
 NETWORKS = (*NAMES, "residual")
-RATE_MODEL = "rate_model."  # densities of the residual codec: training's alone, tables take their place
+DENSITIES = "rate_model."  # begins their keys in the residual codec's state dict
 RELEASES = Path(__file__).resolve().parents[1] / "weights"
 SMALL = RELEASES / "tiny-2"
 ABOUT = "release.json"
+
+# Parameters that count in a fingerprint at any value; those that came later count where they are not at their default.
+FIRST = {
+    "autoencoder": "ch ch_mult num_res_blocks z_channels embed_dim n_embed groups",
+    "vq_base": "ch ch_mult num_res_blocks z_channels embed_dim in_channels codebook_size groups",
+    "unet": "latent_channels condition_channels condition_width model_channels channel_mult num_res_blocks windows "
+    "middle_window swin_depth swin_embed_dim head_channels mlp_ratio groups",
+    "diffusion": "steps kappa power etas_end min_noise_level",
+    "residual": "channels width blocks hyper_channels scale_width code_width levels extrapolated first_gain last_gain",
+}
+ONLY_TRAINING = ("decay", "epsilon", "revive_below")  # never count
+
+States = dict[str, dict[str, Tensor]]  # state dicts by network
 
 NEVER_PUBLISHED = (
     "no weights were ever published under this name. Train them (main_diffusion_train_vq.py), or leave out --ckpt, "
@@ -64,17 +81,27 @@ class Triple:
             raise CheckpointError(f"{folder}: several releases there ({', '.join(p.name for p in found)}); name one")
         return cls.of(folder, found[0].stem.removeprefix("ema_model_"))
 
+    @property
+    def files(self) -> dict[str, Path]:
+        """The file that each network is in."""
+        return vars(self) | {"residual": self.vq_base}
+
     def check(self) -> None:
         """Raise CheckpointError for the first file that is not there."""
-        for path in (self.unet, self.vq_base, self.autoencoder):
+        for path in vars(self).values():
             if not path.is_file():
                 published = path.name in {n.format(60000) for n in NAMES.values()}
                 raise CheckpointError(f"{path}: " + (NEVER_PUBLISHED if published else "no such checkpoint"))
 
 
+def states_of(codec: Codec) -> States:
+    """State dicts of the networks that a codec has."""
+    return {name: network.state_dict() for name in NETWORKS if (network := getattr(codec, name)) is not None}
+
+
 def save_triple(
     triple: Triple,
-    states: dict[str, dict[str, Tensor]],
+    states: States,
     params: CodecParams,
     table: np.ndarray | None = None,
     residual_tables: ResidualTables | None = None,
@@ -83,7 +110,8 @@ def save_triple(
     """Write the three files.
 
     Args:
-        states: state dicts under `unet`, `vq_base`, `autoencoder` and, where there is one, `residual`.
+        states: state dicts under `unet`, `vq_base`, `autoencoder` and, where there is one, `residual`, in the precision
+            that is to be stored.
         params: sizes, schedule and rate modulation.
         table: integer frequencies of the base indices, int32 (K,), at release. residual_tables: those of the residual.
         keep: files that are there already with these very weights, and are not written again.
@@ -93,42 +121,74 @@ def save_triple(
             checkpoints.save(path, {"state_dict": states[network]})
     ours = {
         "networks": json.dumps(to_mapping(params), sort_keys=True),
-        "digests": {network: checkpoints.digest(states[network]) for network in ("autoencoder", "unet")},
+        "digests": digests_of(states),
         "base_table": None if table is None else torch.from_numpy(np.asarray(table, dtype=np.int32)),
     }
     if "residual" in states:
-        state = {key: value for key, value in states["residual"].items() if not key.startswith(RATE_MODEL)}
-        tables = vars(residual_tables) if residual_tables else {}
-        ours["residual"] = {"state_dict": state, "tables": {key: torch.from_numpy(t) for key, t in tables.items()}}
+        state, densities = parted(states["residual"])
+        tables = {key: torch.from_numpy(t) for key, t in vars(residual_tables).items()} if residual_tables else {}
+        ours["residual"] = {"state_dict": state, "tables": tables, "densities": densities}
     checkpoints.save(triple.vq_base, {"state_dict": states["vq_base"], OURS: ours})
+
+
+def digests_of(states: States) -> dict[str, str]:
+    """SHA-256 of the networks that the VQ file does not hold."""
+    return {network: checkpoints.digest(states[network]) for network in ("autoencoder", "unet")}
+
+
+def parted(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A residual codec's state dict without its densities, and the densities."""
+    densities = {key: value for key, value in state.items() if key.startswith(DENSITIES)}
+    return {key: state[key] for key in state if key not in densities}, densities
 
 
 def fingerprint(codec: Codec, digests: dict[str, str]) -> bytes:
     """4 bytes that name a triple: SHA-256 over the VQ release's tensors and the digests of the two others.
 
-    What else changes a decoded picture (integer tables, schedule, rate modulation) counts as tensors of the VQ release.
+    All else that changes a decoded picture (integer tables, schedule, rate modulation) counts as a tensor of the VQ
+    release. Tensors count in float32, however they are stored; densities do not count.
     """
     tensors = dict(codec.vq_base.state_dict())
     if codec.base_table is not None:
         tensors[f"{OURS}.base_table"] = torch.from_numpy(codec.base_table)
     if codec.residual is not None:
-        tensors |= {f"{OURS}.residual.{key}": value for key, value in codec.residual.state_dict().items()}
+        state, _ = parted(codec.residual.state_dict())
+        tensors |= {f"{OURS}.residual.{key}": value for key, value in state.items()}
         tables = vars(codec.residual.tables) if codec.residual.tables else {}
         tensors |= {f"{OURS}.residual.tables.{key}": torch.from_numpy(table) for key, table in tables.items()}
     rate = codec.rate
     tensors[f"{OURS}.rate"] = torch.tensor([rate.c, rate.eta_min, rate.eta_max])
     # Shapes do not tell everything: into how many groups a normalisation divides its channels, the windows, the noise.
     tensors[f"{OURS}.networks"] = torch.tensor(list(json.dumps(meaning(codec.params), sort_keys=True).encode()))
-    for network in ("autoencoder", "unet"):
-        tensors[f"{OURS}.digests.{network}"] = torch.tensor(list(bytes.fromhex(digests[network])))
+    for network, digest in digests.items():
+        tensors[f"{OURS}.digests.{network}"] = torch.tensor(list(bytes.fromhex(digest)))
     return bytes.fromhex(checkpoints.digest(tensors))[:4]
 
 
-def load_triple(triple: Triple, config: str | Path | None = None, device: str | torch.device = "cpu") -> Codec:
-    """The codec of three checkpoints, in evaluation mode.
+def meaning(params: CodecParams) -> dict[str, Any]:
+    """Parameters that affect decoding, but for the rate's rule, which counts as a tensor.
+
+    Fields added later are left out at their default, so old fingerprints hold.
+    """
+    kept = {}
+    for name, value in to_mapping(params).items():
+        if name in FIRST and value is not None:
+            first, default = FIRST[name].split(), to_mapping(type(getattr(params, name))())
+            later = {key for key in value if key not in ONLY_TRAINING and value[key] != default[key]}
+            kept[name] = {key: value[key] for key in value if key in first or key in later}
+        elif name != "rate" and value != to_mapping(CodecParams())[name]:
+            kept[name] = value
+    return kept
+
+
+def load_triple(
+    triple: Triple, config: str | Path | None = None, device: str | torch.device = "cpu", densities: bool = False
+) -> Codec:
+    """The codec of three checkpoints, in float32 and evaluation mode.
 
     Args:
         config: YAML whose `networks` give the sizes; None takes those stored in the VQ file.
+        densities: take along those that the VQ file has, in `residual.rate_model`; coding needs none.
     Raises:
         CheckpointError: a file is missing, does not fit, or belongs to another release. ConfigError: bad YAML.
     """
@@ -137,18 +197,17 @@ def load_triple(triple: Triple, config: str | Path | None = None, device: str | 
     ours = contents["vq_base"].get(OURS)
     if ours is not None and not (isinstance(ours, dict) and {"networks", "digests", "base_table"} <= ours.keys()):
         raise CheckpointError(f"{triple.vq_base}: what it says of its networks ({OURS}) is not whole")
-    params = _params(ours, config, triple.vq_base)
-    codec = Codec(params)
-    digests = {}
+    states = {}
     for network, content in contents.items():
-        state, dropped = checkpoints.parameters_of(content)
+        states[network], dropped = checkpoints.parameters_of(content)
         if dropped:
-            print(
-                f"{getattr(triple, network)}: left out {', '.join(dropped[:4])}" + " ..." * (len(dropped) > 4),
-                file=sys.stderr,
-            )
-        checkpoints.load_strictly(getattr(codec, network), state, getattr(triple, network))
-        digests[network] = checkpoints.digest(state)
+            left = ", ".join(checkpoints.told_by_group(dropped))
+            print(f"{getattr(triple, network)}: left out {left}", file=sys.stderr)
+    residual = (ours or {}).get("residual")
+    if residual is not None:
+        states["residual"] = residual["state_dict"] | (residual.get("densities", {}) if densities else {})
+    codec = assembled(_params(ours, config, triple.vq_base), states, triple.files)
+    digests = digests_of(states)
     for network, expected in (ours or {}).get("digests", {}).items():
         if digests[network] != expected:
             raise CheckpointError(
@@ -157,41 +216,69 @@ def load_triple(triple: Triple, config: str | Path | None = None, device: str | 
             )
     if ours and ours["base_table"] is not None:
         codec.base_table = ours["base_table"].numpy()
-    if codec.residual is not None:
-        _load_residual(codec, ours, triple.vq_base)
+    if residual and residual["tables"]:
+        codec.residual.freeze(ResidualTables(**{key: table.numpy() for key, table in residual["tables"].items()}))
     codec.fingerprint = fingerprint(codec, digests)
-    return codec.eval().requires_grad_(False).to(device)
+    return codec.to(device)
 
 
-def _load_residual(codec: Codec, ours: dict | None, path: Path) -> None:
-    if not ours or "residual" not in ours:
-        raise CheckpointError(f"{path}: has no residual codec, which the configuration asks for (networks.residual)")
-    stored = ours["residual"]
-    checkpoints.load_strictly(codec.residual, stored["state_dict"], path)
-    tables = {key: table.numpy() for key, table in stored["tables"].items()}
-    codec.residual.freeze(ResidualTables(**tables) if tables else None)
+def assembled(params: CodecParams, states: States, files: Mapping[str, Path]) -> Codec:
+    """A codec of given sizes and parameters, in evaluation mode, with densities where `states` has them, without tables.
 
-
-def meaning(params: CodecParams) -> dict[str, Any]:
-    """What of the parameters decides how the weights decode: all but what only training uses, and the rate's rule.
-
-    What came later is there only where it is used, so that the fingerprints of older releases stay.
+    Args:
+        files: where each network comes from, for errors.
+    Raises:
+        CheckpointError: a network is missing, or does not fit.
     """
-    mapping = to_mapping(params)
-    del mapping["rate"]
-    later = CodecParams.__dataclass_fields__
-    for key in ("residual", "adapter", "prediction", "detail_branch", "perceptual_branch"):
-        if mapping[key] == later[key].default:
-            del mapping[key]
-    for key in ("decay", "epsilon", "revive_below"):
-        del mapping["vq_base"][key]
-    return mapping
+    codec = Codec(params)
+    if codec.residual and parted(states.get("residual", {}))[1]:
+        codec.residual.train_rates()
+    _fill(codec, states, files)
+    if codec.residual:
+        codec.residual.freeze(None)
+    return codec.eval().requires_grad_(False)
+
+
+def _fill(codec: Codec, states: States, files: Mapping[str, Path]) -> None:
+    """Load the parameters of every network, strictly. Errors as `assembled`."""
+    if (codec.residual is None) != ("residual" not in states):
+        has, wants = ("no", "asks for") if codec.residual else ("a", "leaves out")
+        path = files["residual"]
+        raise CheckpointError(f"{path}: has {has} residual codec, which the configuration {wants} (networks.residual)")
+    for network, state in states.items():
+        checkpoints.load_strictly(getattr(codec, network), state, files[network])
+
+
+def start_from_release(folder: str | Path, codec: Codec) -> list[str]:
+    """Load a release's parameters into a codec that is to be trained, in place; lines that tell what was taken.
+
+    These are autoencoder, VQ base with the averages of its code book, UNet, residual codec and its densities. Schedule
+    and rate rule stay the codec's own. Densities that the release does not have start anew, around its medians.
+
+    Raises:
+        CheckpointError: no release there, a damaged one, or one of other sizes; names keys that differ.
+    """
+    triple = Triple.in_folder(folder)
+    states = states_of(load_triple(triple, densities=True))
+    told = [f"{', '.join(states)} from {folder}"]
+    anew = codec.residual and "residual" in states and not parted(states["residual"])[1]
+    if anew:
+        states["residual"] |= parted(codec.residual.state_dict())[1]
+        told.append(f"{folder} has no densities of the residual: they are fitted anew")
+    _fill(codec, states, triple.files)
+    if anew:
+        with torch.no_grad():
+            rate_model = codec.residual.rate_model
+            rate_model.bottleneck.quantiles += (codec.residual.median - rate_model.median).view(-1, 1, 1)
+    return told
 
 
 def flat(mapping: dict[str, Any]) -> dict[str, Any]:
-    """One level of keys: {"a": {"b": 1}} -> {"a.b": 1}."""
-    items = ((key, value if isinstance(value, dict) else None, value) for key, value in mapping.items())
-    return {f"{key}.{k}" if inner else key: v for key, inner, value in items for k, v in (inner or {"": value}).items()}
+    """Dotted keys: {"a": {"b": 1}, "c": 2} -> {"a.b": 1, "c": 2}."""
+    found = {}
+    for key, value in mapping.items():
+        found |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
+    return found
 
 
 def _params(ours: dict | None, config: str | Path | None, path: Path) -> CodecParams:
@@ -205,14 +292,10 @@ def _params(ours: dict | None, config: str | Path | None, path: Path) -> CodecPa
     if stored is None:
         return params
     theirs, own = flat(meaning(params)), flat(meaning(stored))
-    differing = [
-        f"{key} {theirs.get(key)} for {own.get(key)}"
-        for key in dict.fromkeys([*own, *theirs])
-        if theirs.get(key) != own.get(key)
-    ]
+    differing = [key for key in own | theirs if theirs.get(key) != own.get(key)]
     if differing:
-        more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
-        raise CheckpointError(f"{path}: does not fit the configuration {config}: {'; '.join(differing[:4])}{more}")
+        told = checkpoints.first_of([f"{key} {theirs.get(key)} for {own.get(key)}" for key in differing])
+        raise CheckpointError(f"{path}: does not fit the configuration {config}: {told}")
     return stored
 
 
@@ -227,10 +310,8 @@ def load_codec(folder: str | Path, device: str | torch.device = "cpu") -> Codec:
 
 def releases() -> dict[str, Path]:
     """Folders of the releases that ship, by the fingerprint (hexadecimal) that each states in its release.json."""
-    found = {}
-    for path in sorted(RELEASES.glob(f"*/{ABOUT}")):
-        found[json.loads(path.read_text())["fingerprint"]] = path.parent
-    return found
+    paths = sorted(RELEASES.glob(f"*/{ABOUT}"))
+    return {json.loads(path.read_text())["fingerprint"]: path.parent for path in paths}
 
 
 def release_named(fingerprint: bytes) -> str | None:

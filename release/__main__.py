@@ -1,6 +1,6 @@
-"""Make a release from a training run: averaged weights, integer tables, fingerprint, digests.
+"""Make a release from a training run: averaged networks in half precision, integer tables, fingerprint, digests.
 
-python -m release runs/tiny weights/tiny --data pictures/
+python -m release runs/tiny weights/mine --data pictures/
 """
 
 import argparse
@@ -9,13 +9,20 @@ import sys
 from pathlib import Path
 
 from datapipe.sources import data_options
-from models.released import NAMES, Triple, load_triple
-from release.making import COUNTED, require_empty, write_release
-from release.tables import count
-from training.checkpointing import AVERAGES, BEST, Checkpoints
+from models.codec import Codec
+from models.records import CodecParams
+from models.released import NAMES, NETWORKS, Triple, assembled, load_triple
+from release.making import COUNTED, require_empty, round_to_half, write_release
+from release.tables import BATCH, count
+from training.checkpointing import AVERAGES, BEST
 from training.config import RUN_CONFIG, load_config
+from utils import checkpoints
 from utils.commandline import answer, positive
+from utils.config import build
+from utils.distributed import local_device
 from utils.errors import CheckpointError
+
+CHECKPOINTS = "checkpoints"  # folder of a run's checkpoints, <stage>_<step>.pth
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -31,46 +38,69 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--crops", type=positive, default=COUNTED, metavar="N", help=f"crops to count (default {COUNTED})"
     )
+    parser.add_argument("--batch", type=positive, default=BATCH, metavar="N", help=f"crops at once (default {BATCH})")
+    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
     return parser.parse_args(argv)
 
 
-def newest(run: Path) -> int:
-    """Largest iteration of the stage codec that a run has saved whole."""
-    complete = [
-        point.step
-        for point in Checkpoints(run, ["gt", "codec"], keep_last=1).points()
-        if point.stage == "codec" and all((run / AVERAGES / n.format(point.step)).is_file() for n in NAMES.values())
-    ]
-    if not complete:
-        raise CheckpointError(f"{run}: no complete checkpoint to release; has the stage codec saved yet?")
-    return max(complete)
+def candidates(run: Path) -> dict[str, Triple | Path]:
+    """All that a run has saved of stage codec, by iteration: the averaged triple, or else the checkpoint."""
+    found = {path.stem.removeprefix("codec_"): path for path in (run / CHECKPOINTS).glob("codec_*.pth")}
+    for path in (run / AVERAGES).glob(NAMES["unet"].format("*")):
+        triple = Triple.of(path.parent, iteration := path.stem.removeprefix("ema_model_"))
+        if all(file.is_file() for file in vars(triple).values()):
+            found[iteration] = triple
+    return {iteration: source for iteration, source in found.items() if iteration.isdecimal()}
 
 
-def chosen(run: Path, iteration: str | None) -> int:
-    """The iteration that is asked for: a number, `best`, or None for the newest.
+def chosen(run: Path, iteration: str | None) -> tuple[int, Triple | Path]:
+    """The iteration that is asked for (a number, `best`, or None for the newest) and where its averages are.
 
     Raises:
-        CheckpointError: there is none, or it is no iteration.
+        CheckpointError: there is none, or no such one.
     """
-    if iteration is None:
-        return newest(run)
-    if iteration != "best":
-        if not iteration.isdecimal():
-            raise CheckpointError(f"--iteration {iteration}: a number, or best")
-        return int(iteration)
-    best = json.loads((run / BEST).read_text()) if (run / BEST).is_file() else None
-    if best is None or best["stage"] != "codec":
-        raise CheckpointError(f"{run}: no validation of stage codec has chosen a checkpoint (validation.folder=DIR)")
-    return best["step"]
+    found = candidates(run)
+    if iteration == "best":
+        best = json.loads((run / BEST).read_text()) if (run / BEST).is_file() else {"stage": None}
+        if best["stage"] != "codec":
+            raise CheckpointError(
+                f"{run}: no validation of stage codec has chosen a checkpoint (validation.folder=DIR)"
+            )
+        iteration = str(best["step"])
+    elif iteration is None:
+        iteration = max(found, key=int, default="any")
+    if iteration not in found:
+        there = ", ".join(sorted(found, key=int)) or "none; has the stage codec saved yet?"
+        raise CheckpointError(
+            f"{run}: no complete checkpoint of stage codec, iteration {iteration}; there are: {there}"
+        )
+    return int(iteration), found[iteration]
+
+
+def averaged(path: Path) -> Codec:
+    """The codec of a training checkpoint's averages, densities included, in evaluation mode.
+
+    Raises:
+        CheckpointError: not a checkpoint of stage codec, or damaged.
+    """
+    content = checkpoints.read(path)
+    if content.get("stage") != "codec" or not {"networks", "averages", "autoencoder"} <= content.keys():
+        raise CheckpointError(f"{path}: not a checkpoint of stage codec")
+    params = build(CodecParams, json.loads(content["networks"]), str(path))
+    states = content["averages"] | {"autoencoder": content["autoencoder"]}
+    return assembled(params, states, dict.fromkeys(NETWORKS, path))
 
 
 def release(args: argparse.Namespace) -> None:
     require_empty(args.out)
+    device = local_device(args.device)
     config = load_config(str(args.run / RUN_CONFIG), values=data_options(args.data) if args.data else {})
-    iteration = chosen(args.run, args.iteration)
-    codec = load_triple(Triple.of(args.run / AVERAGES, iteration))
-    notes = count(codec, config, args.crops).install(codec)
-    about = write_release(args.out, iteration, codec, config, **notes)
+    iteration, source = chosen(args.run, args.iteration)
+    codec = load_triple(source, densities=True) if isinstance(source, Triple) else averaged(source)
+    round_to_half(codec)
+    counts = count(codec.to(device), config, args.crops, args.batch)
+    notes = counts.install(codec.cpu())
+    about = write_release(args.out, iteration, codec, config, "float16", **notes)
     print(json.dumps(about, indent=1))
 
 

@@ -1,21 +1,26 @@
-"""Making a release folder: integer tables, three checkpoints, digests."""
+"""A codec with its integer tables -> a release folder: three checkpoints, digests, configuration."""
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import yaml
+from torch import Tensor
 
+from datapipe.sources import KINDS
 from models.codec import Codec
 from models.diffusion import RateParams
-from models.released import ABOUT, NETWORKS, Triple, load_codec, save_triple
-from training.config import RUN_CONFIG, TrainConfig, load_config
-from utils.config import to_mapping
-from utils.errors import DiffoError
+from models.released import ABOUT, DENSITIES, Triple, load_codec, load_triple, save_triple, states_of
+from training.config import RUN_CONFIG, TrainConfig
+from utils.config import load_mapping, to_mapping
+from utils.errors import CheckpointError, DiffoError
 from utils.files import atomic_write, make_folder
 
+EXACT = ("quantize.embedding.", "scale_network.", "log_gain", "median", DENSITIES)  # stored as they are
 WRITTEN = ("fingerprint", "iteration", "levels", "c", "sha256", "bytes")  # entries that write_release makes
+STARTS = ("autoencoder", "vq_base", "unet", "release")  # keys of a configuration that name earlier weights
 COUNTED = 2048  # crops whose indices are counted by default
 
 
@@ -25,44 +30,73 @@ def require_empty(out: Path) -> None:
         raise DiffoError(f"{out}: not an empty folder; a release stays as it is, choose another name")
 
 
-def write_release(out: Path, iteration: int | str, codec: Codec, config: TrainConfig, **notes) -> dict:
-    """Write the release of a codec with the integer tables that it has, and return what its release.json says.
+def halved(state: Mapping[str, Tensor], network: str) -> dict[str, Tensor]:
+    """A network's tensors in float16, but for those of `EXACT` and integers.
+
+    Raises:
+        CheckpointError: a value that float16 cannot hold; names its tensor.
+    """
+    small = {k: v.half() for k, v in state.items() if v.is_floating_point() and not k.startswith(EXACT)}
+    for key, value in small.items():
+        if not value.isfinite().all():
+            largest = state[key].abs().max().item()
+            raise CheckpointError(f"{network}: {key}: float16, as releases are stored, cannot hold {largest:.4g}")
+    return {**state, **small}
+
+
+def round_to_half(codec: Codec) -> None:
+    """Round the networks, in place and still in float32, to what float16 stores. Errors as `halved`."""
+    for name, state in states_of(codec).items():
+        getattr(codec, name).load_state_dict(halved(state, name))
+
+
+def write_release(
+    out: Path, iteration: int | str, codec: Codec, config: TrainConfig | dict, precision: str = "float32", **notes
+) -> dict:
+    """Write the release of a codec with the integer tables that it has, and return the entries of its release.json.
 
     Without tables, base sections are at fixed length and there are no levels.
 
     Args:
+        config: of the run, or the mapping that another release kept of it.
+        precision: that networks are stored in, `float32` or, once the codec is rounded to it, `float16`.
         notes: further entries of release.json.
     """
     make_folder(out)
     triple = Triple.of(out, iteration)
-    states = {name: getattr(codec, name).state_dict() for name in NETWORKS if getattr(codec, name) is not None}
+    states = states_of(codec)
+    if precision == "float16":
+        states = {name: halved(state, name) for name, state in states.items()}
     save_triple(triple, states, codec.params, codec.base_table, codec.residual and codec.residual.tables)
     about = {
         "fingerprint": load_codec(out).fingerprint.hex(),
         "iteration": iteration,
         "levels": codec.has_levels,
         "c": codec.params.rate.c,
+        "precision": precision,
         "sha256": {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in vars(triple).values()},
         "bytes": {p.name: p.stat().st_size for p in vars(triple).values()},
     }
     about |= notes
     atomic_write(out / ABOUT, (json.dumps(about, indent=1) + "\n").encode())
+    kept = to_mapping(config) if isinstance(config, TrainConfig) else config
     # Where pictures and earlier weights lay on the training machine means nothing elsewhere.
-    starts = {name: Path(path).name for name in ("autoencoder", "vq_base", "unet") if (path := getattr(config, name))}
-    config = replace(config, **starts, data=replace(config.data, folder=None, txt_file_path=None, shards=None))
-    atomic_write(out / RUN_CONFIG, yaml.safe_dump(to_mapping(config), sort_keys=False).encode())
+    kept |= {name: Path(path).name for name in STARTS if (path := kept.get(name))}
+    kept["data"] |= dict.fromkeys(KINDS)
+    atomic_write(out / RUN_CONFIG, yaml.safe_dump(kept, sort_keys=False).encode())
     return about
 
 
-def with_rate(codec: Codec, rate: RateParams, source: Path, out: Path) -> dict:
-    """The release in `source`, which `codec` was loaded from, once more, with another rule for the noise level.
+def with_rate(source: Path, rate: RateParams, out: Path) -> dict:
+    """The release in `source` once more, with another rule for the noise level; the entries of its release.json.
 
-    Its fingerprint differs: decoded pictures do. What release.json says of training stays.
+    Its fingerprint differs: decoded pictures do. Precision, densities and the notes on training stay.
     """
     require_empty(out)
     told = json.loads((source / ABOUT).read_text())
     notes = {key: value for key, value in told.items() if key not in WRITTEN}
+    codec = load_triple(Triple.in_folder(source), densities=True)
     codec.params = replace(codec.params, rate=rate)
-    config = load_config(str(source / RUN_CONFIG))
-    config = replace(config, networks=replace(config.networks, rate=rate))
+    config = load_mapping(source / RUN_CONFIG)
+    config["networks"]["rate"] = to_mapping(rate)
     return write_release(out, told["iteration"], codec, config, **notes)

@@ -15,7 +15,9 @@ from models.entropy_coding import centred_table, frequency_table, table_cost_bit
 from models.residual_hyperprior import HYPER_REACH, LEVEL_CODES, SYMBOL_REACH, ResidualTables, Symbols, node_of
 from models.residual_networks import SCALE_MIN, SCALE_STEP, SCALES, ResidualParams
 from training.config import TrainConfig
+from utils.precision import full_precision
 
+BATCH = 8  # crops coded at once
 PRIOR_WEIGHT = 64  # symbols that the Gaussian counts for, beside those that were seen
 _UNIT = 1024  # counts are multiplied by it, so that the prior's fractions survive as integers
 
@@ -86,20 +88,21 @@ def _with_margin(counts: np.ndarray) -> np.ndarray:
 
 
 @torch.inference_mode()
-def count(codec: Codec, config: TrainConfig, crops: int, batch: int = 8) -> Counts:
-    """Code crops of the configuration's training pictures, at every level, and count."""
+@full_precision()
+def count(codec: Codec, config: TrainConfig, crops: int, batch: int = BATCH) -> Counts:
+    """Code crops of the configuration's training pictures on the codec's device, at every level, and count."""
     pictures = Pictures(config.data, config.codec.crop_size, config.seed)
     counts = Counts.none(codec)
-    batches = iter(stream(pictures, batch, rank=0, world=1, first=0))
-    for _ in tqdm(range(-(-crops // batch)), desc="counting symbols"):
-        image, positions = next(batches)
-        x = codec.to_latent(image)
+    batches = stream(pictures, batch, rank=0, world=1, first=0)
+    for start in tqdm(range(0, crops, batch), desc="counting symbols"):
+        crop = next(batches)
+        x = codec.to_latent(crop.image[: crops - start].to(codec.device))
         k = codec.vq_base.indices(x)
-        counts.base += np.bincount(k.flatten().numpy(), minlength=len(counts.base))
+        counts.base += np.bincount(k.flatten().cpu().numpy(), minlength=len(counts.base))
         if codec.residual is not None:
             y = codec.vq_base.reconstruct(codec.vq_base.rows(k))
             s = codec.residual.analysis(x - y, y)
-            for i, position in enumerate(positions.tolist()):
+            for i, position in enumerate(crop.position[: len(x)].tolist()):
                 one = slice(i, i + 1)
                 for code in _codes(codec.residual.params, config.seed, position):
                     node = node_of(code, codec.residual.params)
@@ -110,7 +113,7 @@ def count(codec: Codec, config: TrainConfig, crops: int, batch: int = 8) -> Coun
 
 
 def _codes(params: ResidualParams, seed: int, position: int) -> list[int]:
-    """One level per node of the hyper tables, drawn among those that it serves."""
+    """A file's byte for every node of the hyper tables, drawn among those that it serves."""
     nodes = np.array([node_of(code, params) for code in range(1, LEVEL_CODES + 1)])
     random = generator(seed, LEVELS, position)
     return [1 + int(random.choice(np.flatnonzero(nodes == node))) for node in range(params.levels)]

@@ -16,7 +16,7 @@ import yaml
 from models import entropy_coding
 from models.codec import Codec
 from models.diffusion import RateParams
-from models.released import NAMES, OURS, Triple, load_triple, save_triple
+from models.released import NAMES, OURS, Triple, load_triple, save_triple, states_of
 from release import load_codec
 from tests.commands import NANO
 from tests.residual import new_codec
@@ -71,9 +71,8 @@ def test_plain_pickles_are_refused(tmp_path):
 @pytest.mark.parametrize("part", ["state_dict", "tables"])
 def test_code_in_the_residual_codec_is_refused_and_not_run(tmp_path, part):
     ran, codec = tmp_path / "ran", new_codec()
-    own = {network: getattr(codec, network).state_dict() for network in (*NAMES, "residual")}
     triple = Triple.of(tmp_path, 7)
-    save_triple(triple, own, codec.params, codec.base_table, codec.residual.tables)
+    save_triple(triple, states_of(codec), codec.params, codec.base_table, codec.residual.tables)
     content = checkpoints.read(triple.vq_base)
     assert load_triple(triple).has_levels
     content[OURS]["residual"][part]["hyper"] = Malicious(ran)
@@ -180,10 +179,6 @@ def test_digest():
 
 
 # The three that belong together ---------------------------------------------------------------------------------------
-
-
-def states_of(codec: Codec) -> dict:
-    return {network: getattr(codec, network).state_dict() for network in NAMES}
 
 
 def new_states(seed: int = 0) -> dict:

@@ -214,12 +214,18 @@ def test_a_published_triple_gives_a_release(tmp_path, config, states, published)
         assert f"{published[network]}: left out {left}\n" in done.stdout
     about = json.loads((tmp_path / "theirs" / "release.json").read_text())
     assert about["iteration"] == 60000 and set(about["imported_from"]) == {p.name for p in published.values()}
-    assert "counted_indices" not in about and "base indices at fixed length" in done.stdout
+    assert (
+        about["precision"] == "float32"
+        and "counted_indices" not in about
+        and "base indices at fixed length" in done.stdout
+    )
     codec = load_codec(tmp_path / "theirs")
     assert codec.fingerprint.hex() == about["fingerprint"] and codec.base_table is None
     for network, state in states.items():
         own = getattr(codec, network).state_dict()
         assert all(torch.equal(own[key], value) for key, value in state.items())
+        kept = checkpoints.read(tmp_path / "theirs" / NAMES[network].format(60000))["state_dict"]
+        assert {value.dtype for value in kept.values()} == {torch.float32}
     image = torch.randint(0, 256, (3, 40, 56), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     data = codec.compress(image)
     assert codec.read(data).file.fixed_length and codec.decompress(data).shape == image.shape

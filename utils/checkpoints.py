@@ -28,9 +28,6 @@ def save(path: str | Path, content: dict) -> None:
 class Placeholder:
     """Stands for an object that a checkpoint names and nobody needs: takes whatever is given to it, keeps nothing."""
 
-    def __new__(cls, *args, **kwargs):
-        return super().__new__(cls)
-
     def __init__(self, *args, **kwargs):
         pass
 
@@ -57,7 +54,7 @@ def read(path: str | Path, inert: Sequence[str] = ()) -> dict:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         refused = [name for name in named if name not in known]
-        told = f" ({_first(refused)})" if refused else ""
+        told = f" ({first_of(refused)})" if refused else ""
         raise CheckpointError(
             f"{path}: refused, it holds more than tensors and plain values{told}, so that code would run on loading, "
             "or is no checkpoint"
@@ -80,7 +77,8 @@ def _globals_of(path: Path) -> list[str]:
         return []
 
 
-def _first(names: Sequence[str]) -> str:
+def first_of(names: Sequence[str]) -> str:
+    """The first few of a list and how many more: "a, b, c, d and 2 more"."""
     return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
@@ -111,14 +109,11 @@ def load_strictly(network: nn.Module, state: Mapping[str, Tensor], path: str | P
     """
     own = network.state_dict()
     missing, surplus = [k for k in own if k not in state], [k for k in state if k not in own]
-    shaped = [
-        f"{k} {list(state[k].shape)} for {list(own[k].shape)}"
-        for k in own
-        if k in state and state[k].shape != own[k].shape
-    ]
+    both = [(k, list(state[k].shape), list(own[k].shape)) for k in own if k in state]
+    shaped = [f"{k} {theirs} for {ours}" for k, theirs, ours in both if theirs != ours]
     problems = [("missing", missing), ("surplus", surplus), ("other shape", shaped)]
     if any(keys for _, keys in problems):
-        told = "; ".join(f"{what}: {_first(keys)}" for what, keys in problems if keys)
+        told = "; ".join(f"{what}: {first_of(keys)}" for what, keys in problems if keys)
         raise CheckpointError(f"{path}: does not fit the configuration. {told}")
     network.load_state_dict(dict(state), strict=True)
 

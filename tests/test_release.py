@@ -1,0 +1,289 @@
+"""A release: half precision, densities, what it is made of, and training that starts from it."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from models.codec import Codec
+from models.records import CodecParams
+from models.released import (
+    DENSITIES,
+    OURS,
+    SMALL,
+    Triple,
+    load_codec,
+    load_triple,
+    meaning,
+    save_triple,
+    start_from_release,
+    states_of,
+)
+from release.__main__ import chosen, main
+from release.making import halved, round_to_half, with_rate, write_release
+from release.tables import count
+from tests.commands import NANO, photograph
+from tests.residual import new_codec, picture
+from training.config import RUN_CONFIG, load_config
+from utils import checkpoints
+from utils.config import to_mapping
+from utils.errors import CheckpointError
+
+EXACT = ("quantize.embedding.", "scale_network.", "log_gain", "median")
+
+
+def trained_codec() -> Codec:
+    """As training leaves it: with densities, whose medians are 0.5, 1.5 and 2.5."""
+    codec = new_codec()
+    codec.residual.train_rates()
+    with torch.no_grad():
+        codec.residual.median.copy_(torch.tensor([0.5, 1.5, 2.5]))
+        codec.residual.rate_model.bottleneck.quantiles += codec.residual.median.view(-1, 1, 1)
+        for parameter in codec.residual.rate_model.parameters():
+            parameter += 0.125
+    return codec.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    data = tmp_path_factory.mktemp("data")
+    photograph(data / "0.png", 90, 70)
+    config = load_config(str(NANO), values={"data.folder": str(data)})
+    return replace(config, networks=new_codec().params)
+
+
+@pytest.fixture(scope="module")
+def rounded():
+    codec = trained_codec()
+    round_to_half(codec)
+    return codec
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, rounded, config) -> Path:
+    """A release of the rounded codec, in half precision, that no test changes."""
+    folder = tmp_path_factory.mktemp("release")
+    write_release(folder, 7, rounded, config, "float16")
+    return folder
+
+
+def stored(folder: Path) -> dict:
+    triple = Triple.in_folder(folder)
+    found = {name: checkpoints.read(path)["state_dict"] for name, path in vars(triple).items()}
+    return found | {"residual": checkpoints.read(triple.vq_base)[OURS]["residual"]["state_dict"]}
+
+
+# Half precision -------------------------------------------------------------------------------------------------------
+
+
+def test_networks_are_stored_in_half_precision_and_code_books_and_integers_exactly(folder):
+    before = states_of(trained_codec())
+    for network, state in stored(folder).items():
+        assert state.keys() == {key for key in before[network] if not key.startswith(DENSITIES)}
+        for key, value in state.items():
+            exact = key.startswith(EXACT)
+            assert value.dtype == (torch.float32 if exact else torch.float16), key
+            assert torch.equal(value, before[network][key] if exact else before[network][key].half()), key
+    assert {key.partition(".")[0] for key in stored(folder)["residual"] if key.startswith(EXACT)} == {
+        "scale_network",
+        "log_gain",
+        "median",
+    }
+
+
+def test_what_is_loaded_computes_as_the_rounded_codec(folder, rounded):
+    codec, about = load_codec(folder), json.loads((folder / "release.json").read_text())
+    assert codec.fingerprint.hex() == about["fingerprint"] and about["precision"] == "float16"
+    assert all(parameter.dtype == torch.float32 for parameter in codec.parameters())
+    assert np.array_equal(codec.base_table, rounded.base_table)
+    for key, table in vars(rounded.residual.tables).items():
+        assert np.array_equal(getattr(codec.residual.tables, key), table)
+    rounded.fingerprint = codec.fingerprint
+    for quality in (0, 50):
+        data = rounded.compress(picture(64, 80), quality)
+        assert codec.compress(picture(64, 80), quality) == data
+        assert torch.equal(codec.decompress(data), rounded.decompress(data))
+
+
+def test_the_small_release_would_take_half_of_its_bytes(tmp_path):
+    codec, config = load_codec(SMALL), yaml.safe_load((SMALL / RUN_CONFIG).read_text())
+    round_to_half(codec)
+    write_release(tmp_path, 5000, codec, config, "float16")
+    sizes = [sum(p.stat().st_size for p in vars(Triple.in_folder(f)).values()) for f in (tmp_path, SMALL)]
+    assert 0.5 * sizes[1] < sizes[0] < 0.55 * sizes[1]
+
+
+@pytest.mark.parametrize("value, fits", [(65519.0, True), (65520.0, False), (-1e5, False)])
+def test_a_value_beyond_float16_is_refused_with_its_tensor(value, fits):
+    """The largest float16 is 65504, and what is nearer to 65536 becomes infinite."""
+    state = {"out.bias": torch.tensor([0.0, value]), "log_gain": torch.tensor([1e9])}
+    if fits:
+        assert halved(state, "unet")["out.bias"].tolist() == [0, 65504]
+        return
+    with pytest.raises(
+        CheckpointError, match=rf"unet: out.bias: float16.* cannot hold {abs(value):.4g}".replace("+", r"\+")
+    ):
+        halved(state, "unet")
+
+
+def test_another_rate_rule_keeps_precision_and_densities(folder, tmp_path):
+    rate = replace(load_codec(folder).params.rate, c=0.03)
+    with_rate(folder, rate, tmp_path / "new")
+    old, new = (load_triple(Triple.in_folder(f), densities=True) for f in (folder, tmp_path / "new"))
+    assert new.rate == rate and new.fingerprint != old.fingerprint
+    assert yaml.safe_load((tmp_path / "new" / RUN_CONFIG).read_text())["networks"]["rate"]["c"] == 0.03
+    for name, state in states_of(old).items():
+        assert all(torch.equal(value, new.get_submodule(name).state_dict()[key]) for key, value in state.items())
+    assert stored(tmp_path / "new")["unet"]["out.2.weight"].dtype == torch.float16
+
+
+# Fingerprints ---------------------------------------------------------------------------------------------------------
+
+
+def test_parameters_added_later_count_where_they_are_not_at_their_default(monkeypatch):
+    monkeypatch.setitem(meaning.__globals__["FIRST"], "autoencoder", "ch")
+    params = CodecParams()
+    assert meaning(params)["autoencoder"] == {"ch": 128}
+    wider = replace(params, autoencoder=replace(params.autoencoder, ch=160, groups=16))
+    assert meaning(wider)["autoencoder"] == {"ch": 160, "groups": 16}
+    assert set(meaning(params)) == {"autoencoder", "vq_base", "unet", "diffusion"}
+    assert meaning(replace(params, detail_branch=False))["detail_branch"] is False
+    trained = replace(params.vq_base, decay=0.5, epsilon=0.1, revive_below=0.5)
+    assert meaning(replace(params, vq_base=trained)) == meaning(params)
+
+
+# Densities, and training from a release -------------------------------------------------------------------------------
+
+
+def test_densities_stay_beside_the_tables_and_change_no_fingerprint(folder, rounded, config, tmp_path):
+    own = rounded.residual.rate_model.state_dict()
+    kept = checkpoints.read(Triple.in_folder(folder).vq_base)[OURS]["residual"]["densities"]
+    assert kept.keys() == {DENSITIES + key for key in own}
+    assert all(torch.equal(kept[DENSITIES + key], value) for key, value in own.items())
+    assert load_codec(folder).residual.rate_model is None
+    plain = load_codec(folder)
+    about = write_release(tmp_path, 7, plain, config, "float16")
+    with_densities = load_triple(Triple.in_folder(folder), densities=True)
+    assert about["fingerprint"] == plain.fingerprint.hex() == with_densities.fingerprint.hex()
+
+
+def fresh(params: CodecParams) -> Codec:
+    torch.manual_seed(1)
+    codec = Codec(params)
+    if codec.residual:
+        codec.residual.train_rates()
+    return codec.train()
+
+
+def test_training_starts_from_everything_that_a_release_has(folder, rounded):
+    other_rule = replace(rounded.params, rate=replace(rounded.params.rate, c=0.1))
+    codec = fresh(other_rule)
+    assert start_from_release(folder, codec) == [f"unet, vq_base, autoencoder, residual from {folder}"]
+    for name, state in states_of(rounded).items():
+        own = getattr(codec, name).state_dict()
+        assert own.keys() == state.keys() and all(torch.equal(own[key], value) for key, value in state.items())
+    assert codec.rate.c == 0.1 and codec.training and codec.unet.out[2].weight.requires_grad
+
+
+def test_densities_that_a_release_lacks_start_around_its_medians(tmp_path, rounded, config):
+    states = states_of(rounded)
+    states["residual"] = {key: v for key, v in states["residual"].items() if not key.startswith(DENSITIES)}
+    save_triple(Triple.of(tmp_path, 7), states, rounded.params)
+    codec = fresh(rounded.params)
+    told = start_from_release(tmp_path, codec)
+    assert told[1:] == [f"{tmp_path} has no densities of the residual: they are fitted anew"]
+    assert codec.residual.rate_model.bottleneck.quantiles[:, 0].tolist() == [
+        [-9.5, 0.5, 10.5],
+        [-8.5, 1.5, 11.5],
+        [-7.5, 2.5, 12.5],
+    ]
+    assert torch.equal(codec.residual.log_gain, rounded.residual.log_gain)
+    shared = fresh(rounded.params)
+    shared.residual.median = shared.residual.rate_model.median  # one memory, as after a training pass
+    start_from_release(tmp_path, shared)
+    assert shared.residual.rate_model.median.tolist() == [0.5, 1.5, 2.5]
+
+
+def test_a_release_of_other_sizes_is_refused_with_its_keys(folder, rounded):
+    wider = replace(rounded.params, unet=replace(rounded.params.unet, condition_width=4))
+    with pytest.raises(CheckpointError, match=r"ema_model_7.pth: does not fit.* other shape: .*\[8, "):
+        start_from_release(folder, fresh(wider))
+    with pytest.raises(CheckpointError, match="vq_model_7.pth.tar: has a residual codec, .* leaves out"):
+        start_from_release(folder, fresh(replace(rounded.params, residual=None)))
+
+
+# What a release is made of --------------------------------------------------------------------------------------------
+
+
+def checkpoint(path: Path, codec: Codec, step: int, stage: str = "codec") -> None:
+    """A training checkpoint of the stage, with raw weights that are not its averages."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    states = states_of(codec)
+    averages = {name: states[name] for name in ("unet", "vq_base", "residual")}
+    raw = {name: {key: value + 1 for key, value in state.items()} for name, state in averages.items()}
+    networks = json.dumps(to_mapping(codec.params))
+    about = {"stage": stage, "step": step, "networks": networks, "averages": averages, "codec": raw}
+    checkpoints.save(path, about | {"autoencoder": states["autoencoder"]})
+
+
+@pytest.fixture
+def run_folder(tmp_path, config) -> Path:
+    """A run with checkpoints of codec at 9 and 12, of gt at 20, and the triple at 10."""
+    folder, codec = tmp_path / "run", trained_codec()
+    for stage, step in [("codec", 9), ("codec", 12), ("gt", 20)]:
+        checkpoint(folder / "checkpoints" / f"{stage}_{step}.pth", codec, step, stage)
+    (folder / "ema_ckpts").mkdir()
+    save_triple(Triple.of(folder / "ema_ckpts", 10), states_of(codec), codec.params)
+    (folder / RUN_CONFIG).write_text(yaml.safe_dump(to_mapping(config)))
+    return folder
+
+
+def test_the_newest_the_best_or_the_one_that_is_asked_for(run_folder):
+    points, triple = run_folder / "checkpoints", Triple.of(run_folder / "ema_ckpts", 10)
+    assert chosen(run_folder, None) == (12, points / "codec_12.pth")
+    assert chosen(run_folder, "9") == (9, points / "codec_9.pth") and chosen(run_folder, "10") == (10, triple)
+    with pytest.raises(CheckpointError, match="no validation of stage codec"):
+        chosen(run_folder, "best")
+    (run_folder / "best.json").write_text('{"stage": "codec", "step": 10, "loss": 0.5}')
+    assert chosen(run_folder, "best") == (10, triple)
+    for asked in ("11", "20", "last"):
+        with pytest.raises(CheckpointError, match=f"iteration {asked}; there are: 9, 10, 12"):
+            chosen(run_folder, asked)
+    triple.unet.unlink()
+    with pytest.raises(CheckpointError, match="iteration 10; there are: 9, 12"):
+        chosen(run_folder, "best")
+    with pytest.raises(CheckpointError, match="none; has the stage codec saved yet"):
+        chosen(points, None)
+
+
+def test_a_checkpoint_and_its_triple_give_one_release_however_it_is_counted(run_folder, tmp_path, capsys):
+    for out, options in {"a": ["9", "--batch", "2"], "b": ["10", "--batch", "5"]}.items():
+        command = [str(run_folder), str(tmp_path / out), "--crops", "5", "--device", "cpu", "--iteration", *options]
+        assert main(command) == 0, capsys.readouterr().err
+    told = [json.loads((tmp_path / out / "release.json").read_text()) for out in "ab"]
+    assert told[0]["fingerprint"] == told[1]["fingerprint"] and told[0]["counted_indices"] == 5 * (64 // 16) ** 2
+    assert told[0]["precision"] == "float16"
+    codec = load_triple(Triple.in_folder(tmp_path / "a"), densities=True)
+    expected = trained_codec()
+    round_to_half(expected)
+    for name, state in states_of(expected).items():
+        own = getattr(codec, name).state_dict()
+        assert own.keys() == state.keys() and all(torch.equal(own[key], value) for key, value in state.items())
+
+
+def test_tables_are_counted_with_the_rounded_networks(run_folder, config, rounded, tmp_path):
+    assert main([str(run_folder), str(tmp_path / "out"), "--crops", "4", "--device", "cpu"]) == 0
+    expected = count(rounded, config, crops=4)
+    tables = load_codec(tmp_path / "out").residual.tables
+    assert np.array_equal(tables.hyper, expected.residual_tables().hyper)
+    assert np.array_equal(tables.symbols, expected.residual_tables().symbols)
+
+
+def test_a_file_that_is_no_checkpoint_of_the_stage_is_refused(run_folder, capsys):
+    checkpoints.save(run_folder / "checkpoints" / "codec_30.pth", {"stage": "codec", "step": 30})
+    assert main([str(run_folder), str(run_folder / "out"), "--device", "cpu"]) == 1
+    assert "codec_30.pth: not a checkpoint of stage codec" in capsys.readouterr().err
