@@ -17,7 +17,7 @@ from datapipe.sources import data_options
 from training.checkpointing import is_run
 from training.config import RUN_CONFIG, TrainConfig, load_config
 from training.dry_run import dry_run
-from training.perceptual import perceptual_term
+from training.perceptual import perceptual_terms
 from training.trainer import Trainer
 from utils import distributed
 from utils.commandline import answer
@@ -83,7 +83,7 @@ def configure(args: argparse.Namespace) -> tuple[TrainConfig, Path]:
     if args.dry_run:
         return config, folder
     for stage in config.stages:
-        perceptual_term(getattr(config, stage).perceptual)  # missing weights are told now, not after the first stage
+        perceptual_terms(getattr(config, stage).perceptual)  # missing weights are told now, not after the first stage
     if is_run(folder) and not (args.resume or args.auto_resume):
         raise ConfigError(
             f"{folder}: a run is there already; go on with --resume {folder}, or choose another name=... "

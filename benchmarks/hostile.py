@@ -10,6 +10,7 @@ that the file states may take. Prints counts, times and memory; the exit status 
 """
 
 import argparse
+import math
 import resource
 import sys
 import time
@@ -25,6 +26,7 @@ import torch
 
 from benchmarks import mutations
 from datapipe.sources import demo_photographs
+from experiments.inputs import photographs
 from models.bitstream import CodedResidual, pack, unpack
 from models.codec import Codec
 from models.entropy_coding import encode_indices, encode_symbols
@@ -32,19 +34,21 @@ from models.released import SMALL, load_codec
 from models.residual_networks import hyper_size
 from utils.commandline import answer, positive
 from utils.errors import BitstreamError, DiffoError
-from utils.images import find_pictures, read_image
+from utils.images import read_image
 
 SECONDS, MEGABYTES = 1.0, 200
 SLOWER = 5  # times the processor time per pixel of the valid files: what nonsense may take
 QUALITIES = (0, 1, 20, 60, 100)
+REFUSED = BitstreamError.__name__
+ERRORS = {error.__name__ for error in DiffoError.__subclasses__()}
 
 
 @dataclass
 class Set:
-    """What became of one set of files.
+    """The outcomes of one set of files.
 
     Attributes:
-        outcomes: how many files had each outcome. slowest: seconds of processor time to that outcome, at most.
+        outcomes: how many files had each. slowest: seconds of processor time to each, at most.
         violations: a line for each file that did what none may.
         largest: (height, width) of the largest picture that was decoded.
     """
@@ -54,13 +58,19 @@ class Set:
     violations: list[str] = field(default_factory=list)
     largest: tuple[int, int] = (0, 0)
 
-    def add(self, outcome: str, seconds: float, limit: float, what: str, allowed: bool) -> None:
+    def add(self, name: str, outcome: str, seconds: float, allowed: bool, limit: float = SECONDS) -> None:
         self.outcomes[outcome] += 1
         self.slowest[outcome] = max(seconds, self.slowest.get(outcome, 0.0))
-        if not allowed:
-            self.violations.append(f"{what}: {outcome}")
-        if seconds > limit:
-            self.violations.append(f"{what}: {outcome} after {seconds:.2f} s, more than {limit:.2f} s")
+        if not allowed or seconds > limit:
+            self.violations.append(f"{name}: {outcome} after {seconds:.2f} s of {limit:.2f} s")
+
+    def close(self, name: str, beyond: float, limit: float) -> None:
+        """Print counts, times and memory beyond the model, in megabytes."""
+        if beyond > limit:
+            self.violations.append(f"{name} files: {beyond:.0f} MB beyond the model, more than {limit:.0f}")
+        for outcome, count in sorted(self.outcomes.items()):
+            print(f"{name:10} {outcome:28} {count:7,d}   slowest {self.slowest[outcome]:7.3f} s")
+        print(f"{name:10} {'memory beyond the model':28} {beyond:7.0f} MB")
 
 
 def valid_files(codec: Codec, pictures: Iterable[torch.Tensor]) -> list[bytes]:
@@ -74,11 +84,11 @@ def read_altered(codec: Codec, files: list[bytes], count: int, seed: int = 0) ->
     found = Set()
     whole = {unpack(data, preview=True) for data in files}
     for number, data in enumerate(mutations.altered(files, count, seed)):
+        name = f"altered file {number}"
         outcome, seconds, _ = attempt(lambda data=data: codec.read(data))
-        found.add(outcome, seconds, SECONDS, f"altered file {number}", outcome == BitstreamError.__name__)
+        found.add(name, outcome, seconds, outcome == REFUSED)
         outcome, seconds, contents = attempt(lambda data=data: codec.read(data, preview=True))
-        allowed = outcome == BitstreamError.__name__ or contents is not None and contents.file in whole
-        found.add(f"preview: {outcome}", seconds, SECONDS, f"altered file {number}", allowed)
+        found.add(name, f"preview: {outcome}", seconds, outcome == REFUSED or contents and contents.file in whole)
     return found
 
 
@@ -113,21 +123,16 @@ def decode_resealed(codec: Codec, files: list[bytes], count: int, seed: int = 0)
     pace = SLOWER * seconds / image[0].numel()
     drawn = (nonsense(codec, files, np.random.default_rng([seed, number])) for number in range(count // 4))
     for number, data in enumerate(chain(drawn, mutations.resealed(files, count - count // 4, seed))):
-        what = f"resealed file {number}"
+        name, limit, size = f"resealed file {number}", SECONDS, None
         outcome, seconds, contents = attempt(lambda data=data: codec.read(data))
-        if contents is None:
-            found.add(outcome, seconds, SECONDS, what, outcome in _ERRORS)
-            continue
-        size = contents.file.height, contents.file.width
-        found.largest = max(found.largest, size, key=lambda s: s[0] * s[1])
-        limit = SECONDS + pace * size[0] * size[1]
-        outcome, seconds, image = attempt(lambda data=data: codec.decompress(data))
-        allowed = outcome in _ERRORS or image is not None and image.shape == (3, *size)
-        found.add(outcome, seconds, limit, what, allowed)
+        if contents:
+            size = contents.file.height, contents.file.width
+            found.largest = max(found.largest, size, key=math.prod)
+            limit += pace * math.prod(size)
+            outcome, seconds, image = attempt(lambda data=data: codec.decompress(data))
+        allowed = outcome in ERRORS or (outcome == "decoded" and image.shape == (3, *size))
+        found.add(name, outcome, seconds, allowed, limit)
     return found
-
-
-_ERRORS = {error.__name__ for error in (BitstreamError, *DiffoError.__subclasses__())}
 
 
 def attempt(work):
@@ -135,7 +140,7 @@ def attempt(work):
     began = time.process_time()
     try:
         result = work()
-    except (KeyboardInterrupt, SystemExit):
+    except KeyboardInterrupt:
         raise
     except BaseException as error:  # a panic of a library in another language is no Exception
         public = next(kind.__name__ for kind in type(error).__mro__ if not kind.__name__.startswith("_"))
@@ -165,19 +170,11 @@ def middle(picture: torch.Tensor, side: int) -> torch.Tensor:
     return picture[:, top : top + side, left : left + side]
 
 
-def report(name: str, found: Set, beyond: float) -> None:
-    for outcome, count in sorted(found.outcomes.items()):
-        print(f"{name:10} {outcome:28} {count:7,d}   slowest {found.slowest[outcome]:7.3f} s")
-    print(f"{name:10} {'memory beyond the model':28} {beyond:7.0f} MB")
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.hostile", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--weights", type=Path, default=SMALL, metavar="DIR", help="release folder (default: the small one that ships)")
-    add("--pictures", type=Path, nargs="+", metavar="PATH", help="pictures or folders (default: demo photographs)")
+    add("--pictures", type=Path, metavar="DIR", help="pictures (default: demo photographs)")
     add("--side", type=positive, default=256, metavar="PX", help="code the middle of each, this large (default 256)")
     add("--mutations", type=positive, default=10_000, metavar="N", help="size of the first set (default 10000)")
     add("--resealed", type=positive, default=1000, metavar="N", help="size of the second set (default 1000)")
@@ -188,30 +185,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> int:
     torch.set_num_threads(1)  # threads that wait for each other would count as processor time
     codec = load_codec(args.weights)
-    paths = [p for path in args.pictures for p in (find_pictures(path) if path.is_dir() else [path])]
+    paths = photographs(args.pictures) if args.pictures else demo_photographs()
     files = valid_files(codec, (middle(read_image(path), args.side) for path in paths))
     print(f"{len(files)} valid files of {len(paths)} pictures, {min(map(len, files))} to {max(map(len, files))} bytes")
     codec.decompress(files[0])  # what libraries allocate once
     memory = Memory()
     altered = read_altered(codec, files, args.mutations, args.seed)
-    beyond = memory.beyond()
-    if beyond > MEGABYTES:
-        altered.violations.append(f"altered files: {beyond:.0f} MB beyond the model, more than {MEGABYTES}")
-    report("altered", altered, beyond)
+    altered.close("altered", memory.beyond(), MEGABYTES)
     sealed = decode_resealed(codec, files, args.resealed, args.seed)
-    beyond, limit = memory.beyond(), MEGABYTES + codec.memory(*sealed.largest) / 1e6
-    if beyond > limit:
-        sealed.violations.append(f"resealed files: {beyond:.0f} MB beyond the model, more than {limit:.0f}")
-    report("resealed", sealed, beyond)
+    sealed.close("resealed", memory.beyond(), MEGABYTES + codec.memory(*sealed.largest) / 1e6)
     violations = altered.violations + sealed.violations
     print("\n".join(violations[:20] + [f"{len(violations)} violations"]))
     return 1 if violations else 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
-    args.pictures = args.pictures or demo_photographs()
-    return answer(run, args)
+    return answer(run, parse(argv))
 
 
 if __name__ == "__main__":

@@ -10,125 +10,69 @@ from models.bitstream import MAX_SIDE, MIN_SIDE, CodedPicture, pack, unpack
 from utils.errors import BitstreamError
 
 CRC_BYTES = 4
+HEADER = 24  # bytes where the header is
 Random = np.random.Generator
 
 
 def altered(files: list[bytes], count: int, seed: int) -> Iterator[bytes]:
     """`count` mutations of valid files, checksums as they then are; none of them is one of the files."""
-    random = np.random.default_rng(seed)
-    while count:
-        data = mutate(files[random.integers(len(files))], files, random)
-        if data not in files:
-            count -= 1
-            yield data
+    return _drawn(lambda random: mutate(_one(files, random), files, random), files, count, seed)
 
 
 def resealed(files: list[bytes], count: int, seed: int) -> Iterator[bytes]:
     """`count` mutations of valid files, none of them one of the files, whose checksums have been recomputed."""
+    return _drawn(lambda random: _one((_sealed_bytes, _sealed_fields), random)(files, random), files, count, seed)
+
+
+def _drawn(draw: Callable[[Random], bytes], files: list[bytes], count: int, seed: int) -> Iterator[bytes]:
     random = np.random.default_rng(seed)
     while count:
-        data = random.choice([_sealed_bytes, _sealed_fields])(files, random)
+        data = draw(random)
         if data not in files:
             count -= 1
             yield data
 
 
+def _one(things, random: Random):
+    return things[random.integers(len(things))]
+
+
 def mutate(data: bytes, others: list[bytes], random: Random) -> bytes:
-    """One to three mutations of a string, of a kind drawn at random."""
-    for _ in range(random.choice([1, 1, 2, 3])):
-        data = MUTATIONS[random.integers(len(MUTATIONS))](data, others, random)
+    """One to three mutations of a string: bits flipped, or a part replaced."""
+    for _ in range(_one((1, 1, 2, 3), random)):
+        data = flip_bits(data, random) if random.integers(6) == 0 else replace_part(data, _one(others, random), random)
     return data
 
 
-# Kinds of mutation: (string, strings to take parts from, random numbers) -> string ------------------------------------
-
-
-def _flip_bits(data: bytes, others: list[bytes], random: Random) -> bytes:
+def flip_bits(data: bytes, random: Random) -> bytes:
     changed = bytearray(data)
     for at in random.integers(0, 8 * len(data), random.integers(1, 5)) if data else []:
         changed[at // 8] ^= 1 << at % 8
     return bytes(changed)
 
 
-def _set_bytes(data: bytes, others: list[bytes], random: Random) -> bytes:
-    """A few bytes anywhere, or in the first 24, where the header is."""
-    start, end = _part(data, random) if random.integers(2) else _part(data[:24], random)
-    end = min(end, start + 5)
-    extreme = bytes([random.choice([0x00, 0x01, 0x7F, 0x80, 0xFF])])
-    return data[:start] + (random.bytes(end - start) if random.integers(2) else extreme * (end - start)) + data[end:]
+def replace_part(data: bytes, other: bytes, random: Random) -> bytes:
+    """A part replaced by nothing, noise, one byte again and again, itself twice or turned over, or a part of another string.
 
-
-def _cut(data: bytes, others: list[bytes], random: Random) -> bytes:
-    return data[: random.integers(0, len(data) + 1)]
-
-
-def _cut_front(data: bytes, others: list[bytes], random: Random) -> bytes:
-    return data[random.integers(0, len(data) + 1) :]
-
-
-def _extend(data: bytes, others: list[bytes], random: Random) -> bytes:
-    other = others[random.integers(len(others))]
-    return data + (other, random.bytes(random.integers(1, 40)), bytes(random.integers(1, 9)))[random.integers(3)]
-
-
-def _remove(data: bytes, others: list[bytes], random: Random) -> bytes:
-    start, end = _part(data, random)
-    return data[:start] + data[end:]
-
-
-def _duplicate(data: bytes, others: list[bytes], random: Random) -> bytes:
-    start, end = _part(data, random)
-    return data[:end] + data[start:end] + data[end:]
-
-
-def _insert(data: bytes, others: list[bytes], random: Random) -> bytes:
-    at = random.integers(0, len(data) + 1)
-    return data[:at] + random.bytes(random.integers(1, 9)) + data[at:]
-
-
-def _swap(data: bytes, others: list[bytes], random: Random) -> bytes:
-    """Two neighbouring parts."""
-    start, end = _part(data, random)
-    middle = random.integers(start, end + 1)
-    return data[:start] + data[middle:end] + data[start:middle] + data[end:]
-
-
-def _overwrite(data: bytes, others: list[bytes], random: Random) -> bytes:
-    """A part by zeros, or by what stands elsewhere."""
-    start, end = _part(data, random)
-    at = random.integers(0, len(data) + 1)
-    filling = bytes(end - start) if random.integers(2) else data[at:][: end - start].ljust(end - start, b"\0")
-    return data[:start] + filling + data[end:]
-
-
-def _splice(data: bytes, others: list[bytes], random: Random) -> bytes:
-    """The beginning of one string and the end of another."""
-    other = others[random.integers(len(others))]
-    return data[: random.integers(0, len(data) + 1)] + other[random.integers(0, len(other) + 1) :]
-
-
-def _noise(data: bytes, others: list[bytes], random: Random) -> bytes:
-    """Noise behind a beginning."""
-    start = random.integers(0, min(24, len(data)) + 1)
-    return data[:start] + random.bytes(len(data) - start)
-
-
-MUTATIONS: list[Callable[[bytes, list[bytes], Random], bytes]] = [
-    _flip_bits,
-    _flip_bits,
-    _set_bytes,
-    _set_bytes,
-    _cut,
-    _cut_front,
-    _extend,
-    _remove,
-    _duplicate,
-    _insert,
-    _swap,
-    _overwrite,
-    _splice,
-    _noise,
-]
+    The part may be short or empty, lie in the header, begin with the string or end with it: so strings are cut at either
+    end, extended, and spliced.
+    """
+    start, end = _part(data[: _one((HEADER, len(data), len(data)), random)], random)
+    start, end = _one(
+        ((start, end), (start, min(end, start + 5)), (start, start), (0, end), (start, len(data))), random
+    )
+    part, middle = data[start:end], random.integers(start, end + 1)
+    fillings = (
+        b"",
+        random.bytes(random.integers(1, 9)),
+        random.bytes(len(part)),
+        bytes([_one((0x00, 0x01, 0x7F, 0x80, 0xFF), random)]) * len(part),
+        part + part,
+        data[middle:end] + data[start:middle],
+        other[slice(*_part(other, random))],
+        other[random.integers(len(other) + 1) :],
+    )
+    return data[:start] + _one(fillings, random) + data[end:]
 
 
 def _part(data: bytes, random: Random) -> tuple[int, int]:
@@ -146,7 +90,7 @@ def sealed(content: bytes) -> bytes:
 
 def _sealed_bytes(files: list[bytes], random: Random) -> bytes:
     """Any bytes changed, with those that say what follows; one layer or both."""
-    data = files[random.integers(len(files))]
+    data = _one(files, random)
     base_end = len(pack(replace(unpack(data), residual=None)))
     base, rest = data[: base_end - CRC_BYTES], data[base_end:-CRC_BYTES]
     which = random.integers(3) if rest else 0
@@ -156,7 +100,7 @@ def _sealed_bytes(files: list[bytes], random: Random) -> bytes:
 
 def _sealed_fields(files: list[bytes], random: Random) -> bytes:
     """Another size, level or section in a file that is written as it should be."""
-    picture, other = (unpack(files[random.integers(len(files))]) for _ in range(2))
+    picture, other = unpack(_one(files, random)), unpack(_one(files, random))
     while True:
         try:
             for _ in range(random.integers(1, 3)):
@@ -176,18 +120,18 @@ def _with_another_field(picture: CodedPicture, other: CodedPicture, random: Rand
 
     residual, its = picture.residual, other.residual
     changes = [
-        lambda: replace(picture, height=side(picture.height)),
-        lambda: replace(picture, width=side(picture.width)),
-        lambda: replace(picture, height=picture.width, width=picture.height),
-        lambda: replace(picture, base=section(picture.base, other.base)),
-        lambda: replace(picture, fixed_length=not picture.fixed_length),
-        lambda: replace(picture, fingerprint=random.bytes(4)),
-        lambda: replace(picture, residual=its),
+        lambda: {"height": side(picture.height)},
+        lambda: {"width": side(picture.width)},
+        lambda: {"height": picture.width, "width": picture.height},
+        lambda: {"base": section(picture.base, other.base)},
+        lambda: {"fixed_length": not picture.fixed_length},
+        lambda: {"fingerprint": random.bytes(4)},
+        lambda: {"residual": its},
     ]
     if residual and its:
         changes += [
-            lambda: replace(picture, residual=replace(residual, level=int(random.integers(1, 256)))),
-            lambda: replace(picture, residual=replace(residual, hyper=section(residual.hyper, its.hyper))),
-            lambda: replace(picture, residual=replace(residual, symbols=section(residual.symbols, its.symbols))),
+            lambda: {"residual": replace(residual, level=int(random.integers(1, 256)))},
+            lambda: {"residual": replace(residual, hyper=section(residual.hyper, its.hyper))},
+            lambda: {"residual": replace(residual, symbols=section(residual.symbols, its.symbols))},
         ]
-    return changes[random.integers(len(changes))]()
+    return replace(picture, **_one(changes, random)())

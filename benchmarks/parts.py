@@ -17,19 +17,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
+from coding.options import quality
 from datapipe.sources import demo_photographs
+from experiments.inputs import photographs
 from models import entropy_coding
 from models.codec import Codec
 from models.released import SMALL, load_codec
 from utils.commandline import answer, positive
 from utils.distributed import local_device
-from utils.errors import DiffoError
 from utils.files import atomic_write
-from utils.images import find_pictures, read_image, write_image
+from utils.images import read_image, write_image
 
-# (what holds it, its attribute, name of the part); `Stopwatch` subtracts what is timed inside from what is around it
+# (owner, its attribute, name of the part)
 NETWORKS = (
     ("autoencoder", "encode", "E"),
     ("vq_base", "indices", "VQ-E, nearest codes"),
@@ -42,6 +44,7 @@ NETWORKS = (
     ("", "denoise", "U, with its noise"),
     ("autoencoder", "decode", "D"),
 )
+REST = "the rest"
 CODER = ("encode_indices", "encode_symbols", "decode_indices", "decode_symbols")
 
 
@@ -56,15 +59,16 @@ class Stopwatch:
     def time(self, part: str, work: Callable, *args, **kwargs):
         self.inside.append(0.0)
         began = self._now()
-        try:
-            return work(*args, **kwargs)
-        finally:
-            spent = self._now() - began
-            self.seconds[part] += spent - self.inside.pop()
-            self.inside[-1] += spent
+        result = work(*args, **kwargs)
+        spent = self._now() - began
+        self.seconds[part] += spent - self.inside.pop()
+        self.inside[-1] += spent
+        return result
 
     def watch(self, owner: object, attribute: str, part: str) -> None:
         """Time every call of an attribute of an object from now on."""
+        if isinstance(getattr(owner, attribute), nn.Module):
+            owner, attribute = getattr(owner, attribute), "forward"
         work = getattr(owner, attribute)
         vars(owner)[attribute] = lambda *args, **kwargs: self.time(part, work, *args, **kwargs)
 
@@ -72,18 +76,6 @@ class Stopwatch:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
-
-
-def watch(codec: Codec, stopwatch: Stopwatch) -> None:
-    """Time the parts of a codec and of the entropy coder, in this process for good."""
-    for owner, attribute, part in NETWORKS:
-        network = getattr(codec, owner) if owner else codec
-        if network is not None:
-            if attribute in network._modules:
-                network, attribute = network._modules[attribute], "forward"
-            stopwatch.watch(network, attribute, part)
-    for name in CODER:
-        stopwatch.watch(entropy_coding, name, "range coder")
 
 
 def code(codec: Codec, stopwatch: Stopwatch, path: Path, folder: Path, level: int) -> dict[str, dict[str, float]]:
@@ -96,26 +88,24 @@ def code(codec: Codec, stopwatch: Stopwatch, path: Path, folder: Path, level: in
         stopwatch.time("write the file", atomic_write, stream, data)
 
     def back() -> None:
-        data = stopwatch.time("read the file", stream.read_bytes)
-        decoded = codec.decode(data)
+        decoded = codec.decode(stopwatch.time("read the file", stream.read_bytes))
         stopwatch.time("write the PNG", write_image, folder / "a.png", decoded.image)
 
     for name, work in (("encode", there), ("decode", back)):
         stopwatch.seconds.clear()
-        stopwatch.time("the rest", work)
+        stopwatch.time(REST, work)
         found[name] = dict(stopwatch.seconds)
     return found
 
 
 def table(found: list[dict[str, dict[str, float]]]) -> str:
-    """Medians of the parts, and of their sums."""
+    """Medians of the parts, and of their sums, in milliseconds."""
     lines = []
     for name in found[0]:
         runs = [run[name] for run in found]
         total = statistics.median(sum(run.values()) for run in runs)
         lines.append(f"{name:24}{'ms':>9}{'share':>8}")
-        parts = dict.fromkeys(part for run in runs for part in run)
-        for part in [p for p in parts if p != "the rest"] + ["the rest"]:
+        for part in sorted(dict.fromkeys(part for run in runs for part in run), key=lambda part: part == REST):
             median = statistics.median(run.get(part, 0.0) for run in runs)
             lines.append(f"  {part:22}{1e3 * median:9.2f}{median / total:8.1%}")
         lines.append(f"  {'together':22}{1e3 * total:9.2f}{1:8.0%}")
@@ -127,7 +117,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--weights", type=Path, default=SMALL, metavar="DIR", help="release folder (default: the small one that ships)")
     add("--pictures", type=Path, metavar="DIR", help="pictures (default: those of scikit-image)")
-    add("--quality", type=float, default=40.0, metavar="Q", help="0, the base alone, to 100 (default: 40)")
+    add("--quality", type=quality, default=40.0, metavar="Q", help="0, the base alone, to 100 (default: 40)")
     add("--rounds", type=positive, default=3, metavar="N", help="rounds over all pictures (default: 3)")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
     add("--precision", choices=["float32", "bfloat16"], default="float32", help="of the networks")
@@ -136,22 +126,19 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def bench(args: argparse.Namespace) -> None:
     device = local_device(args.device)
-    paths = find_pictures(args.pictures, recursive=True) if args.pictures else demo_photographs()
-    if not paths:
-        raise DiffoError(f"{args.pictures}: no pictures there")
+    paths = photographs(args.pictures) if args.pictures else demo_photographs()
     codec = load_codec(args.weights, device)
-    try:
-        level = codec.level_code(args.quality)
-    except ValueError as error:
-        raise DiffoError(f"--quality: {error}") from error
-    stopwatch = Stopwatch(device)
-    watch(codec, stopwatch)
-    found = []
+    level, stopwatch = codec.level_code(args.quality), Stopwatch(device)
+    for owner, attribute, part in NETWORKS:
+        if (network := getattr(codec, owner) if owner else codec) is not None:
+            stopwatch.watch(network, attribute, part)
+    for name in CODER:
+        stopwatch.watch(entropy_coding, name, "range coder")
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bfloat16")
     with tempfile.TemporaryDirectory() as folder, autocast:
         code(codec, stopwatch, paths[0], Path(folder), level)
-        for path in tqdm(paths * args.rounds, unit="picture", leave=False):
-            found.append(code(codec, stopwatch, path, Path(folder), level))
+        again = tqdm(paths * args.rounds, unit="picture", leave=False)
+        found = [code(codec, stopwatch, path, Path(folder), level) for path in again]
     print(
         f"{args.weights.name}, quality {args.quality:g}, {len(paths)} pictures, {args.rounds} rounds, {device}, "
         f"{args.precision}, {torch.get_num_threads()} threads: medians\n{table(found)}"

@@ -25,7 +25,7 @@ from training.progress import Progress
 from training.speed import Speed, SpeedParams
 from training.stages import STAGES
 from training.step import Step
-from training.trainer import new_codec, start_from
+from training.start import new_codec, start_from
 from utils import distributed
 from utils.commandline import answer, positive
 

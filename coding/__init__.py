@@ -1,1 +1,1 @@
-"""What the command `inference.py` is made of: which file becomes which, and the table of what came out."""
+"""The parts of the command `inference.py`: options, which file becomes which, and the table of what came out."""

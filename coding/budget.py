@@ -62,7 +62,7 @@ def _by_bisection(files: "_Files", max_bytes: int) -> int:
 
 
 def _shortfall(files: "_Files", level: int, max_bytes: int) -> str | None:
-    """What to say of the base alone, or of a file that leaves much of its budget; every level was written then."""
+    """A note on the base alone, or on a file that leaves much of its budget; every level was written then."""
     used = len(files[level])
     if used == max_bytes or (level and used >= ENOUGH * max_bytes):
         return None

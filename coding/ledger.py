@@ -18,27 +18,16 @@ def ledger(file: CodedPicture) -> Bits:
     return {"header_bits": 8 * file.header_bytes} | sections | {"check_bits": 8 * file.check_bytes}
 
 
-def estimate(codec: Codec, contents: Contents) -> dict[str, float]:
-    """Ideal cost of every section with the integer tables, in bits: the sum of -log2 p."""
-    file = contents.file
-    k = contents.k.numpy().ravel()
-    bits = {"base": fixed_length_bits(codec, file) if file.fixed_length else table_cost_bits(k, codec.base_table)}
+def beside(codec: Codec, contents: Contents) -> Bits:
+    """Beside the ledger: the ideal cost of the whole file with the integer tables, and the base at fixed length.
+
+    Ideal is the sum of -log2 p over the symbols; header and checks count as they are.
+    """
+    file, k = contents.file, contents.k.numpy().ravel()
+    fixed = math.prod(file.latent_size) * int(math.log2(codec.params.vq_base.codebook_size))
+    bits = 8 * (file.header_bytes + file.check_bytes)
+    bits += fixed if file.fixed_length else table_cost_bits(k, codec.base_table)
     if contents.symbols is not None:
         coded = codec.residual.coded(contents.symbols, file.residual.level)
-        bits |= {name: float(np.sum(symbol_bits(*section))) for name, section in coded.items()}
-    return bits
-
-
-def fixed_length_bits(codec: Codec, file: CodedPicture) -> int:
-    """Bits of the base at log2 K per index."""
-    return math.prod(file.latent_size) * int(math.log2(codec.params.vq_base.codebook_size))
-
-
-def beside(codec: Codec, contents: Contents) -> Bits:
-    """What stands beside the ledger: the estimate of the whole file, and the base at fixed length."""
-    file = contents.file
-    overhead = 8 * (file.header_bytes + file.check_bytes)
-    return {
-        "estimated_bits": round(overhead + sum(estimate(codec, contents).values()), 1),
-        "fixed_length_base_bits": fixed_length_bits(codec, file),
-    }
+        bits += sum(float(np.sum(symbol_bits(*section))) for section in coded.values())
+    return {"estimated_bits": round(float(bits), 1), "fixed_length_base_bits": fixed}

@@ -41,17 +41,7 @@ COLUMNS = {
     "note": ("note", "s"),
 }
 # Columns of the files that the printed table leaves out: it should fit a terminal.
-FILES_ONLY = (
-    "header_bits",
-    "base_bits",
-    "hyper_bits",
-    "residual_bits",
-    "check_bits",
-    "estimated_bits",
-    "fixed_length_base_bits",
-    "write_s",
-    "read_s",
-)
+FILES_ONLY = [name for name in COLUMNS if name.endswith("_bits")] + ["write_s", "read_s"]
 WITHOUT_MEAN = ("picture", "width", "height", "steps")
 
 TABLES = ["metrics.csv", "metrics.json"]
@@ -66,18 +56,13 @@ def columns_of(rows: list[Row]) -> list[str]:
 
 
 def mean_row(rows: list[Row]) -> Row:
-    """Mean of every numeric column over the rows that have it."""
+    """Means of the numeric columns. A mean is over all rows or not there: a score that some lack, or not finite, has none."""
     mean: Row = {"picture": f"mean of {len(rows)}"}
     for name in columns_of(rows):
-        values = [row[name] for row in rows if isinstance(row.get(name), (int, float)) and math.isfinite(row[name])]
-        if name not in WITHOUT_MEAN and values:
+        values = [row.get(name) for row in rows]
+        if name not in WITHOUT_MEAN and all(isinstance(v, (int, float)) and math.isfinite(v) for v in values):
             mean[name] = statistics.fmean(values)
     return mean
-
-
-def text_table(rows: list[Row]) -> str:
-    """The rows and their mean as aligned text."""
-    return aligned_table([*rows, mean_row(rows)])
 
 
 def aligned_table(rows: list[Row]) -> str:
@@ -86,13 +71,9 @@ def aligned_table(rows: list[Row]) -> str:
     lines = [[COLUMNS.get(name, (name,))[0] for name in names]]
     lines += [[_cell(name, row.get(name)) for name in names] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    aligned = [
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]
-    return "\n".join([aligned[0], "-" * len(aligned[0]), *aligned[1:]])
+    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
+    form = "  ".join([f"{{:<{widths[0]}}}", *(f"{{:>{width}}}" for width in widths[1:])])
+    return "\n".join([form.format(*lines[0]), rule, *(form.format(*line) for line in lines[1:])])
 
 
 def write_tables(rows: list[Row], folder: Path, about: dict) -> None:

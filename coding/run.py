@@ -3,7 +3,6 @@
 import argparse
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,7 +12,8 @@ from coding import budget, ledger, report
 from coding.plan import Job
 from coding.weights import Weights
 from measuring.contact_sheets import contact_sheet
-from measuring.metrics import bpp, colour_shift, ms_ssim, psnr, score_with_pyiqa, unavailable
+from measuring.metrics import bpp, colour_shift, ms_ssim, psnr
+from measuring.pyiqa_metrics import score_with_pyiqa, unavailable
 from models.bitstream import CodedPicture, unpack
 from models.codec import Codec
 from models.records import Analysed, Sampling
@@ -38,11 +38,6 @@ class Run:
         self.rows: list[report.Row] = []
         self.pairs: list[tuple[Path, Path, report.Row]] = []  # original, decoded
 
-    def sampling(self, codec: Codec) -> Sampling:
-        args, trained = self.args, codec.params.diffusion.steps
-        steps = None if args.one_step else min(args.infer_steps or trained, trained)
-        return Sampling(steps=steps, ddim=args.ddim, eta=args.eta, seed=args.seed)
-
     def job(self, job: Job) -> None:
         """Code and decode one input as the mode says, and add its row.
 
@@ -52,25 +47,36 @@ class Run:
         make_folder(job.target.parent)
         args = self.args
         row: report.Row = {"picture": job.name}
-        stream = job.source if args.mode == "decompress" else job.stream
-        original = job.reference or (job.source if args.mode == "roundtrip" else None)
-        pixels = read_image(original, args.max_pixels) if original else None
-        if args.mode != "decompress":
-            row |= self._encode(job)
+        picture = None if args.mode == "decompress" else read_image(job.source, args.max_pixels)
+        original = read_image(job.reference, args.max_pixels) if job.reference else picture
+        if picture is not None:
+            row |= self._encode(job, picture)
+        data = read_bytes(job.source if picture is None else job.stream, args.max_pixels)
+        file = unpack(data, args.preview)
+        if original is not None:
+            require_size(original, file, job.reference or job.source)
+        codec = self.weights.codec(file.fingerprint)
+        self._fits(codec, job.source, file.height, file.width)
+        contents, reading = self._timed(lambda: codec.read(data, args.preview))
+        row |= describe(file) | ledger.beside(codec, contents)
         if args.mode != "compress":
-            row |= self._decode(stream, job, pixels)
-        row |= describe(read_bytes(stream, args.max_pixels), self.weights.codec, args.preview)
-        if pixels is not None:
-            row |= score(pixels, job.picture)
-            self.pairs.append((original, job.picture, row))
+            trained = codec.params.diffusion.steps
+            steps = None if args.one_step else min(args.infer_steps or trained, trained)
+            sampling = Sampling(steps, args.ddim, args.eta, args.seed)
+            decoded, networks = self._timed(lambda: codec.render(contents, sampling))
+            write_image(job.picture, decoded.image)
+            row |= {"eta": decoded.eta, "steps": steps or 1}
+            row |= {"decode_s": reading + networks, "read_s": reading}
+            row |= {"note": "preview: the base alone"} if args.preview else {}
+            if original is not None:
+                row |= score(original, decoded.image)
+                self.pairs.append((job.reference or job.source, job.picture, row))
         self.rows.append(row)
 
-    def _encode(self, job: Job) -> report.Row:
-        image = read_image(job.source, self.args.max_pixels)
+    def _encode(self, job: Job, picture: Tensor) -> report.Row:
         codec = self.weights.codec()
-        height, width = image.shape[1:]
-        self._fits(codec, job.source, height, width)
-        analysed, networks = self._timed(lambda: codec.analyse(image))
+        self._fits(codec, job.source, *picture.shape[1:])
+        analysed, networks = self._timed(lambda: codec.analyse(picture))
         fitted, writing = self._timed(lambda: self._fitted(codec, analysed))
         atomic_write(job.stream, fitted.data)
         return {"encode_s": networks + writing, "write_s": writing, "note": fitted.note}
@@ -85,20 +91,6 @@ class Run:
             return budget.fit(codec, analysed, args.max_bytes)
         level = codec.level_code(args.quality)
         return budget.Fitted(codec.write(analysed, level), level)
-
-    def _decode(self, stream: Path, job: Job, original: Tensor | None) -> report.Row:
-        data = read_bytes(stream, self.args.max_pixels)
-        picture = unpack(data, self.args.preview)
-        if original is not None:
-            require_size(original, picture, job.reference or job.source)
-        codec = self.weights.codec(picture.fingerprint)
-        self._fits(codec, stream, picture.height, picture.width)
-        sampling = self.sampling(codec)
-        contents, reading = self._timed(lambda: codec.read(data, self.args.preview))
-        decoded, networks = self._timed(lambda: codec.render(contents, sampling))
-        write_image(job.picture, decoded.image)
-        row = {"eta": decoded.eta, "steps": sampling.steps or 1, "decode_s": reading + networks, "read_s": reading}
-        return row | ({"note": "preview: the base alone"} if self.args.preview else {})
 
     def _fits(self, codec: Codec, path: Path, height: int, width: int) -> None:
         codec.require_allowed(height, width)
@@ -129,23 +121,21 @@ class Run:
             print(f"skipped: {reason}", file=sys.stderr)
         names = [name for name, reason in self.unavailable.items() if reason is None]
         if names and self.pairs:
-            pictures = ((read_image(original), read_image(decoded)) for original, decoded, _ in self.pairs)
+            pictures = (self._pair(*paths) for *paths, _ in self.pairs)
             scores = score_with_pyiqa(names, pictures, self.device)
             for (_, _, row), values in zip(self.pairs, scores, strict=True):
                 row |= values
 
     def overview(self) -> None:
-        sheet = [
-            (
-                read_image(original),
-                read_image(decoded),
-                f"{original.stem}, 24 bpp",
-                f"{row['bpp']:.4f} bpp, {row['bytes']:,} bytes, {row['psnr']:.2f} dB",
-            )
-            for original, decoded, row in self.pairs
-        ]
-        if sheet:
-            contact_sheet(sheet, self.args.out_path / "overview.png")
+        sheet = []
+        for original, decoded, row in self.pairs:
+            told = f"{row['bpp']:.4f} bpp, {row['bytes']:,} bytes, {row['psnr']:.2f} dB"
+            sheet.append((*self._pair(original, decoded), f"{original.stem}, 24 bpp", told))
+        contact_sheet(sheet, self.args.out_path / "overview.png")
+
+    def _pair(self, original: Path, decoded: Path) -> tuple[Tensor, Tensor]:
+        """Both pictures again, since those of a whole folder would not fit into memory."""
+        return read_image(original, self.args.max_pixels), read_image(decoded, self.args.max_pixels)
 
     def about(self) -> dict:
         """How the table was made, for whoever finds it later."""
@@ -156,7 +146,7 @@ class Run:
             "device": str(self.device),
             "precision": self.args.precision,
             "threads": torch.get_num_threads(),
-            "command": " ".join(["python", "inference.py", *sys.argv[1:]]),
+            "command": self.args.command,
         }
 
 
@@ -177,21 +167,15 @@ def read_bytes(path: Path, max_pixels: int) -> bytes:
     return data
 
 
-def describe(data: bytes, codec_of: Callable[[bytes], Codec] | None = None, preview: bool = False) -> report.Row:
-    """Sizes of a file: the ledger, whose bits add up to 8 x its bytes, and with weights the estimate beside it.
+def describe(file: CodedPicture) -> report.Row:
+    """Sizes of a file, with the ledger, whose bits add up to 8 x its bytes.
 
     Of a preview, the bytes are those that it was made from: header, base and their checksum.
     """
-    picture = unpack(data, preview)
-    bits = ledger.ledger(picture)
+    bits = ledger.ledger(file)
     size = sum(bits.values()) // 8
-    row = {"width": picture.width, "height": picture.height, "bytes": size}
-    row |= {"bpp": bpp(size, picture.height, picture.width), "level": picture.residual.level if picture.residual else 0}
-    row |= bits
-    if codec_of:
-        codec = codec_of(picture.fingerprint)
-        row |= ledger.beside(codec, codec.read(data, preview))
-    return row
+    row = {"width": file.width, "height": file.height, "bytes": size, "bpp": bpp(size, file.height, file.width)}
+    return row | {"level": file.residual.level if file.residual else 0} | bits
 
 
 def require_size(original: Tensor, picture: CodedPicture, path: Path) -> None:
@@ -203,8 +187,7 @@ def require_size(original: Tensor, picture: CodedPicture, path: Path) -> None:
         )
 
 
-def score(original: Tensor, decoded: Path) -> report.Row:
-    """PSNR, MS-SSIM and mean error per channel of the 8-bit levels: uint8 (3, H, W), and a file of the same size."""
-    a, b = original, read_image(decoded, original[0].numel())
-    shift = dict(zip(("error_r", "error_g", "error_b"), colour_shift(a, b), strict=True))
-    return {"psnr": psnr(a, b), "ms_ssim": ms_ssim(a, b)} | shift
+def score(original: Tensor, decoded: Tensor) -> report.Row:
+    """PSNR, MS-SSIM and mean error per channel of two pictures, uint8 (3, H, W)."""
+    shift = dict(zip(("error_r", "error_g", "error_b"), colour_shift(original, decoded), strict=True))
+    return {"psnr": psnr(original, decoded), "ms_ssim": ms_ssim(original, decoded)} | shift

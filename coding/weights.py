@@ -30,11 +30,8 @@ class Weights:
             CheckpointError: they are not there, or do not fit. DiffoError: they were trained with other --steps.
         """
         key = None if self.fixed else fingerprint
-        if key not in self.codecs:
-            self.codecs[key] = self._load(fingerprint)
-        return self.codecs[key]
-
-    def _load(self, fingerprint: bytes | None) -> Codec:
+        if key in self.codecs:
+            return self.codecs[key]
         args = self.args
         if args.ckpt:
             codec = load_triple(Triple(args.ckpt, args.vqckpt, args.GT_vqckpt), args.config, self.device)
@@ -44,4 +41,5 @@ class Weights:
         if args.steps not in (None, trained):
             raise DiffoError(f"--steps {args.steps}: these weights were trained with a schedule of {trained} steps")
         codec.max_pixels = args.max_pixels
+        self.codecs[key] = codec
         return codec

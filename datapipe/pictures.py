@@ -204,7 +204,7 @@ def stream(pictures: Pictures, batch: int, rank: int, world: int, first: int, pi
         multiprocessing.util.get_temp_dir()
     positions = Positions(batch, rank, world, first)
     loader = DataLoader(
-        pictures, batch_sampler=positions, num_workers=workers, pin_memory=pinned, worker_init_fn=_own_session
+        pictures, batch_sampler=positions, num_workers=workers, pin_memory=pinned, worker_init_fn=own_session
     )
     batches = iter(loader)
     try:
@@ -219,7 +219,7 @@ def stream(pictures: Pictures, batch: int, rank: int, world: int, first: int, pi
             batches._shutdown_workers()  # now: an error's traceback would keep the iterator, and with it the workers
 
 
-def _own_session(_: int) -> None:
+def own_session(_: int) -> None:
     """For a worker: signals to the group, such as Ctrl-C, reach the training process alone, which ends its workers."""
     if hasattr(os, "setsid"):
         os.setsid()

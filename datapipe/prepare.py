@@ -8,15 +8,15 @@ python -m datapipe.prepare download kodak -o data/kodak         or clic2020: tes
 
 import argparse
 import os
-import signal
 import sys
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from itertools import chain
 from pathlib import Path
 
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from datapipe.benchmarks import CROP, download_clic2020, download_kodak
+from datapipe.pictures import own_session
 from datapipe.shards import find_shards, write_index, write_shards
 from datapipe.sources import read_list
 from utils.commandline import answer, positive
@@ -24,7 +24,7 @@ from utils.errors import DiffoError, PictureError
 from utils.files import PICTURES, atomic_write, make_folder
 from utils.images import find_pictures, read_image
 
-CHECKERS = 4  # processes that decode for --check
+CHECKERS = min(4, os.cpu_count() or 1)  # processes that decode for --check
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -110,7 +110,7 @@ def gather(places: list[str], check: bool) -> list[Path]:
     """The pictures of folders and lists, in order; with `check`, those that can be read, the others named."""
     paths: list[Path] = []
     for place in places:
-        paths += read_list(place) if place.endswith(".txt") else find_pictures(place, recursive=True)
+        paths += map(Path, read_list(place)) if place.endswith(".txt") else find_pictures(place, recursive=True)
     if check:
         problems = _problems(paths)
         for problem in filter(None, problems):
@@ -123,18 +123,18 @@ def gather(places: list[str], check: bool) -> list[Path]:
 
 def _problems(paths: list[Path]) -> list[str | None]:
     """The reason why each picture cannot be read, None where it can. Raises DiffoError if a process was killed."""
-    # Ctrl-C reaches the whole group; the main process alone answers it.
-    pool = ProcessPoolExecutor(CHECKERS, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    parts = DataLoader(paths, batch_size=16, num_workers=CHECKERS, collate_fn=_problems_of, worker_init_fn=own_session)
     try:
-        answers = pool.map(_problem, paths, chunksize=16)
-        return list(tqdm(answers, desc="checking", total=len(paths), disable=None))
-    except BrokenProcessPool as error:
+        return list(tqdm(chain.from_iterable(parts), desc="checking", total=len(paths), disable=None))
+    except RuntimeError as error:
         raise DiffoError(
-            "--check: a process that reads pictures was killed. Mostly memory is short; without --check, training "
-            "replaces pictures that it cannot read"
+            f"--check: {error}. A process that reads pictures was killed; mostly memory is short. Without --check, "
+            "training replaces pictures that it cannot read"
         ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+
+
+def _problems_of(paths: list[Path]) -> list[str | None]:
+    return [_problem(path) for path in paths]
 
 
 def _problem(path: Path) -> str | None:

@@ -31,7 +31,7 @@ class FileSource(Source):
         found: folders, and the files that were found in each, in order.
     """
 
-    def __init__(self, found: Iterable[tuple[Path | str, Iterable[Path | str]]], name: str):
+    def __init__(self, found: Iterable[tuple[str, Iterable[str]]], name: str):
         names, ends = bytearray(), array("q", [0])
         self._folders: list[str] = []
         self._firsts: list[int] = []  # index of the first file of each folder
@@ -40,14 +40,14 @@ class FileSource(Source):
             self._folders.append(start)
             self._firsts.append(len(ends) - 1)
             for path in paths:
-                names += os.fsencode(os.fspath(path).removeprefix(start))
+                names += os.fsencode(path.removeprefix(start))
                 ends.append(len(names))
         self._names, self._ends = bytes(names), np.array(ends)
         super().__init__(name, len(ends) - 1)
 
-    def path(self, index: int) -> Path:
+    def path(self, index: int) -> str:
         """The file of a picture."""
-        return Path(self._folders[bisect(self._firsts, index) - 1], self._name(index))
+        return os.path.join(self._folders[bisect(self._firsts, index) - 1], self._name(index))
 
     def read(self, index: int) -> Tensor:
         return read_image(self.path(index))
@@ -72,7 +72,7 @@ def open_source(folder: Paths = None, txt_file_path: Paths = None, shards: Paths
         return ShardSource(several(shards))
     if txt_file_path:
         lists = several(txt_file_path)
-        return FileSource([(Path(name).parent, read_list(name)) for name in lists], ", ".join(lists))
+        return FileSource([(os.path.dirname(name), read_list(name)) for name in lists], ", ".join(lists))
     if folder:
         folders = several(folder)
         try:
@@ -85,22 +85,21 @@ def open_source(folder: Paths = None, txt_file_path: Paths = None, shards: Paths
                     ) from None
             raise
     demo = demo_photographs()
-    return FileSource([(demo[0].parent, demo)], "scikit-image's photographs (no data was named)")
+    return FileSource([("", map(str, demo))], "scikit-image's photographs (no data was named)")
 
 
 def several(paths: Paths) -> tuple[str, ...]:
     return (paths,) if isinstance(paths, str) else tuple(paths or ())
 
 
-def read_list(path: str | Path) -> Iterator[Path]:
+def read_list(path: str) -> Iterator[str]:
     """The paths in a text list: one in each line, absolute or relative to the list's folder; empty lines do not count.
 
     Whether they exist shows when they are read: a list may be long and its disk slow. Raises DiffoError.
     """
-    path = Path(path)
     try:
-        with path.open(encoding="utf-8-sig") as lines:
-            yield from (path.parent / line.strip() for line in lines if line.strip())
+        with open(path, encoding="utf-8-sig") as lines:
+            yield from (os.path.join(os.path.dirname(path), line.strip()) for line in lines if line.strip())
     except FileNotFoundError:
         raise DiffoError(f"{path}: no such list") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -4,7 +4,10 @@ The metric decides what c means. A fidelity metric punishes every invented detai
 every rate; c is then not identifiable, and the default stays.
 """
 
+import argparse
+import json
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,60 +16,114 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from measuring.metrics import score_with_pyiqa, unavailable
+from experiments.inputs import codec_of, photographs
+from measuring.charts import Curve, chart
+from measuring.pyiqa_metrics import METRICS, score_with_pyiqa, unavailable
 from models.codec import Codec
 from models.diffusion import RateParams
 from models.records import Sampling
+from models.released import ABOUT, SMALL
+from release.making import require_empty, with_rate
+from training.config import RUN_CONFIG
+from utils.errors import DiffoError, PictureError
+from utils.files import atomic_write
 from utils.images import read_image
 
 PERCEPTUAL, WITHOUT_WEIGHTS = "lpips-vgg", "nlpd"
-LOWER_IS_BETTER = ("lpips-vgg", "lpips-alex", "dists", "nlpd", "gmsd")
+LEVELS = (0, 1, 64, 128, 192, 255)
 FINEST_C = 400  # values of c that are tried, geometric over the sweep's range
+
+
+def run(args: argparse.Namespace) -> None:
+    """Sweep --data, fit c on it, compare on --held_out: eta.json, eta.png and, with --store, a release with this c.
+
+    Raises:
+        DiffoError: an option is wrong, before anything is decoded.
+    """
+    source = args.weights or SMALL
+    if args.store:
+        require_empty(args.store)
+        for path in (source / ABOUT, source / RUN_CONFIG):
+            if not path.is_file():
+                raise DiffoError(f"{path}: not there; --store copies it into the new release")
+    metric = args.metric or PERCEPTUAL
+    if reason := unavailable(metric):
+        if args.metric:
+            raise DiffoError(f"--metric {metric}: {reason}")
+        metric = WITHOUT_WEIGHTS
+        print(f"{metric} instead of {PERCEPTUAL}: {reason}", file=sys.stderr)
+    pictures = {"fit": photographs(args.data, args.limit), "held_out": photographs(args.held_out, args.limit)}
+    codec = codec_of(args)
+    default = codec.params.rate
+    levels = [level for level in LEVELS if level == 0 or codec.has_levels]
+    etas = np.geomspace(codec.rate.eta_min, codec.rate.eta_max, args.points)
+    sweeps = {name: sweep(codec, paths, levels, etas, metric) for name, paths in pictures.items()}
+    rate = fit(sweeps["fit"], default)
+    about = {"metric": metric, "better": _better(metric), "identifiable": sweeps["fit"].identifies_c}
+    about |= {"c": round(rate.c, 5), "levels": levels}
+    about |= {name: {"pictures": len(pictures[name])} | found.told(rate, default) for name, found in sweeps.items()}
+    about["weights"] = codec.fingerprint.hex()
+    whole = about | {"sweeps": {name: found.points() for name, found in sweeps.items()}}
+    atomic_write(args.out_path / "eta.json", (json.dumps(whole, indent=1) + "\n").encode())
+    draw(sweeps["fit"], rate, metric, args.out_path / "eta.png")
+    print(json.dumps(about, indent=1))
+    if args.store:
+        with_rate(source, rate, args.store)
+        print(f"wrote {args.store}, with c = {rate.c:.4g}")
+
+
+def _better(metric: str) -> str:
+    return "lower" if METRICS[metric].lower_is_better else "higher"
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """Scores of one set of pictures, made to be minimised.
+    """Mean scores of one set of pictures.
 
     Attributes:
         etas: swept noise levels, rising, (E,). rates: mean B_eta at every level, bits per pixel, (R,).
-        scores: mean over the pictures, (R, E); a metric where more is better is negated.
+        costs: mean over the pictures, (R, E), less is better. sign: -1 where the score is their negative, else 1.
     """
 
     etas: np.ndarray
     rates: np.ndarray
-    scores: np.ndarray
+    costs: np.ndarray
+    sign: int = 1
 
     def at(self, etas: Sequence[float]) -> np.ndarray:
-        """Score at one eta per rate, interpolated in log eta: (R,)."""
+        """Cost at one eta per rate, interpolated in log eta: (R,)."""
         return np.array(
-            [np.interp(math.log(e), np.log(self.etas), row) for e, row in zip(etas, self.scores, strict=True)]
+            [np.interp(math.log(e), np.log(self.etas), row) for e, row in zip(etas, self.costs, strict=True)]
         )
 
     def of_rule(self, rate: RateParams) -> float:
-        """Mean score over the rates of eta = clip(c / B)."""
+        """Mean cost over the rates of eta = clip(c / B)."""
         return float(self.at([rate.eta(b) for b in self.rates]).mean())
 
     def of_constants(self) -> np.ndarray:
-        """Mean score over the rates of every constant eta: (E,)."""
-        return self.scores.mean(0)
-
-    @property
-    def best(self) -> np.ndarray:
-        """Index of the best eta at every rate: (R,)."""
-        return self.scores.argmin(1)
+        """Mean cost over the rates of every constant eta: (E,)."""
+        return self.costs.mean(0)
 
     @property
     def identifies_c(self) -> bool:
         """Whether most rates have their best eta inside the sweep rather than at its ends."""
-        inside = (self.best > 0) & (self.best < len(self.etas) - 1)
-        return bool(inside.mean() > 0.5)
+        best = self.costs.argmin(1)
+        return bool(((best > 0) & (best < len(self.etas) - 1)).mean() > 0.5)
 
+    def told(self, rate: RateParams, default: RateParams) -> dict[str, float]:
+        """Scores of the fitted rule, the default's and the best constant eta."""
+        constants = self.of_constants()
+        best = int(constants.argmin())
+        return {
+            "fitted rule": round(self.sign * self.of_rule(rate), 5),
+            f"rule with c = {default.c}": round(self.sign * self.of_rule(default), 5),
+            "best constant eta": round(float(self.etas[best]), 4),
+            "its score": round(self.sign * float(constants[best]), 5),
+        }
 
-def default_metric() -> tuple[str, str | None]:
-    """The metric to fit with, and why it is not the perceptual one, if it is not."""
-    reason = unavailable(PERCEPTUAL)
-    return (PERCEPTUAL, None) if reason is None else (WITHOUT_WEIGHTS, reason)
+    def points(self) -> dict[str, list]:
+        """All that was measured, fit for JSON."""
+        return {"etas": self.etas.tolist(), "rates": self.rates.tolist(), "scores": (self.sign * self.costs).tolist()}
 
 
 @torch.inference_mode()
@@ -74,26 +131,40 @@ def sweep(codec: Codec, pictures: Sequence[Path], levels: Sequence[int], etas: S
     """Decode every picture at every level with every eta, and score it.
 
     Args:
-        levels: bytes as in the file, 0 for the base alone. metric: a key of `measuring.metrics.METRICS`.
+        levels: codes as in the file, 0 for the base alone. metric: a key of `measuring.pyiqa_metrics.METRICS`.
+    Raises:
+        PictureError: one is too small for the metric.
     """
-    sign = 1 if metric in LOWER_IS_BETTER else -1
-    scores, rates = np.zeros((len(levels), len(etas))), np.zeros(len(levels))
+    sign = 1 if METRICS[metric].lower_is_better else -1
+    costs, rates = np.zeros((len(levels), len(etas))), np.zeros(len(levels))
     for path in tqdm(pictures, desc="sweeping eta", unit="picture"):
         image = read_image(path)
+        if min(image.shape[1:]) < METRICS[metric].min_side:
+            raise PictureError(f"{path}: {metric} needs sides from {METRICS[metric].min_side} pixels")
         analysed = codec.analyse(image)
         for row, level in enumerate(levels):
             contents = codec.read(codec.write(analysed, level))
             rates[row] += contents.file.section_bpp / len(pictures)
             decoded = (codec.render(contents, Sampling(eta=eta)).image for eta in etas)
             values = score_with_pyiqa([metric], ((image, one) for one in decoded), codec.device)
-            scores[row] += sign * np.array([value[metric] for value in values]) / len(pictures)
-    return Sweep(np.asarray(etas), rates, scores)
+            costs[row] += sign * np.array([value[metric] for value in values]) / len(pictures)
+    return Sweep(np.asarray(etas), rates, costs, sign)
 
 
 def fit(found: Sweep, default: RateParams) -> RateParams:
-    """The c with the least mean score over the rates; the default where the sweep does not identify one."""
+    """The c with the least mean cost over the rates; the default where the sweep does not identify one."""
     if not found.identifies_c:
         return default
     low, high = found.etas[0] * found.rates.min(), found.etas[-1] * found.rates.max()
     tried = [RateParams(float(c), default.eta_min, default.eta_max) for c in np.geomspace(low, high, FINEST_C)]
     return min(tried, key=found.of_rule)
+
+
+def draw(found: Sweep, rate: RateParams, metric: str, path: Path) -> None:
+    """One curve per rate over eta, with the eta of the fitted rule marked on it."""
+    curves = [
+        Curve(f"{b:.3f} bpp", found.etas, found.sign * row, rate.eta(b))
+        for b, row in zip(found.rates, found.costs, strict=True)
+    ]
+    title = f"Noise level of the one step, by rate (diamonds: c = {rate.c:.4g})"
+    chart(curves, path, "noise level eta", f"{metric} ({_better(metric)} is better)", title, log_x=True)

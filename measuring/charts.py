@@ -1,4 +1,4 @@
-"""Line charts, drawn with Matplotlib."""
+"""Charts of lines, drawn with Matplotlib."""
 
 import os
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Figures drawn with Pillow alone."""
+"""Sheets of originals beside decoded pictures, drawn with Pillow alone."""
 
 import os
 from collections.abc import Sequence
@@ -8,8 +8,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from utils.files import atomic_path
 
-# Pixels. A picture fits a square of CELL, so that portraits stay as large as landscapes and rows stay low.
-CELL = 512
+# Pixels. A picture fits a square as wide as its COLUMN, so that portraits stay as large as landscapes and rows stay low.
+COLUMN = 512
 MARGIN = 28
 GUTTER = 20
 CAPTION_GAP = 8
@@ -18,9 +18,6 @@ ROW_GAP = 26
 _INK = (32, 32, 32)
 _FAINT = (110, 110, 110)
 _FRAME = (216, 216, 216)
-
-# Pillow's own font, the same on every machine, has no long dashes and would draw boxes.
-_DASHES = str.maketrans("—–", "--")
 
 Row = tuple[torch.Tensor, torch.Tensor, str, str]
 
@@ -39,7 +36,7 @@ def contact_sheet(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
     drawn = [_Row(row, text) for row in rows]
     heading_height = _line_height(heading) + CAPTION_GAP
     height = 2 * MARGIN + heading_height + sum(row.height for row in drawn) + ROW_GAP * (len(drawn) - 1)
-    sheet = Image.new("RGB", (2 * MARGIN + 2 * CELL + GUTTER, height), "white")
+    sheet = Image.new("RGB", (2 * MARGIN + 2 * COLUMN + GUTTER, height), "white")
     pen = ImageDraw.Draw(sheet)
     for column, name in enumerate(("original", "decoded")):
         pen.text((_centre(column), MARGIN), name, font=heading, fill=_FAINT, anchor="ma")
@@ -74,7 +71,7 @@ class _Row:
 
 
 def _centre(column: int) -> int:
-    return MARGIN + column * (CELL + GUTTER) + CELL // 2
+    return MARGIN + column * (COLUMN + GUTTER) + COLUMN // 2
 
 
 def _line_height(font: ImageFont.FreeTypeFont) -> int:
@@ -83,27 +80,19 @@ def _line_height(font: ImageFont.FreeTypeFont) -> int:
 
 def _scaled(picture: torch.Tensor) -> Image.Image:
     image = Image.fromarray(picture.permute(1, 2, 0).cpu().contiguous().numpy())
-    factor = min(1.0, CELL / max(image.size))
+    factor = min(1.0, COLUMN / max(image.size))
     width, height = (max(1, round(side * factor)) for side in image.size)
     return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def _wrapped(caption: str, font: ImageFont.FreeTypeFont) -> list[str]:
-    """The caption in lines no wider than a column; a word that alone is wider loses its middle."""
+    """The caption in lines no wider than a column; a word that alone is wider loses its end."""
     lines: list[str] = []
-    for word in caption.translate(_DASHES).split():
-        word = _shortened(word, font)
-        if lines and font.getlength(f"{lines[-1]} {word}") <= CELL:
+    for word in caption.split():
+        while font.getlength(word) > COLUMN:
+            word = word[:-2] + "…"
+        if lines and font.getlength(f"{lines[-1]} {word}") <= COLUMN:
             lines[-1] += f" {word}"
         else:
             lines.append(word)
     return lines
-
-
-def _shortened(word: str, font: ImageFont.FreeTypeFont) -> str:
-    kept = len(word)
-    shorter = word
-    while font.getlength(shorter) > CELL:
-        kept -= 1
-        shorter = f"{word[: (kept + 1) // 2]}…{word[len(word) - kept // 2 :]}"
-    return shorter

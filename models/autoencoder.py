@@ -1,18 +1,35 @@
-"""Image <-> latent: E and D of the paper (the "GT" VQGAN autoencoder, f = 16), used without quantisation."""
+"""Image <-> latent: E and D of the paper (the "GT" VQGAN autoencoder, f = 16), used without quantisation.
 
+    E(X) = quant_conv(f(X))                  D(x) = g(post_quant_conv(x))                  as published
+    E(X) = quant_conv(f(X)) + W X            D(x) = g(post_quant_conv(x)) + W' x           shortcut: linear
+
+f and g are the networks of `blocks`, W and W' linear maps of 16x16 blocks, each with a bias.
+"""
+
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.blocks import Decoder, Encoder, nearest_codes, start_linear
+from utils.precision import without_autocast
 
 COMMITMENT = 0.25  # beta of the VQGAN quantiser loss
 
 
 @dataclass(frozen=True)
 class AutoencoderParams:
-    """Size of the image autoencoder. The defaults are the published ones (VQGAN f16-16384)."""
+    """Size of the image autoencoder. The defaults are the published ones (VQGAN f16-16384).
+
+    Attributes:
+        patch: p, a power of two. The picture is folded into cells of p x p pixels before f's first convolution and
+            unfolded after g's last, so that f and g work at 1/p of its resolution and below; 1 folds nothing.
+        shortcut: `linear` adds a linear map of blocks on either side, and f and g start at zero (residual
+            autoencoding, Chen et al. 2025, "Deep Compression Autoencoder"); `fit_linear` fits it before training.
+    """
 
     ch: int = 128
     ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
@@ -21,11 +38,17 @@ class AutoencoderParams:
     embed_dim: int = 256
     n_embed: int = 16384  # entries of the VQGAN code book, which the codec never uses; 0 leaves it out
     groups: int = 32
+    patch: int = 1
+    shortcut: Literal["none", "linear"] = "none"
+
+    def __post_init__(self):
+        if self.patch < 1 or self.patch & (self.patch - 1):
+            raise ValueError(f"patch {self.patch}: must be a power of two, 1 for none")
 
     @property
     def downsampling(self) -> int:
         """Pixels per latent position, along each side."""
-        return 2 ** (len(self.ch_mult) - 1)
+        return self.patch * 2 ** (len(self.ch_mult) - 1)
 
 
 @dataclass(frozen=True)
@@ -37,35 +60,75 @@ class Quantized:
     loss: Tensor
 
 
+class LinearBlocks(nn.Module):
+    """W and W': a linear map of the blocks of a picture, 3 b^2 values each, to d channels, and one back.
+
+    They are 1x1 convolutions of the folded picture, as exact and as fast as convolutions of stride b, and compute in
+    their own precision whatever the autocast: they carry the picture, and f and g only what they lack.
+    """
+
+    def __init__(self, block: int, channels: int):
+        super().__init__()
+        self.block = block
+        self.analysis = nn.Conv2d(3 * block**2, channels, 1)
+        self.synthesis = nn.Conv2d(channels, 3 * block**2, 1)
+
+    def encode(self, image: Tensor) -> Tensor:  # N 3 H W -> N d H/b W/b
+        with without_autocast(image.device):
+            return self.analysis(F.pixel_unshuffle(image, self.block))
+
+    def decode(self, x: Tensor) -> Tensor:  # N d h w -> N 3 bh bw
+        with without_autocast(x.device):
+            return F.pixel_shuffle(self.synthesis(x), self.block)
+
+
 class Autoencoder(nn.Module):
     """E: N x 3 x H x W in [-1, 1] -> N x d x H/16 x W/16, and D back (unclamped). H, W: multiples of 16.
 
-    `quant_conv` and `post_quant_conv` also carry the latent's mean and deviation (`fold_statistics`), so that
-    no caller can forget them. Results have the precision of the input, whatever autocast made of it inside.
+    The linear maps next to the latent also carry its mean and deviation (`fold_statistics`), so that no caller can
+    forget them. Results have the precision of the input, whatever autocast made of it inside.
     """
 
     def __init__(self, params: AutoencoderParams):
         super().__init__()
         self.params = params
         shared = dict(ch=params.ch, ch_mult=params.ch_mult, num_res_blocks=params.num_res_blocks, groups=params.groups)
-        self.encoder = Encoder(3, params.z_channels, **shared)
-        self.decoder = Decoder(params.z_channels, 3, **shared)
+        self.encoder = Encoder(3 * params.patch**2, params.z_channels, **shared)
+        self.decoder = Decoder(params.z_channels, 3 * params.patch**2, **shared)
         if params.n_embed:
             self.quantize = nn.Module()
             self.quantize.embedding = nn.Embedding(params.n_embed, params.embed_dim)
             self.quantize.embedding.requires_grad_(False)  # no latent of the codec passes through it
         self.quant_conv = nn.Conv2d(params.z_channels, params.embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(params.embed_dim, params.z_channels, 1)
+        self.shortcut = LinearBlocks(params.downsampling, params.embed_dim) if params.shortcut == "linear" else None
         start_linear(self)
+        if self.shortcut:
+            nn.init.zeros_(self.encoder.conv_out.weight)
+            nn.init.zeros_(self.decoder.conv_out.weight)
 
     def encode(self, image: Tensor) -> Tensor:  # N 3 H W -> N d h w
-        return self.quant_conv(self.encoder(image)).to(image.dtype)
+        x = self.quant_conv(self.encoder(F.pixel_unshuffle(image, self.params.patch)))
+        return (x + self.shortcut.encode(image) if self.shortcut else x).to(image.dtype)
 
     def decode(self, x: Tensor) -> Tensor:  # N d h w -> N 3 H W
-        return self.decoder(self.post_quant_conv(x)).to(x.dtype)
+        image = F.pixel_shuffle(self.decoder(self.post_quant_conv(x)), self.params.patch)
+        return (image + self.shortcut.decode(x) if self.shortcut else image).to(x.dtype)
 
-    def forward(self, image: Tensor) -> Tensor:
-        return self.decode(self.encode(image))
+    def forward(self, image: Tensor, noise: Tensor | None = None, common: bool = False) -> Tensor:
+        """D(E(X)), in training D(E(X) + deviation * noise).
+
+        Args:
+            noise: N x d x h x w. common: the deviation is that of all channels together, not of each.
+        """
+        x = self.encode(image)
+        if noise is not None:
+            x = x + noise * x.detach().std(None if common else (0, 2, 3), keepdim=True)
+        return self.decode(x)
+
+    def decoding(self) -> list[nn.Module]:
+        """The parts that make up D."""
+        return [self.post_quant_conv, self.decoder, *([self.shortcut.synthesis] if self.shortcut else [])]
 
     def quantise(self, x: Tensor) -> Quantized:
         """VQGAN's own quantiser (van den Oord et al. 2017, Eq. 3), kept for public weights; the codec never calls it."""
@@ -81,11 +144,63 @@ class Autoencoder(nn.Module):
         """Make the latent zero-mean and unit-variance per channel, and leave D(E(X)) as it is.
 
         Args:
-            mean, std: of the present latent, (d,), over training pictures.
+            mean, std: of the present latent, (d,), over training pictures. The same std in all channels scales them by
+                one factor, so that they keep the order of their variances.
         """
-        w, b = self.quant_conv.weight, self.quant_conv.bias  # d c 1 1, d
-        b.copy_((b - mean) / std)
-        w.div_(std.view(-1, 1, 1, 1))
-        w, b = self.post_quant_conv.weight, self.post_quant_conv.bias  # c d 1 1, c
-        b.add_(w.flatten(1) @ mean)
-        w.mul_(std.view(1, -1, 1, 1))
+        to_latent, from_latent = [self.quant_conv], [self.post_quant_conv]
+        if self.shortcut:
+            to_latent.append(self.shortcut.analysis)
+            from_latent.append(self.shortcut.synthesis)
+        self.quant_conv.bias.sub_(mean)
+        for conv in to_latent:
+            conv.bias.div_(std)
+            conv.weight.div_(std.view(-1, 1, 1, 1))  # d c 1 1
+        for conv in from_latent:
+            conv.bias.add_(conv.weight.flatten(1) @ mean)  # c
+            conv.weight.mul_(std.view(1, -1, 1, 1))  # c d 1 1
+
+
+@torch.no_grad()
+def fit_linear(autoencoder: Autoencoder, pictures: Iterable[Tensor]) -> Tensor:
+    """Set the linear shortcut to the first d principal components of the blocks of training pictures.
+
+    D(E(X)) of an untrained network is then the projection of every block on them, the best that any linear map through
+    d channels can do. One scale for all channels gives the latent a variance of 1 on average.
+
+    Args:
+        pictures: N x 3 x H x W in [-1, 1] each, H and W multiples of 16; read once.
+    Returns:
+        variances of all 768 components, float64, the largest first; the first d of them are kept.
+    Raises:
+        ValueError: no pictures, or all of one colour.
+    """
+    mean, covariance = _block_moments(pictures, autoencoder.shortcut.block)
+    variances, components = torch.linalg.eigh(covariance)  # ascending; in columns
+    variances, components = variances.flip(0).clamp(min=0), components.T.flip(0)
+    w = components[: autoencoder.params.embed_dim]  # d 3b^2
+    # An eigenvector has no sign of its own: its entry of largest magnitude is made positive.
+    w = w * w.gather(1, w.abs().argmax(1, keepdim=True)).sign()
+    scale = variances[: len(w)].mean().sqrt()
+    if not scale > 0:
+        raise ValueError("the linear shortcut cannot be fitted: no picture has anything but one colour")
+    shortcut = autoencoder.shortcut
+    shortcut.analysis.weight.copy_((w / scale)[..., None, None])
+    shortcut.analysis.bias.copy_(-w @ mean / scale)
+    shortcut.synthesis.weight.copy_((w.T * scale)[..., None, None])
+    shortcut.synthesis.bias.copy_(mean)
+    return variances
+
+
+def _block_moments(pictures: Iterable[Tensor], side: int) -> tuple[Tensor, Tensor]:
+    """Mean (3b^2,) and covariance (3b^2, 3b^2) of the blocks of pictures, in float64 on the CPU."""
+    count, total, squares = 0, 0, 0
+    for picture in pictures:
+        blocks = F.pixel_unshuffle(picture.to("cpu", torch.float64), side)  # N 3b^2 h w
+        blocks = blocks.transpose(0, 1).flatten(1)  # 3b^2 M
+        count += blocks.shape[1]
+        total = total + blocks.sum(1)
+        squares = squares + blocks @ blocks.T
+    if not count:
+        raise ValueError("the linear shortcut cannot be fitted: no pictures")
+    mean = total / count
+    return mean, squares / count - torch.outer(mean, mean)

@@ -66,10 +66,8 @@ class AttnBlock(nn.Module):
         h = self.norm(x)
         # Contiguous, because only then the kernel whose memory does not grow with the square of HW is taken.
         # The view gives strides that are multiples of C even where HW = 1; CUDA's kernels refuse others.
-        shape = (len(x), 1, -1, x.shape[1])
-        q, k, v = (
-            f(h).flatten(2).transpose(1, 2).contiguous().view(shape) for f in (self.q, self.k, self.v)
-        )  # N 1 HW C
+        shape = (len(x), 1, -1, x.shape[1])  # N 1 HW C
+        q, k, v = (f(h).flatten(2).transpose(1, 2).contiguous().view(shape) for f in (self.q, self.k, self.v))
         h = F.scaled_dot_product_attention(q, k, v)  # N 1 HW C
         h = h.squeeze(1).transpose(1, 2).reshape(x.shape)  # N C H W
         return x + self.proj_out(h)

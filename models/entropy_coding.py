@@ -307,12 +307,12 @@ def _decoder(section: bytes) -> constriction.stream.queue.RangeDecoder:
 def _coder_model(table: np.ndarray) -> constriction.stream.model.Categorical:
     """The coder's model with cumulative frequencies of exactly 2^8 times those of the table.
 
-    `perfect=False` puts the left edge of symbol s at floor(c_s · scale) + s, where c_s sums the weights before s and
-    scale = (2^24 - K) / (sum of all weights). Weights 2^8 f - 1 make scale = 1 and every sum an integer below 2^24,
+    `perfect=False` puts the left edge of symbol s at floor(c_s · scale) + s, where c_s sums the masses before s and
+    scale = (2^24 - K) / (sum of all masses). Masses 2^8 f - 1 make scale = 1 and every sum an integer below 2^24,
     so nothing is ever rounded, in float32 or float64. Probabilities f / 2^16 would be rescaled and rounded.
     """
-    weights = table.astype(np.float64) * (1 << _CODER_PRECISION - PRECISION) - 1
-    return constriction.stream.model.Categorical(weights, lazy=False, perfect=False)
+    masses = table.astype(np.float64) * (1 << _CODER_PRECISION - PRECISION) - 1
+    return constriction.stream.model.Categorical(masses, lazy=False, perfect=False)
 
 
 def _close(encoder: constriction.stream.queue.RangeEncoder) -> bytes:

@@ -34,8 +34,8 @@ def ms_ssim_loss(image: Tensor, target: Tensor) -> Tensor:
     with quiet():
         from pytorch_msssim import ms_ssim
 
-    weights = torch.tensor(LUMA, device=image.device, dtype=image.dtype).view(1, 3, 1, 1)
-    luma, reference = (((v + 1) / 2 * weights).sum(1, keepdim=True) for v in (image, target))
+    shares = torch.tensor(LUMA, device=image.device, dtype=image.dtype).view(1, 3, 1, 1)
+    luma, reference = (((v + 1) / 2 * shares).sum(1, keepdim=True) for v in (image, target))
     return 1 - ms_ssim(luma, reference, data_range=1.0)
 
 

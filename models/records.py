@@ -22,7 +22,7 @@ class CodecParams:
         residual: the residual codec; None leaves it out (the paper's pure-VQ mode).
         adapter: input of the denoiser: `published`, U(x~, t, z_q), or `difference`, the paper's U(x~ - y^, t, y^).
         prediction: `latent`, x^ = U(...) as published, or `correction`, x^ = y^ + U(...), where training starts from y^
-            and what the residual sends need not pass through the denoiser. It needs adapter `difference`.
+            and what the residual sends need not pass through the denoiser.
         detail_branch: False puts 0 for y^ in x~. perceptual_branch: False puts 0 for lq (the paper's Figs. 4 and 10).
     """
 
@@ -42,7 +42,7 @@ class CodecParams:
         difference = self.adapter == "difference"
         lq, name = (ae.embed_dim, "autoencoder") if difference else (vq.embed_dim, "vq_base")
         for left, right, what in [
-            (ae.downsampling, CELL, "autoencoder.ch_mult must have five resolutions (downsampling by 16)"),
+            (ae.downsampling, CELL, "autoencoder.patch * 2^(len(ch_mult) - 1) must be 16 (patch 1: five resolutions)"),
             (len(vq.ch_mult), 1, "vq_base.ch_mult must have one resolution (one index per latent position)"),
             (vq.in_channels, ae.embed_dim, "vq_base.in_channels must equal autoencoder.embed_dim"),
             (unet.latent_channels, ae.embed_dim, "unet.latent_channels must equal autoencoder.embed_dim"),
@@ -54,8 +54,8 @@ class CodecParams:
             raise ValueError(
                 "adapter difference: y^ is its only branch; detail_branch and perceptual_branch are parts of adapter published"
             )
-        if self.prediction == "correction" and not difference:
-            raise ValueError("prediction correction: needs adapter difference, whose condition is y^")
+        if self.prediction == "correction" and not self.detail_branch:
+            raise ValueError("prediction correction: adds to y^, which detail_branch: false puts at 0")
         # A 1x1 latent has one value per channel, and a normalisation over a single value is undefined. (The UNet pads.)
         for name, width, groups in [("autoencoder", ae.ch * ae.ch_mult[-1], ae.groups), ("vq_base", vq.ch, vq.groups)]:
             if width < 2 * groups:

@@ -156,7 +156,7 @@ class ResidualHyperprior(nn.Module):
         """
         if self.rate_model is None:
             raise RuntimeError("no densities to train with: call train_rates() first; released weights only code")
-        self.median = self.rate_model.median
+        self.median.copy_(self.rate_model.median)
         gain = self.gain(level.clamp(min=1))  # level 0, which sends nothing, is masked later
         s_g = gain * self.analysis(x - y, y)  # N M h w
         z = self.centred(s_g)  # N C_z h' w'

@@ -14,15 +14,13 @@ from models.records import CodecParams
 from models.released import NAMES, NETWORKS, Triple, assembled, load_triple
 from release.making import COUNTED, require_empty, round_to_half, write_release
 from release.tables import BATCH, count
-from training.checkpointing import AVERAGES, BEST
+from training.checkpointing import AVERAGES, BEST, CHECKPOINTS
 from training.config import RUN_CONFIG, load_config
 from utils import checkpoints
 from utils.commandline import answer, positive
 from utils.config import build
 from utils.distributed import local_device
 from utils.errors import CheckpointError
-
-CHECKPOINTS = "checkpoints"  # folder of a run's checkpoints, <stage>_<step>.pth
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

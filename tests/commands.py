@@ -41,12 +41,12 @@ def photograph(path: Path, width: int, height: int, seed: int = 0) -> Path:
     return path
 
 
-def levels(path: Path) -> np.ndarray:
+def grey_values(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path)).astype(int)
 
 
 def on_board(folder: Path, name: str):
-    """What TensorBoard shows of one folder of a run's events."""
+    """TensorBoard's view of one folder of a run's events."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     return EventAccumulator(str(folder / "tensorboard" / name), {"scalars": 0, "images": 0}).Reload()

@@ -53,9 +53,13 @@ def new_residual(params: ResidualParams = SMALL, seed: int = 0) -> ResidualHyper
     return residual
 
 
-def new_codec() -> Codec:
-    """Random weights, a code book in the middle of the latents, tables, and a fingerprint."""
-    networks = replace(load_config(str(NANO)).networks, residual=SMALL)
+def new_codec(**changes) -> Codec:
+    """Random weights, a code book in the middle of the latents, tables, and a fingerprint.
+
+    Args:
+        changes: to the codec's parameters.
+    """
+    networks = replace(load_config(str(NANO)).networks, residual=SMALL, **changes)
     torch.manual_seed(0)
     codec = Codec(networks).eval().requires_grad_(False)
     off_zero(codec)

@@ -55,7 +55,7 @@ def new_codec() -> Codec:
 
 
 class Traced:
-    """What the denoiser is given while a file is decoded."""
+    """The denoiser's inputs while a file is decoded."""
 
     def __init__(self, codec, data, sampling=None):
         self.calls = []

@@ -3,10 +3,13 @@
 import pytest
 import torch
 
+from datapipe.pictures import Batch
 from tests.commands import NANO, ROOT
 from training.config import load_config
+from training.progress import Progress
 from training.stages import STAGES
-from training.trainer import new_codec
+from training.start import new_codec
+from training.step import Step
 from utils.config import load_mapping, to_mapping
 
 FILES = sorted((ROOT / "configs" / "ablations").glob("*.yaml"))
@@ -57,8 +60,11 @@ def test_an_ablation_trains_and_changes_only_what_it_says(path, small):
     codec = new_codec(config)
     stage = STAGES["codec"](config, codec, torch.device("cpu"))
     images = torch.rand(2, BATCH, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    for step, image in enumerate(images):
-        stage.step(image, torch.arange(BATCH) + step * BATCH, step)  # stops at a loss that is not finite
+    update, progress = Step(stage), Progress(config.codec)
+    for number, image in enumerate(images):
+        positions = range(number * BATCH, (number + 1) * BATCH)
+        batch = Batch(image, torch.tensor(positions), stage.drawn(positions, (SIZE, SIZE)))
+        update(batch, progress)  # stops at a loss that is not finite
     idle = [name for name, p in codec.named_parameters() if p.requires_grad and p.grad is None]
     assert idle == []
 

@@ -4,11 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.autoencoder import COMMITMENT, Autoencoder, AutoencoderParams
+from models.autoencoder import COMMITMENT, Autoencoder, AutoencoderParams, fit_linear
+from models.blocks import AttnBlock
 from models.codec import Codec
+from models.records import CodecParams
 from tests.commands import NANO
 from training.config import load_config
 
+PATCHED = dict(ch=8, ch_mult=(1, 2, 2), num_res_blocks=1, z_channels=8, embed_dim=6, groups=4, n_embed=0)
 SMALL = dict(ch=8, ch_mult=(1, 1, 1, 2, 2), num_res_blocks=1, z_channels=8, embed_dim=6, groups=4)
 
 
@@ -16,6 +19,14 @@ SMALL = dict(ch=8, ch_mult=(1, 1, 1, 2, 2), num_res_blocks=1, z_channels=8, embe
 def autoencoder():
     torch.manual_seed(0)
     return Autoencoder(AutoencoderParams(**SMALL, n_embed=32)).eval()
+
+
+def awake(autoencoder):
+    """With last convolutions that are not zero, so that f and g say something beside a linear shortcut."""
+    torch.manual_seed(1)
+    for last in (autoencoder.encoder.conv_out, autoencoder.decoder.conv_out):
+        torch.nn.init.normal_(last.weight, std=0.1)
+    return autoencoder.eval()
 
 
 def picture(height, width, n=1):
@@ -33,26 +44,42 @@ def test_sizes(autoencoder, size):
     assert torch.equal(restored, autoencoder.decode(x))
 
 
-def test_downsampling_follows_the_levels():
+def test_downsampling_follows_the_resolutions():
     assert AutoencoderParams().downsampling == 16
     assert AutoencoderParams(ch_mult=(1, 2, 4)).downsampling == 4
+    assert AutoencoderParams(ch_mult=(1, 2, 4), patch=4).downsampling == 16
 
 
+@pytest.mark.parametrize("shortcut", ["none", "linear"])
 @torch.inference_mode()
-def test_folded_statistics(autoencoder):
+def test_folded_statistics(shortcut):
     """Zero mean and unit variance per channel afterwards; D(E(X)) stays what it was."""
+    autoencoder = awake(Autoencoder(AutoencoderParams(**SMALL, n_embed=0, shortcut=shortcut))).double()
     autoencoder.quant_conv.bias.copy_(torch.linspace(-20, 20, 6))
     autoencoder.quant_conv.weight.mul_(torch.linspace(0.5, 30, 6).view(-1, 1, 1, 1))
-    image = picture(128, 160, n=2)
+    image = picture(128, 160, n=2).double()
     x, restored = autoencoder.encode(image), autoencoder(image)
     mean, std = x.mean((0, 2, 3)), x.std((0, 2, 3), correction=0)
     assert mean.abs().max() > 5 and (std - 1).abs().max() > 0.5  # there is something to fold
     autoencoder.fold_statistics(mean, std)
     folded = autoencoder.encode(image)
-    torch.testing.assert_close(folded.mean((0, 2, 3)), torch.zeros(6), rtol=0, atol=1e-4)
-    torch.testing.assert_close(folded.std((0, 2, 3), correction=0), torch.ones(6), rtol=0, atol=1e-4)
-    torch.testing.assert_close(folded, (x - mean.view(1, -1, 1, 1)) / std.view(1, -1, 1, 1), rtol=0, atol=1e-4)
-    torch.testing.assert_close(autoencoder(image), restored, rtol=0, atol=1e-5)
+    torch.testing.assert_close(folded.mean((0, 2, 3)), torch.zeros(6).double(), rtol=0, atol=1e-9)
+    torch.testing.assert_close(folded.std((0, 2, 3), correction=0), torch.ones(6).double(), rtol=0, atol=1e-9)
+    torch.testing.assert_close(folded, (x - mean.view(1, -1, 1, 1)) / std.view(1, -1, 1, 1), rtol=0, atol=1e-9)
+    torch.testing.assert_close(autoencoder(image), restored, rtol=0, atol=1e-9)
+
+
+@torch.inference_mode()
+def test_one_scale_keeps_the_order_of_variances():
+    autoencoder = awake(Autoencoder(AutoencoderParams(**SMALL, n_embed=0, shortcut="linear"))).double()
+    image = picture(64, 80, n=2).double()
+    x, restored = autoencoder.encode(image), autoencoder(image)
+    mean, std = x.mean((0, 2, 3)), x.std((0, 2, 3), correction=0)
+    autoencoder.fold_statistics(mean, torch.full((6,), 2.5).double())
+    folded = autoencoder.encode(image)
+    torch.testing.assert_close(folded.mean((0, 2, 3)), torch.zeros(6).double(), rtol=0, atol=1e-9)
+    torch.testing.assert_close(folded.std((0, 2, 3), correction=0), std / 2.5, rtol=1e-9, atol=0)
+    torch.testing.assert_close(autoencoder(image), restored, rtol=0, atol=1e-9)
 
 
 def test_without_code_book_there_are_no_keys_of_one():
@@ -115,6 +142,150 @@ def test_the_signal_and_its_gradient_cross_an_untrained_network():
     assert 0.1 < network.encoder.conv_in.weight.grad.norm() / network.decoder.conv_in.weight.grad.norm() < 30
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 5), (3, 4)], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+def test_attention_is_given_dense_rows(monkeypatch, size, layout):
+    """A single position included, whose head stride of 1 no memory-efficient kernel of CUDA takes."""
+    block, given = AttnBlock(8, groups=4), []
+    attention = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *qkv: given.extend(qkv) or attention(*qkv))
+    block(torch.randn(2, 8, *size).contiguous(memory_format=layout))
+    positions = size[0] * size[1]
+    assert [(t.shape, t.stride()) for t in given] == [((2, 1, positions, 8), (8 * positions, 8 * positions, 8, 1))] * 3
+
+
 def test_residual_branches_start_at_zero(autoencoder):
     middle, h = autoencoder.encoder.mid, torch.randn(1, 16, 5, 7)
     assert torch.equal(middle(h), h)
+
+
+# patch and shortcut -------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def test_without_patch_and_shortcut_it_is_the_published_network(autoencoder):
+    image = picture(48, 32)
+    x = autoencoder.encode(image)
+    assert torch.equal(x, autoencoder.quant_conv(autoencoder.encoder(image)))
+    assert torch.equal(autoencoder.decode(x), autoencoder.decoder(autoencoder.post_quant_conv(x)))
+    assert not [key for key in autoencoder.state_dict() if key.startswith("shortcut")]
+    assert autoencoder.encoder.conv_in.weight.shape == (8, 3, 3, 3)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (16, 48), (64, 32)], ids=str)
+@pytest.mark.parametrize("shortcut", ["none", "linear"])
+@torch.inference_mode()
+def test_sizes_with_patch(shortcut, size):
+    autoencoder = awake(Autoencoder(AutoencoderParams(**PATCHED, patch=4, shortcut=shortcut)))
+    image = picture(*size, n=2)
+    x = autoencoder.encode(image)
+    assert x.shape == (2, 6, size[0] // 16, size[1] // 16)
+    assert autoencoder.decode(x).shape == image.shape
+
+
+@torch.inference_mode()
+def test_a_patch_is_folded_into_channels_and_back():
+    """Channel c p^2 + p i + j holds the pixel (i, j) of every cell of p x p."""
+    autoencoder = Autoencoder(AutoencoderParams(**PATCHED, patch=4))
+    image = picture(16, 32)
+    folded = torch.stack([image[:, c, i::4, j::4] for c in range(3) for i in range(4) for j in range(4)], 1)
+    seen = []
+    autoencoder.encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    autoencoder.encode(image)
+    assert torch.equal(seen[0], folded)
+    autoencoder.decoder.forward = lambda z: folded
+    assert torch.equal(autoencoder.decode(torch.zeros(1, 6, 1, 2)), image)
+
+
+@pytest.mark.parametrize("patch", [0, 3, -2])
+def test_a_patch_is_a_power_of_two(patch):
+    with pytest.raises(ValueError, match=f"patch {patch}: must be a power of two"):
+        AutoencoderParams(patch=patch)
+
+
+def test_patch_and_resolutions_make_sixteen():
+    with pytest.raises(ValueError, match=r"autoencoder.patch \* 2\^\(len\(ch_mult\) - 1\) must be 16.*: 64 is not 16"):
+        CodecParams(autoencoder=AutoencoderParams(patch=4))
+
+
+def test_memory_follows_the_resolution_of_the_widest_maps():
+    sizes = ["networks.autoencoder.ch=8", "networks.autoencoder.ch_mult=[1,2,4]", "networks.autoencoder.patch=4"]
+    codec = Codec(load_config(str(NANO), sizes).networks)
+    weights = sum(p.numel() for p in codec.parameters())
+    assert codec.memory(160, 320) == 4 * (weights + 160 * 320 * (6 * 8 // 16 + 9))
+
+
+def blocks_of_known_variance():
+    """Pictures 2 x 3 x 128 x 128 whose 16x16 blocks vary along nine orthonormal directions with deviations 0.9 to 0.1.
+
+    Returns them, the directions (9, 768) and the mean (768,).
+    """
+    random = torch.Generator().manual_seed(3)
+    draw = lambda *shape: torch.randn(*shape, generator=random, dtype=torch.float64)  # noqa: E731
+    mean, directions = draw(768) / 10, torch.linalg.qr(draw(768, 9)).Q.T
+    c = draw(128, 9)
+    c = torch.linalg.qr(c - c.mean(0)).Q * 128**0.5  # mean 0 and covariance 1, exactly
+    blocks = mean + c * torch.arange(9, 0, -1) / 10 @ directions
+    image = torch.empty(2, 3, 128, 128)
+    for n, block in enumerate(blocks):
+        i, j = n // 8 % 8 * 16, n % 8 * 16
+        image[n // 64, :, i : i + 16, j : j + 16] = block.view(3, 16, 16)
+    return image, directions, mean
+
+
+@torch.inference_mode()
+def test_the_shortcut_is_fitted_to_the_principal_components():
+    image, directions, mean = blocks_of_known_variance()
+    autoencoder = Autoencoder(AutoencoderParams(**SMALL, n_embed=0, shortcut="linear")).eval()
+    variances = fit_linear(autoencoder, image.split(1))
+    assert variances.shape == (768,)
+    known = torch.zeros(768, dtype=torch.float64)
+    known[:9] = torch.arange(9, 0, -1) ** 2 / 100
+    torch.testing.assert_close(variances, known, rtol=0, atol=1e-6)
+
+    restored = autoencoder(image)  # 6 of 9 directions are kept: 0.3, 0.2 and 0.1 are lost
+    assert (restored - image).square().mean().item() == pytest.approx((0.09 + 0.04 + 0.01) / 768, rel=1e-4)
+    w = autoencoder.shortcut.analysis.weight.flatten(1)
+    scale = ((0.81 + 0.64 + 0.49 + 0.36 + 0.25 + 0.16) / 6) ** 0.5
+    torch.testing.assert_close((w * scale @ directions.T.float()).abs(), torch.eye(6, 9), rtol=0, atol=1e-4)
+    assert (w.amax(1) == w.abs().amax(1)).all()  # the sign that is agreed upon
+    back = autoencoder.shortcut.synthesis
+    torch.testing.assert_close(back.weight.flatten(1), w.T * scale**2)
+    torch.testing.assert_close(back.bias, mean.float())
+
+    x = autoencoder.encode(image)
+    torch.testing.assert_close(x.mean((0, 2, 3)), torch.zeros(6), rtol=0, atol=1e-5)
+    torch.testing.assert_close(x.std((0, 2, 3), correction=0), torch.arange(9.0, 3, -1) / 10 / scale, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(
+    "pictures, message", [([], "no pictures"), ([torch.ones(1, 3, 16, 16)], "one colour")], ids=["none", "flat"]
+)
+def test_a_shortcut_needs_pictures(pictures, message):
+    with pytest.raises(ValueError, match=message):
+        fit_linear(Autoencoder(AutoencoderParams(**PATCHED, patch=4, shortcut="linear")), pictures)
+
+
+def test_the_first_gradient_reaches_the_last_convolutions():
+    """They start at zero: before the first step there is the linear map alone. (Its squared error would move f by
+    nothing: the error of a projection is orthogonal to what it keeps.)"""
+    autoencoder = Autoencoder(AutoencoderParams(**PATCHED, patch=4, shortcut="linear"))
+    image, *_ = blocks_of_known_variance()
+    fit_linear(autoencoder, [image])
+    restored = autoencoder(image)
+    linear = autoencoder.shortcut
+    assert torch.equal(restored, linear.decode(linear.encode(image)))
+    (restored - image).abs().mean().backward()
+    for network in (autoencoder.encoder, autoencoder.decoder):
+        assert not network.conv_out.weight.any()
+        assert network.conv_out.weight.grad.norm() > 1e-4
+        assert not network.conv_in.weight.grad.any()
+
+
+def test_the_shortcut_keeps_its_precision_under_autocast():
+    autoencoder = Autoencoder(AutoencoderParams(**PATCHED, patch=4, shortcut="linear")).eval()
+    image = picture(32, 32)
+    with torch.inference_mode():
+        restored = autoencoder(image)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(autoencoder(image), restored)

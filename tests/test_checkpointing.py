@@ -10,7 +10,7 @@ from models.released import NAMES
 from tests.small_runs import lines, tree
 from training.checkpointing import Checkpoints, Point
 from training.config import load_config
-from training.trainer import new_codec
+from training.start import new_codec
 from utils import checkpoints
 from utils.errors import CheckpointError
 

@@ -8,8 +8,8 @@ import torch
 
 from models import bitstream, diffusion, entropy_coding
 from models.autoencoder import AutoencoderParams
-from models.codec import portable_noise
 from models.diffusion import RateParams
+from models.noise import normal, portable_noise
 from models.records import CodecParams, Sampling
 from models.unet import UNetParams
 from models.vq_base import VQBaseParams
@@ -73,9 +73,9 @@ def test_decoding_is_the_equations(codec):
     file, k = contents.file, contents.k[0]
     z_q = codec.vq_base.quantize.embedding.weight[k].permute(2, 0, 1)[None]
     y = codec.vq_base.decoder(codec.vq_base.post_quant_conv(z_q))
-    noise = np.random.RandomState(bitstream.noise_seed(file.base)).standard_normal((D, 3, 5)).astype(np.float32)
+    noise = normal(bitstream.noise_seed(file.base), 0, (D, 3, 5))
     eta = 0.02 / (8 * len(file.base) / (256 * 3 * 5))
-    x = (y + 2 * math.sqrt(eta) * torch.from_numpy(noise)) / math.sqrt(1 + 4 * eta)
+    x = (y + 2 * math.sqrt(eta) * noise) / math.sqrt(1 + 4 * eta)
     t = 3 * (math.log(math.sqrt(eta) / 0.02) / math.log(0.8 / 0.02)) ** (1 / 0.3)
     image = codec.autoencoder.decode(codec.unet(x, torch.tensor([t]), z_q))[0, :, :40, :70]
     difference = codec.decompress(data).int() - to_uint8(image).int()
@@ -93,15 +93,6 @@ def test_nothing_but_the_bytes_decides(codec):
         assert torch.equal(torch.get_rng_state(), state[0]) and (np.random.get_state()[1] == state[1]).all()
         codec.decompress(codec.compress(picture(16, 16, seed)))  # what was coded before does not matter
     assert torch.equal(*decoded)
-
-
-def test_noise_is_numpys_legacy_stream():
-    """The first values are pinned: NumPy guarantees this stream, and files depend on it."""
-    noise = portable_noise(0, torch.zeros(1, 2, 1, 2))
-    first, second = next(noise), next(noise)
-    expected = np.random.RandomState(0).standard_normal(8).astype(np.float32).reshape(2, 1, 2, 1, 2)
-    assert np.array_equal(torch.stack([first, second]).numpy(), expected)
-    assert first.flatten()[:2].tolist() == pytest.approx([1.76405235, 0.40015721], rel=1e-7)
 
 
 def test_other_weights_are_refused_and_both_are_named(codec, monkeypatch):

@@ -1,5 +1,6 @@
 """The training pass of the whole codec with tiny random networks: what it sees, and what learns from it."""
 
+import copy
 import math
 from dataclasses import replace
 
@@ -7,11 +8,14 @@ import pytest
 import torch
 
 from models import bitstream, diffusion
-from models.codec import Codec, portable_noise
+from models.codec import Codec
+from models.noise import portable_noise
 from models.records import Draws
+from tests.residual import new_codec as with_residual
 from tests.small_codec import PARAMS, D, Traced, new_codec, picture, y_of
 from training.config import CodecStageParams, TrainConfig
 from training.stages import CodecStage
+from training.step import Step
 from utils.images import to_signed, to_uint8
 
 
@@ -47,6 +51,52 @@ def test_noisy_input(codec):
     assert torch.equal(other[0], x_t[0]) and not torch.equal(other[1], x_t[1])
 
 
+def test_eta_falls_with_the_rate_of_the_residual(codec):
+    """spread * c / (nominal + residual), c = 0.02: the quotient is limited to 0.02..1, the product to 1."""
+    assert codec.nominal_bpp == 6 / 256
+    rows = [
+        (0.0, 1.0, 0.02 / (6 / 256)),  # 0.853333
+        (10 / 256, 1.0, 0.32),  # 0.02 / (16 / 256)
+        (10 / 256, 1.25, 0.4),
+        (10.0, 0.5, 0.01),  # half of the least
+        (0.0, 1.25, 1.0),  # 1.0667, but for the limit
+    ]
+    bpp, spread, expected = (torch.tensor(column, dtype=torch.float64) for column in zip(*rows, strict=True))
+    x, y, noise = torch.randn(3, 5, D, 2, 3, generator=torch.Generator().manual_seed(1))
+    x_t, eta = codec.noisy_input(x, y, bpp.float(), Draws(torch.zeros(5).long(), spread, torch.ones(5).bool(), noise))
+    torch.testing.assert_close(eta, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(x_t, y + (2 * expected.sqrt().float()).view(5, 1, 1, 1) * noise)
+
+
+def test_eta_passes_no_gradient_to_the_rate(monkeypatch):
+    """The noise level is told, not learnt: the picture's terms do not move the rate by way of eta."""
+    codec = with_residual().requires_grad_(True)
+    codec.residual.train_rates()
+    bpp, noisy_input = [], codec.noisy_input
+    monkeypatch.setattr(codec, "noisy_input", lambda x, y, b, draws: bpp.append(b) or noisy_input(x, y, b, draws))
+    given = draws(codec, [1], [0.5], (8, 2, 2))
+    uniform = torch.zeros(1, codec.residual.noise_size(2, 2))
+    out = codec(torch.zeros(1, 3, 32, 32), replace(given, level=torch.tensor([2.0]), uniform=uniform))
+    assert out.residual_bpp.requires_grad and torch.equal(bpp[0], out.residual_bpp) and not bpp[0].requires_grad
+
+
+def test_without_the_shift(codec):
+    """The ablation's forward process: x + kappa sqrt(eta_t) noise."""
+    x, y, noise = torch.randn(3, 1, D, 2, 3, generator=torch.Generator().manual_seed(1))
+    given = Draws(torch.tensor([3]), torch.ones(1), torch.zeros(1).bool(), noise, shift=False)
+    x_t, eta = codec.noisy_input(x, y, torch.zeros(1), given)
+    assert eta.item() == pytest.approx(0.64)
+    torch.testing.assert_close(x_t, x + 1.6 * noise, rtol=0, atol=1e-6)
+
+
+def test_the_input_of_training_lies_where_the_networks_lie(codec):
+    """A table left on the host meets `meta` as it would meet CUDA: with an error."""
+    other = copy.deepcopy(codec).to("meta")
+    with torch.device("meta"):
+        out = other(torch.zeros(2, 3, 32, 32), draws(codec, [3, 1], [0.5, None], (D, 2, 2)))
+    assert out.image.shape == (2, 3, 32, 32) and out.image.is_meta
+
+
 @torch.no_grad()
 def test_training_sees_what_the_decoder_sees(codec):
     """With the file's own eta and noise, the training pass predicts what decoding predicts."""
@@ -63,9 +113,10 @@ def test_training_sees_what_the_decoder_sees(codec):
 
 
 @torch.no_grad()
-def test_a_correction_is_added_to_what_the_decoder_knows():
+@pytest.mark.parametrize("adapter, width", [("difference", D), ("published", 4)])
+def test_a_correction_is_added_to_what_the_decoder_knows(adapter, width):
     """prediction: correction. x^ = y^ + U in training and decoding, and U starts silent; `latent` has U alone."""
-    ours = replace(PARAMS, unet=replace(PARAMS.unet, condition_channels=D), adapter="difference")
+    ours = replace(PARAMS, unet=replace(PARAMS.unet, condition_channels=width), adapter=adapter)
     codec, plain = Codec(replace(ours, prediction="correction")).eval(), Codec(ours).eval()
     codec.fingerprint = b"\x01\x02\x03\x04"
     image = picture(64, 48)
@@ -75,21 +126,19 @@ def test_a_correction_is_added_to_what_the_decoder_knows():
     silent = to_uint8(codec.to_image(y_of(codec, data))[0])
     assert torch.equal(codec.decompress(data), silent)
     torch.nn.init.normal_(codec.unet.out[-1].weight, std=0.1)
-    x, lq = torch.randn(2, 1, D, 4, 3, generator=torch.Generator().manual_seed(1))
-    t = torch.tensor([2.5])
-    torch.testing.assert_close(codec.denoiser(x, t, lq), lq + codec.unet(x, t, lq))
+    x, y_hat = torch.randn(2, 1, D, 4, 3, generator=torch.Generator().manual_seed(1))
+    t, lq = torch.tensor([2.5]), x[:, :width].flip(2)
+    torch.testing.assert_close(codec.denoiser(y_hat)(x, t, lq), y_hat + codec.unet(x, t, lq))
     assert not torch.equal(codec.decompress(data), silent)
-    assert torch.equal(plain.denoiser(x, t, lq), plain.unet(x, t, lq))
-    with pytest.raises(ValueError, match="needs adapter difference"):
-        replace(PARAMS, prediction="correction")
+    assert torch.equal(plain.denoiser(y_hat)(x, t, lq), plain.unet(x, t, lq))
+    with pytest.raises(ValueError, match="detail_branch: false puts at 0"):
+        replace(PARAMS, prediction="correction", detail_branch=False)
 
 
 @pytest.mark.parametrize("eta", [None, 0.4], ids=["published", "decoder"])
 def test_gradients_reach_all_that_is_trained(eta):
     codec = new_codec()
-    stage = CodecStage(
-        TrainConfig(networks=PARAMS, codec=CodecStageParams(perceptual="none")), codec, torch.device("cpu")
-    )
+    stage = CodecStage(TrainConfig(networks=PARAMS, codec=CodecStageParams(perceptual={})), codec, torch.device("cpu"))
     image = torch.stack([to_signed(picture(48, 64, seed)) for seed in range(2)])
     out = codec(image, draws(codec, [3, 1], [eta, eta], (D, 3, 4)))
     (out.image.square().mean() + 0.25 * (out.base.z - out.base.z_q.detach()).square().mean()).backward()
@@ -99,5 +148,5 @@ def test_gradients_reach_all_that_is_trained(eta):
             assert parameter.grad is None, name
         else:
             assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), name
-    trained = {id(p) for p in stage.optimiser.parameters}
+    trained = {id(p) for p in Step(stage).optimiser.parameters}
     assert trained == {id(p) for n, p in codec.named_parameters() if p.grad is not None}

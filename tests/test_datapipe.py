@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from datapipe import pictures as module
-from datapipe.pictures import DataParams, Pictures, Positions, enlarged_crop, epoch_order, generator, stream
+from datapipe.draws import DrawParams, draw
+from datapipe.pictures import Batch, DataParams, Pictures, Positions, enlarged_crop, epoch_order, stream
 from tests.commands import photograph
-from utils.images import read_image, to_signed
+from utils.images import find_pictures, read_image
 
 SIZE = 32
 
@@ -41,8 +41,9 @@ def batches(pictures, batch, rank, world, first, count):
 
 def test_every_epoch_is_a_permutation(folder, monkeypatch):
     pictures = dataset(folder)
-    n, files = len(pictures.source), pictures.source.paths
-    assert n == 7
+    n = len(pictures.source)
+    files = [pictures.source.path(i) for i in range(n)]
+    assert n == 7 and files == list(map(str, find_pictures(folder, recursive=True)))
     read = []
     monkeypatch.setattr("datapipe.sources.read_image", lambda path: read.append(path) or read_image(path))
     for position in range(3 * n):
@@ -72,8 +73,8 @@ def test_ranks_share_the_positions_of_a_step(world):
 def test_batches_cross_the_ends_of_epochs(folder):
     pictures = dataset(folder)
     found = batches(pictures, 5, 0, 1, 0, 3)  # 15 positions of 7 pictures
-    assert [p.tolist() for _, p in found] == [list(range(i, i + 5)) for i in (0, 5, 10)]
-    assert all(crops.shape == (5, 3, SIZE, SIZE) and crops.dtype == torch.float32 for crops, _ in found)
+    assert [b.position.tolist() for b in found] == [list(range(i, i + 5)) for i in (0, 5, 10)]
+    assert all(b.image.shape == (5, 3, SIZE, SIZE) and b.image.dtype == torch.float32 and not b.draws for b in found)
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -81,8 +82,8 @@ def test_the_crops_do_not_depend_on_the_world_size(folder, world):
     def crops(world):
         found = {}
         for rank in range(world):
-            for images, positions in batches(dataset(folder), 6 // world, rank, world, 0, 2):
-                found |= dict(zip(positions.tolist(), images, strict=True))
+            for part in batches(dataset(folder), 6 // world, rank, world, 0, 2):
+                found |= dict(zip(part.position.tolist(), part.image, strict=True))
         return found
 
     alone, shared = crops(1), crops(world)
@@ -93,22 +94,41 @@ def test_the_crops_do_not_depend_on_the_world_size(folder, world):
 def test_a_run_goes_on_where_it_stopped(folder):
     whole = batches(dataset(folder), 3, 1, 2, 0, 5)
     rest = batches(dataset(folder), 3, 1, 2, 3 * 3 * 2, 2)
-    for (images, positions), (again, same) in zip(whole[3:], rest, strict=True):
-        assert torch.equal(positions, same) and torch.equal(images, again)
+    for before, after in zip(whole[3:], rest, strict=True):
+        assert torch.equal(before.position, after.position) and torch.equal(before.image, after.image)
 
 
 def test_it_may_go_on_with_another_batch_and_world(folder):
     """No position twice, none left out."""
-    before = [p for rank in (0, 1) for _, positions in batches(dataset(folder), 3, rank, 2, 0, 2) for p in positions]
-    after = [p for rank in range(3) for _, positions in batches(dataset(folder), 1, rank, 3, 12, 4) for p in positions]
+    before = [p for rank in (0, 1) for b in batches(dataset(folder), 3, rank, 2, 0, 2) for p in b.position]
+    after = [p for rank in range(3) for b in batches(dataset(folder), 1, rank, 3, 12, 4) for p in b.position]
     assert sorted(map(int, before + after)) == list(range(24))
 
 
 def test_workers_do_not_change_the_stream(folder):
-    for (images, positions), (again, same) in zip(
-        batches(dataset(folder), 3, 0, 1, 0, 3), batches(dataset(folder, workers=2), 3, 0, 1, 0, 3), strict=True
-    ):
-        assert torch.equal(positions, same) and torch.equal(images, again)
+    """Crops and draws are functions of (seed, position): neither workers nor the batch that holds one matter."""
+    params = DrawParams((2, 3, 4), 4, levels=3, uniforms=5)
+    pictures = [Pictures(DataParams(str(folder), workers=workers), SIZE, 0, draws=params) for workers in (0, 2)]
+    alone = [batches(pictures[0], 1, 0, 1, first, 1)[0] for first in range(6)]
+    for part in batches(pictures[1], 3, 0, 1, 0, 2):
+        assert set(part.draws) == {"t", "spread", "decoder_input", "noise", "level", "uniform"} and len(part) == 3
+        assert part.position.dtype == torch.int64 and part.draws["noise"].shape == (3, 2, 3, 4)
+        for i, position in enumerate(part.position.tolist()):
+            single = alone[position]
+            assert single.position.tolist() == [position] and torch.equal(single.image[0], part.image[i])
+            numbers = draw(params, 0, position)
+            assert all(torch.equal(numbers[name], part.draws[name][i]) for name in numbers)
+
+
+def test_a_batch_is_cut_and_moved_as_one():
+    batch = Batch(torch.rand(5, 3, 2, 2), torch.arange(5), {"t": torch.arange(5) * 2})
+    part = batch[1:3]
+    assert (
+        len(batch) == 5 and len(part) == 2 and part.position.tolist() == [1, 2] and part.draws["t"].tolist() == [2, 4]
+    )
+    assert torch.equal(part.image, batch.image[1:3])
+    moved = batch.to("meta")
+    assert {moved.image.device.type, moved.position.device.type, moved.draws["t"].device.type} == {"meta"}
 
 
 def test_global_generators_do_not_matter_and_the_seed_does(folder):
@@ -117,19 +137,8 @@ def test_global_generators_do_not_matter_and_the_seed_does(folder):
         torch.manual_seed(global_seed)
         np.random.seed(global_seed)
         pictures = dataset(folder, seed=seed)
-        crops.append(torch.stack([pictures[p][0] for p in range(4)]))
+        crops.append(torch.stack([pictures[p]["image"] for p in range(4)]))
     assert torch.equal(crops[0], crops[1]) and not torch.equal(crops[1], crops[2])
-
-
-def test_random_streams_are_independent():
-    draws = {
-        (seed, purpose, position): generator(seed, purpose, position).random()
-        for seed in range(3)
-        for purpose in (module.EPOCH, module.CROP, module.DRAWS, module.REVIVAL)
-        for position in range(3)
-    }
-    assert len(set(draws.values())) == 36
-    assert generator(2, module.CROP, 1).random() == draws[2, module.CROP, 1]
 
 
 # Crops ----------------------------------------------------------------------------------------------------------------
@@ -145,14 +154,17 @@ def coordinates(tmp_path):
 
 
 def test_plain_crops_are_pieces_of_the_picture(coordinates):
+    """Bit for bit v / 127.5 - 1, computed as (v / 255 - 0.5) / 0.5 in float32."""
     pictures = dataset(coordinates, flip=False)
-    whole = to_signed(read_image(pictures.source.paths[0]))
     corners = set()
     for position in range(40):
-        crop, told = pictures[position]
-        assert told == position and crop.shape == (3, SIZE, SIZE)
+        item = pictures[position]
+        crop = item["image"].numpy()
+        assert item["position"] == position and crop.shape == (3, SIZE, SIZE)
         left, top = (round((crop[c, 0, 0].item() + 1) * 127.5) for c in (0, 1))
-        assert torch.equal(crop, whole[:, top : top + SIZE, left : left + SIZE])
+        rows, columns = np.mgrid[top : top + SIZE, left : left + SIZE].astype(np.float32)
+        values = np.stack([columns, rows, np.full_like(rows, 255)])
+        np.testing.assert_array_equal(crop, (values / np.float32(255) - np.float32(0.5)) / np.float32(0.5))
         corners.add((left, top))
     assert len(corners) > 30
     assert max(x for x, _ in corners) > 60 and max(y for _, y in corners) > 35  # of 88 and 48
@@ -164,7 +176,7 @@ def test_the_whole_range_of_levels(tmp_path):
     Image.fromarray(levels).save(tmp_path / "extremes.png")
     for params in (dict(), dict(enlarge=(1.3, 1.9)), dict(crop="square")):
         pictures = dataset(tmp_path, **params)
-        crops = torch.stack([pictures[p][0] for p in range(4)])
+        crops = torch.stack([pictures[p]["image"] for p in range(4)])
         assert crops.min() >= -1 and crops.max() <= 1  # bicubic enlargement overshoots
         if params.get("crop") != "square":
             assert crops.min() == -1 and crops.max() == 1
@@ -173,31 +185,42 @@ def test_the_whole_range_of_levels(tmp_path):
 def test_half_of_the_crops_are_mirrored(coordinates):
     plain, mirrored = dataset(coordinates, flip=False), dataset(coordinates)
     turned = []
-    for position in range(60):
-        (a, _), (b, _) = plain[position], mirrored[position]
+    for position in range(400):
+        a, b = plain[position]["image"], mirrored[position]["image"]
         turned.append(torch.equal(b, a.flip(2)))
         assert turned[-1] != torch.equal(a, b)
-    assert 18 <= sum(turned) <= 42
+    assert 170 <= sum(turned) <= 230  # 200 and three standard deviations of 10
 
 
 def test_enlarged_crops_show_less_of_the_picture(coordinates):
     pictures = dataset(coordinates, flip=False, enlarge=(1.5, 3.0))
     factors = []
     for position in range(30):
-        red = pictures[position][0][0]
+        red = pictures[position]["image"][0]
         shown = (red[:, -1] - red[:, 0]).mean().item() * 127.5  # columns between the first and the last
         factors.append((SIZE - 1) / shown)
     assert 1.4 < min(factors) < 1.8 and 2.4 < max(factors) < 3.2
 
 
 @pytest.mark.parametrize("place", [(0, 0), (29, 90), (61, 90)], ids=str)
-def test_an_enlarged_crop_is_one_of_the_enlarged_picture(place):
-    """Only the crop is computed; its pixels are those of bicubic interpolation of the whole, rims included."""
-    picture = torch.rand(1, 3, 48, 88, generator=torch.Generator().manual_seed(0))
-    whole = F.interpolate(picture, size=(93, 122), mode="bicubic", align_corners=False)
-    top, left = place
-    crop = enlarged_crop(picture, (93, 122), top, left, 32)
-    torch.testing.assert_close(crop, whole[:, :, top : top + 32, left : left + 32], rtol=0, atol=1e-4)
+@pytest.mark.parametrize("enlarged", [(93, 122), (48, 88), (490, 880)], ids=str)
+def test_an_enlarged_crop_is_one_of_the_enlarged_picture(enlarged, place):
+    """Only what it shows is converted; its pixels are those of the whole picture's interpolation, rims included."""
+    picture = torch.randint(0, 256, (3, 48, 88), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    top, left = (min(start, side - 32) for start, side in zip(place, enlarged, strict=True))
+    crop = enlarged_crop(picture, enlarged, top, left, 32)
+    signed = picture / 127.5 - 1
+    whole = F.interpolate(signed[None], size=enlarged, mode="bicubic", align_corners=False)[0]
+    torch.testing.assert_close(crop, whole[:, top : top + 32, left : left + 32], rtol=0, atol=1e-3)
+    # The rule before only a part was converted, to the last bit: sample the whole picture on the same grid.
+    signed = (picture.float() / 255 - 0.5) / 0.5
+    y, x = (
+        (2 * (torch.arange(start, start + 32, dtype=torch.float64) + 0.5) / side - 1).float()
+        for start, side in zip((top, left), enlarged, strict=True)
+    )
+    grid = torch.stack([x.expand(32, 32), y[:, None].expand(32, 32)], dim=-1)[None]
+    sampled = F.grid_sample(signed[None], grid, mode="bicubic", padding_mode="border", align_corners=False)[0]
+    assert torch.equal(crop, sampled)
 
 
 def test_small_pictures_are_enlarged_to_a_crop(tmp_path):
@@ -205,7 +228,7 @@ def test_small_pictures_are_enlarged_to_a_crop(tmp_path):
     for params in (dict(), dict(crop="square"), dict(enlarge=(0.5, 1.2))):
         pictures = dataset(tmp_path, **params)
         for position in range(5):
-            crop, _ = pictures[position]
+            crop = pictures[position]["image"]
             assert crop.shape == (3, SIZE, SIZE) and crop.std() > 0.05
 
 
@@ -213,7 +236,7 @@ def test_square_crops_hold_the_whole_short_side(coordinates):
     pictures = dataset(coordinates, flip=False, crop="square", size=20)
     lefts = set()
     for position in range(20):
-        crop, _ = pictures[position]
+        crop = pictures[position]["image"]
         columns, rows = (crop[:2] + 1) * 127.5
         # 80 rows become 20: each is the mean of four, from 1.5 to 77.5.
         torch.testing.assert_close(rows, (1.5 + 4 * torch.arange(20.0)).view(20, 1).expand(20, 20), rtol=0, atol=1e-3)
@@ -221,3 +244,20 @@ def test_square_crops_hold_the_whole_short_side(coordinates):
         torch.testing.assert_close(columns[0], left + 1.5 + 4 * torch.arange(20.0), rtol=0, atol=1e-3)
         lefts.add(round(left))
     assert 0 <= min(lefts) and max(lefts) <= 40 and len(lefts) > 10
+
+
+def test_square_crops_average_what_a_pixel_covers(tmp_path):
+    levels = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    Image.fromarray(levels).save(tmp_path / "noise.png")
+    crop = dataset(tmp_path, flip=False, crop="square", size=10)[0]["image"]
+    means = levels.reshape(10, 4, 10, 4, 3).mean(axis=(1, 3)) / 127.5 - 1
+    torch.testing.assert_close(crop.double(), torch.from_numpy(means).permute(2, 0, 1), rtol=0, atol=1e-6)
+
+
+def test_the_place_of_a_crop_follows_from_seed_and_position(coordinates):
+    """One picture: its order cannot tell."""
+    corners = [
+        tuple(dataset(coordinates, seed, flip=False)[position]["image"][:2, 0, 0].tolist())
+        for seed, position in ((0, 0), (0, 1), (1, 0), (0, 0))
+    ]
+    assert len(set(corners)) == 3 and corners[0] == corners[3]

@@ -1,5 +1,6 @@
 """Schedules and sampling steps against the reference's numbers, and against closed forms. -s shows how far off."""
 
+import copy
 import json
 import math
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from models import diffusion
-from models.diffusion import DiffusionParams, RateParams, Schedule, time_of_eta
+from models.diffusion import DiffusionParams, RateParams, Schedule, first_sqrt_eta, time_of_eta
 from tests.parity import compare, fixture_file
 
 NAMES = ("steps2", "steps4", "steps15", "steps15_respaced4", "steps2_respaced15")
@@ -186,8 +187,134 @@ def test_spacing_keeps_the_original_step_numbers():
     assert schedule.spaced(15) is schedule and schedule.spaced(99) is schedule
 
 
+def column(*values: float) -> torch.Tensor:
+    """One number per sample: N x 1 x 1 x 1."""
+    return torch.tensor(values).view(-1, 1, 1, 1)
+
+
+# By hand, T = 2: sqrt(eta) = 0.02, 0.8 and eta = 0.0004, 0.64. All below with x = 1, y = 3, noise 0.5, kappa = 2.
+X, Y, NOISE = column(1.0, 1.0), column(3.0, 3.0), column(0.5, 0.5)
+BOTH = torch.tensor([1, 0])
+X_T = column(3.08, 1.0208)  # 1 + 0.64 * 2 + 2 * 0.8 * 0.5, and 1 + 0.0004 * 2 + 2 * 0.02 * 0.5
+
+
+def equal(ours: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(ours, expected, rtol=0, atol=2e-6)
+
+
+def test_the_schedule_by_hand():
+    two = Schedule.exponential(DiffusionParams())
+    assert two.sqrt_etas.tolist() == pytest.approx([0.02, 0.8], rel=1e-15)
+    assert two.timesteps.tolist() == [0, 1] and two.kappa == 2
+    # T = 3: 0.02 * 40^(0.5^0.3) in the middle, 0.5^0.3 = 0.812252, ln 40 = 3.688879
+    three = Schedule.exponential(DiffusionParams(steps=3))
+    assert three.sqrt_etas.tolist() == pytest.approx([0.02, 0.400228, 0.8], abs=1e-6)
+    firsts = [(2, 0.04, 0.02), (0.5, 0.04, math.sqrt(0.001)), (0.5, 0.01, 0.01)]  # the least of the three rules
+    for kappa, least, expected in firsts:
+        assert first_sqrt_eta(DiffusionParams(kappa=kappa, min_noise_level=least)) == pytest.approx(expected)
+
+
+def test_time_of_eta_by_hand():
+    # eta = 0.0004 * 40 = 0.016 lies half of the way in the logarithm: 0.5^(1/0.3) = 0.0992126 of T - 1
+    eta = torch.tensor([0.0004, 0.016, 0.64])
+    assert time_of_eta(eta, DiffusionParams()).tolist() == pytest.approx([0, 0.0992126, 1], abs=1e-6)
+    assert time_of_eta(eta, DiffusionParams(steps=4)).tolist() == pytest.approx([0, 0.2976378, 3], abs=1e-6)
+
+
+def test_the_forward_process_by_hand():
+    schedule = Schedule.exponential(DiffusionParams())
+    equal(diffusion.q_sample(schedule, X, Y, BOTH, NOISE), X_T)
+    eta = torch.tensor([0.64, 0.01], dtype=torch.float64)
+    equal(diffusion.prior_sample(Y, eta, 3.0, NOISE), column(4.2, 3.15))  # 3 + 3 * 0.8 * 0.5, 3 + 3 * 0.1 * 0.5
+    # 4.2 / sqrt(1 + 9 * 0.64) = 4.2 / 2.6, 3.15 / sqrt(1 + 9 * 0.01) = 3.15 / 1.044031
+    equal(diffusion.scale_input(column(4.2, 3.15), eta, 3.0), column(1.615385, 3.017152))
+
+
+class Told:
+    """A denoiser that says 7 and keeps what it was told, the last and all scaled inputs."""
+
+    def __init__(self):
+        self.inputs = []
+
+    def __call__(self, scaled, t, lq):
+        self.scaled, self.t, self.lq = scaled, t, lq
+        self.inputs.append(scaled)
+        return torch.full_like(scaled, 7.0)
+
+
+@pytest.mark.parametrize(
+    ("centre", "scaled"),
+    [(0.0, (2.013997, 3.039800)), (Y, (0.423999, 0.098058))],  # of 3.8 and 3.1, of 0.8 and 0.1
+    ids=["published", "difference"],
+)  # 3.8 / 1.886796 and 3.1 / 1.019804
+def test_the_single_step_by_hand(centre, scaled):
+    told, eta = Told(), torch.tensor([0.64, 0.01])
+    assert torch.equal(diffusion.one_step(told, Y, X, eta, NOISE, DiffusionParams(), centre), column(7.0, 7.0))
+    equal(told.scaled, column(*scaled))
+    # sqrt(0.01) / 0.02 = 5: (ln 5 / ln 40)^(1/0.3) = 0.436294^3.333 = 0.062989
+    assert told.t.tolist() == pytest.approx([1, 0.062989], abs=1e-5) and told.t.dtype == torch.float32
+    assert told.lq is X
+
+
+def test_a_prediction_by_hand():
+    """Of one step of several: the step's own eta and, in a spaced schedule, its original number."""
+    told, schedule = Told(), Schedule.exponential(DiffusionParams())
+    diffusion.predict(schedule, told, X_T, BOTH, X, Y)
+    # (3.08 - 3) / sqrt(1 + 4 * 0.64), (1.0208 - 3) / sqrt(1 + 4 * 0.0004)
+    equal(told.scaled, column(0.042400, -1.977618))
+    assert told.t.tolist() == [1, 0]
+    diffusion.predict(Schedule.exponential(DiffusionParams(steps=9)).spaced(3), told, X_T, BOTH, X)
+    assert told.t.tolist() == [3, 0]
+
+
+def test_a_step_towards_the_truth_lands_on_the_right_marginal():
+    # m = sqrt(0.0004 / 0.64) = 0.025, j = 0.0004 - 0.016 = -0.0156, k = 1 - 0.0004 + 0.016 - 0.025 = 0.9906:
+    # 0.9906 + 0.025 * 3.08 - 0.0156 * 3 = 1.0208, which is q_sample at t = 0 with the same noise. From there on, x_0.
+    schedule = Schedule.exponential(DiffusionParams())
+    equal(diffusion.ddim_step(schedule, X_T, X, Y, BOTH), column(1.0208, 1.0))
+
+
+def test_an_ancestral_step_by_hand():
+    # 0.000625 * 3.08 + 0.999375 = 1.0013; deviation sqrt(9 * 0.000625 * 0.6396) = 0.05998125, half of it is added
+    schedule = Schedule.exponential(DiffusionParams(kappa=3, min_noise_level=0.06))  # eta 0.0004, 0.64 as above
+    equal(diffusion.ancestral_step(schedule, X_T, X, BOTH, NOISE), column(1.03129063, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("ddim", "second"),
+    [
+        (True, 6.976821),  # 0.9906 * 7 + 0.025 * 3.8 - 0.0156 * 3 = 6.9824
+        (False, 7.012386),  # 0.999375 * 7 + 0.000625 * 3.8 + 0.0399875 * 0.5 = 7.01799375
+    ],
+)
+def test_all_steps_by_hand(ddim, second):
+    """The start 3.8 / sqrt(1 + 4 * 0.64), then the above / sqrt(1 + 4 * 0.0004) = 1.0007997; told 7 each time."""
+    told, schedule = Told(), Schedule.exponential(DiffusionParams())
+    equal(diffusion.sample(schedule, told, Y, X, lambda: NOISE, ddim), column(7.0, 7.0))
+    assert len(told.inputs) == 2 and told.t.tolist() == [0, 0]
+    equal(told.inputs[0], column(2.013997, 2.013997))
+    equal(told.inputs[1], column(second, second))
+
+
+def test_no_cast_rounds_the_schedule():
+    """Half precision of the networks, a move, and back: the same float64 tables; state dicts have none of them."""
+    network = torch.nn.Module()
+    network.schedule, network.layer = Schedule.exponential(DiffusionParams(steps=15)), torch.nn.Linear(1, 1)
+    exact = {name: table.clone() for name, table in network.schedule.named_buffers()}
+    assert {name: table.dtype for name, table in exact.items()} == {
+        "sqrt_etas": torch.float64, "etas": torch.float64, "timesteps": torch.int64,
+    }  # fmt: skip
+    for other in (network.bfloat16(), network.half(), network.to("cpu", torch.bfloat16), copy.deepcopy(network)):
+        assert other.layer.weight.dtype != torch.float32
+        for name, table in other.schedule.named_buffers():
+            assert table.dtype == exact[name].dtype and torch.equal(table, exact[name])
+    assert not [key for key in network.state_dict() if "schedule" in key]
+    assert {table.device.type for table in network.to("meta", torch.float16).buffers()} == {"meta"}
+
+
 def test_rate_aware_modulation():
     rate = RateParams()
+    assert [rate.eta(b) for b in (0.01, 0.02, 0.05, 0.5, 1.0, 2.0)] == pytest.approx([1, 1, 0.4, 0.04, 0.02, 0.02])
     assert rate.eta(0.03125) == 0.64
     assert rate.eta(0.0625) == 0.32  # inversely proportional
     assert rate.eta(1e-4) == rate.eta_max == 1.0

@@ -15,7 +15,7 @@ from models.released import NETWORKS
 from tests.commands import NANO
 from tests.small_runs import ALL_PARTS, ranks
 from training.config import load_config
-from training.perceptual import perceptual_term
+from training.perceptual import perceptual_terms
 from training.progress import Progress
 from training.stages import STAGES
 from training.step import Step
@@ -122,14 +122,14 @@ def test_micro_batches_train_as_the_whole(name):
 @pytest.mark.parametrize("perceptual, size", [("ms_ssim", 176), ("lpips", 48)])
 def test_micro_batches_train_as_the_whole_with_a_perceptual_term(perceptual, size, monkeypatch):
     """In float64 too; LPIPS with random weights."""
-    monkeypatch.setattr("training.stage.perceptual_term", partial(perceptual_term, untrained=True))
+    monkeypatch.setattr("training.stage.perceptual_terms", partial(perceptual_terms, untrained=True))
     found = []
     for microbatch in ("null", "1"):
         torch.manual_seed(3)  # of the untrained LPIPS
-        options = (f"codec.crop_size={size}", f"codec.perceptual={perceptual}", "codec.adversary.start=9")
+        options = (f"codec.crop_size={size}", f"codec.perceptual.{perceptual}=0.2", "codec.adversary.start=9")
         step = new_step("codec", *options, f"codec.microbatch={microbatch}")
         logs = step.logs(step(batch_of(step, range(2), size), Progress(step.stage.params)))
-        assert logs["perceptual"] > 1e-3
+        assert logs[perceptual] > 1e-3
         found.append((state_of(step), [logs]))
     assert_equal(found[1], found[0])
 

@@ -10,7 +10,7 @@ from tests.commands import NANO, ROOT, photograph, run
 from training.config import load_config
 from training.dry_run import activations, dry_run
 from training.stages import STAGES
-from training.trainer import new_codec
+from training.start import new_codec
 
 RESIDUAL = "{channels: 8, width: 8, blocks: 1, hyper_channels: 4, scale_width: 8, code_width: 4, levels: 3}"
 

@@ -74,10 +74,15 @@ def test_mutations_are_seeded_and_of_every_kind(files):
         first = list(draw(files, 100, seed=1))
         assert first == list(draw(files, 100, seed=1)) != list(draw(files, 100, seed=2))
         assert len(set(first)) > 90 and not set(first) & set(files)
-    random = np.random.default_rng(0)
-    for mutation in mutations.MUTATIONS:
-        assert any(mutation(files[-1], files, random) != files[-1] for _ in range(5))
-        assert isinstance(mutation(b"", files, random), bytes)
+    random, data = np.random.default_rng(0), bytes(range(200))
+    changed = [mutations.replace_part(data, bytes(9), random) for _ in range(2000)]
+    assert any(len(c) < 200 and data.startswith(c) for c in changed)  # cut
+    assert any(len(c) < 200 and data.endswith(c) for c in changed)
+    assert any(len(c) > 200 and c.startswith(data) for c in changed)  # extended
+    assert any(len(c) == 200 and sorted(c) == list(data) and c != data for c in changed)  # two parts swapped
+    assert any(c[-9:] == bytes(9) and data.startswith(c[:-9]) for c in changed)  # spliced
+    assert mutations.flip_bits(data, random) != data and mutations.flip_bits(b"", random) == b""
+    assert all(isinstance(mutations.mutate(b"", files, random), bytes) for _ in range(50))
     whole = [data for data in mutations.resealed(files, 100, seed=1) if len(data) > 4]
     assert all(mutations.sealed(data[:-4]) == data for data in whole)
 

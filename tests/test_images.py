@@ -99,31 +99,25 @@ def test_cmyk(tmp_path):
     assert np.abs(read(path).astype(int) - [255, 0, 0]).max() <= 4
 
 
-def every_16_bit_level() -> tuple[np.ndarray, np.ndarray]:
+def every_16_bit_value() -> tuple[np.ndarray, np.ndarray]:
     values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
     return values, np.round(values / 65535 * 255).astype(np.uint8)
 
 
-@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.pgm"])
-def test_16_bit_grey_is_scaled(tmp_path, name):
-    values, expected = every_16_bit_level()
-    assert np.array_equal(read(saved(tmp_path, Image.fromarray(values), name)), grey_to_rgb(expected))
+@pytest.mark.parametrize("name, kind", [(n, np.uint16) for n in ("a.png", "a.tif", "a.pgm")] + [("a.tif", np.int32)])
+def test_16_bit_grey_is_scaled(tmp_path, name, kind):
+    """Also where 32 bits hold it."""
+    values, expected = every_16_bit_value()
+    assert np.array_equal(read(saved(tmp_path, Image.fromarray(values.astype(kind)), name)), grey_to_rgb(expected))
 
 
-def test_16_bit_grey_in_a_32_bit_file(tmp_path):
-    values, expected = every_16_bit_level()
-    image = Image.fromarray(values.astype(np.int32))
-    assert image.mode == "I"
-    assert np.array_equal(read(saved(tmp_path, image, "a.tif")), grey_to_rgb(expected))
-
-
-def test_16_bit_grey_with_a_transparent_level(tmp_path):
-    values, expected = every_16_bit_level()
+def test_16_bit_grey_with_a_transparent_value(tmp_path):
+    values, expected = every_16_bit_value()
     path = png(tmp_path, values[..., None], 0, b"tRNS" + struct.pack(">H", 1000))
     assert np.array_equal(read(path), grey_to_rgb(np.where(values == 1000, 255, expected)))
 
 
-def test_16_bit_colour_is_scaled_within_one_level(tmp_path):
+def test_16_bit_colour_is_scaled_within_one(tmp_path):
     values = noise(HEIGHT, WIDTH, 3, high=65536, dtype=np.uint16)
     got = read(png(tmp_path, values, 2))
     assert np.abs(got - values / 65535 * 255).max() < 1
@@ -259,18 +253,18 @@ def test_write_refuses_what_it_cannot_keep(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_levels_survive_the_way_there_and_back():
-    levels = torch.arange(256, dtype=torch.uint8)
-    signed = to_signed(levels)
+def test_grey_values_survive_the_way_there_and_back():
+    values = torch.arange(256, dtype=torch.uint8)
+    signed = to_signed(values)
     assert signed.dtype == torch.float32 and signed.min() == -1 and signed.max() == 1
-    assert torch.equal(signed, (levels / 255 - 0.5) / 0.5)
-    assert torch.equal(to_uint8(signed), levels)
-    assert torch.equal(to_uint8(signed.double()), levels)
+    assert torch.equal(signed, (values / 255 - 0.5) / 0.5)
+    assert torch.equal(to_uint8(signed), values)
+    assert torch.equal(to_uint8(signed.double()), values)
 
 
 def test_to_uint8_clamps_and_rounds_halves_to_even():
     assert to_uint8(torch.tensor([-9.0, -1.0, 1.0, 9.0, torch.inf, -torch.inf])).tolist() == [0, 0, 255, 255, 255, 0]
-    # 0 is level 127.5, which goes to the even 128; a little less goes down.
+    # 0 is 127.5, which goes to the even 128; a little less goes down.
     assert to_uint8(torch.tensor([0.0, -0.001])).tolist() == [128, 127]
 
 
@@ -295,10 +289,6 @@ def test_pictures_are_found_sorted_by_suffix(tmp_path):
         tmp_path / "sub" / "d.WebP",
     ]
     assert find_pictures(tmp_path / "folder.png") == []
-
-
-def test_missing_picture_folder_is_refused(tmp_path):
-    (tmp_path / "file").touch()
-    for folder in (tmp_path / "none", tmp_path / "file"):
+    for missing in (tmp_path / "none", tmp_path / "c.txt"):
         with pytest.raises(DiffoError, match="no such folder"):
-            find_pictures(folder)
+            find_pictures(missing)

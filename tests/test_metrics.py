@@ -1,25 +1,21 @@
-import hashlib
-import importlib.util
+"""Scores of our own: by hand, and beside pyiqa's."""
+
 import io
 import math
-import subprocess
-import sys
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFilter
+from skimage import data
 
-from utils import metrics
-from utils.errors import DiffoError
+from measuring import metrics
+from measuring.pyiqa_metrics import score_with_pyiqa
+from tests.commands import run
 from utils.images import read_image
 
 KODAK = Path(__file__).resolve().parents[2] / "shared" / "data" / "kodak"
-WITHOUT_WEIGHTS = ["psnr", "ms_ssim", "fsim", "nlpd", "gmsd", "vsi", "vif"]
 
 
 def as_tensor(image: Image.Image | np.ndarray) -> torch.Tensor:
@@ -42,25 +38,19 @@ def distortions(picture: torch.Tensor) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.fixture(scope="module")
-def pictures() -> dict[str, torch.Tensor]:
-    from skimage import data
-
-    return {
-        "astronaut": as_tensor(data.astronaut())[:, :200, 120:320],
-        "chelsea": as_tensor(data.chelsea())[:, 50:211, 100:283],
-    }
+ASTRONAUT = as_tensor(data.astronaut())[:, :200, 120:320]
+CHELSEA = as_tensor(data.chelsea())[:, 50:211, 100:283]
 
 
 def assert_agrees_with_pyiqa(originals: dict[str, torch.Tensor]) -> None:
     pairs = {(name, kind): (a, b) for name, a in originals.items() for kind, b in distortions(a).items()}
-    for key, theirs in zip(pairs, metrics.score_with_pyiqa(["ms_ssim", "psnr"], pairs.values()), strict=True):
+    for key, theirs in zip(pairs, score_with_pyiqa(["ms_ssim", "psnr"], pairs.values()), strict=True):
         assert metrics.ms_ssim(*pairs[key]) == pytest.approx(theirs["ms_ssim"], abs=1e-5), key
         assert metrics.psnr(*pairs[key]) == pytest.approx(theirs["psnr"], abs=1e-3), key
 
 
-def test_ms_ssim_and_psnr_agree_with_pyiqa(pictures):
-    assert_agrees_with_pyiqa(pictures)
+def test_ms_ssim_and_psnr_agree_with_pyiqa():
+    assert_agrees_with_pyiqa({"astronaut": ASTRONAUT, "chelsea": CHELSEA})
 
 
 @pytest.mark.skipif(not KODAK.is_dir(), reason="the Kodak pictures are not beside the project")
@@ -78,8 +68,8 @@ def test_psnr_by_hand():
     assert metrics.psnr(one_channel, one_channel) == math.inf
 
 
-def test_ms_ssim_needs_five_scales(pictures):
-    picture = pictures["astronaut"]
+def test_ms_ssim_needs_five_scales():
+    picture = ASTRONAUT
     assert metrics.ms_ssim(picture[:, :160], picture[:, :160]) is None
     assert metrics.ms_ssim(picture[:, :, :160], picture[:, :, :160]) is None
     assert metrics.ms_ssim(picture[:, :161, :161], picture[:, :161, :161]) == pytest.approx(1, abs=1e-12)
@@ -109,238 +99,9 @@ def test_pairs_that_do_not_fit_are_refused(score):
 def test_simple_scores_import_no_metric_library():
     code = (
         "import sys, torch\n"
-        "from utils import images, metrics, plots\n"
+        "from measuring import charts, contact_sheets, metrics, pyiqa_metrics\n"
         "a = torch.zeros(3, 161, 161, dtype=torch.uint8)\n"
-        "metrics.psnr(a, a), metrics.ms_ssim(a, a), [metrics.unavailable(name) for name in metrics.METRICS]\n"
+        "metrics.psnr(a, a), metrics.ms_ssim(a, a), list(map(pyiqa_metrics.unavailable, pyiqa_metrics.METRICS))\n"
         "print([m for m in ('pyiqa', 'transformers', 'lpips', 'torchvision', 'matplotlib') if m in sys.modules])\n"
     )
-    root = Path(__file__).resolve().parents[1]
-    run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "[]"
-
-
-def test_scores_that_need_no_weights_are_ordered_finite_and_quiet(pictures, capfd):
-    original = pictures["astronaut"]
-    near, far = original // 4 * 4, distortions(original)["jpeg"]
-    tiny = original[:, :32, :32]
-    scores = list(metrics.score_with_pyiqa(WITHOUT_WEIGHTS, [(original, near), (original, far), (tiny, tiny)]))
-    assert [list(score) for score in scores] == [WITHOUT_WEIGHTS] * 3
-    for name in WITHOUT_WEIGHTS:
-        better, worse = scores[0][name], scores[1][name]
-        assert (better < worse) if name in ("nlpd", "gmsd") else (better > worse), name
-    assert {name for name, score in scores[2].items() if score is None} == {"ms_ssim", "vif"}
-    assert scores[2]["fsim"] == pytest.approx(1, abs=1e-5) and scores[2]["gmsd"] == pytest.approx(0, abs=1e-5)
-    assert capfd.readouterr() == ("", "")
-
-
-def test_the_original_comes_first(pictures):
-    # VIF is not symmetric: a copy of lower contrast has lost information, one of higher contrast scores above 1.
-    original = pictures["astronaut"]
-    lost, gained = metrics.score_with_pyiqa(["vif"], [(original, original // 3), (original // 3, original)])
-    assert lost["vif"] < 0.6 < 1.5 < gained["vif"]
-
-
-def test_smallest_sides_are_those_of_pyiqa(pictures):
-    picture = pictures["astronaut"]
-    for name in ("vif", "ms_ssim"):
-        side = metrics.METRICS[name].min_side
-        network = metrics._load_quietly(name, torch.device("cpu"))
-        good, small = (picture[None, :, :n, :200].float() / 255 for n in (side, side - 1))
-        assert math.isfinite(network(good, good).item())
-        with pytest.raises(RuntimeError):
-            network(small, small)
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch) -> Path:
-    """An empty cache folder of torch.hub, under which both caches lie."""
-    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
-    return tmp_path / "hub"
-
-
-@pytest.fixture
-def untrained(hub, monkeypatch):
-    """Caches filled with the real LPIPS layers, which the package lpips carries, and with made-up other weights."""
-    import torchvision
-
-    vgg = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"])
-    alexnet = torchvision.models.alexnet(weights=None).features
-    monkeypatch.setattr(torchvision.models, "vgg16", lambda weights: SimpleNamespace(features=vgg))
-    monkeypatch.setattr(torchvision.models, "alexnet", lambda weights: SimpleNamespace(features=alexnet))
-    monkeypatch.setattr("pyiqa.utils.download_util.DEFAULT_CACHE_DIR", str(hub / "pyiqa"))
-    for file in {file for metric in metrics.METRICS.values() for file in metric.weights}:
-        file.path.parent.mkdir(parents=True, exist_ok=True)
-        file.path.write_bytes(b"stands for the trunk")
-    layers = Path(importlib.util.find_spec("lpips").origin).parent / "weights" / "v0.1"
-    for net, name in (("vgg", "LPIPS_v0.1_vgg-a78928a0.pth"), ("alex", "LPIPS_v0.1_alex-df73285e.pth")):
-        (hub / "pyiqa" / name).write_bytes((layers / f"{net}.pth").read_bytes())
-    dists = {name: torch.full((1, 1475, 1, 1), 0.1) for name in ("alpha", "beta")}
-    torch.save(dists, hub / "pyiqa" / "DISTS_weights-f5e65c96.pth")
-
-
-def test_learned_metrics_run_on_cached_weights(untrained, pictures, capfd):
-    learned = ["lpips-vgg", "lpips-alex", "dists"]
-    assert [metrics.unavailable(name) for name in learned] == [None] * 3
-    original = pictures["chelsea"]
-    crops = [original[:, :side, :side] for side in (31, 30, 16)]
-    pairs = [(original, 255 - original), (original, original)] + [(crop, crop) for crop in crops]
-    different, equal, *small = metrics.score_with_pyiqa(learned, pairs)
-    for name in learned:
-        assert different[name] > equal[name] + 1e-5 and equal[name] == pytest.approx(0, abs=1e-5), name
-    too_small = [[name for name in learned if score[name] is None] for score in small]
-    assert too_small == [[], ["lpips-alex"], ["lpips-alex"]]
-    assert capfd.readouterr() == ("", "")
-
-
-def test_cached_lpips_layers_have_the_hash_of_their_name(untrained):
-    for name in ("lpips-vgg", "lpips-alex"):
-        file = metrics.METRICS[name].weights[1]
-        assert hashlib.sha256(file.path.read_bytes()).hexdigest().startswith(file.sha256)
-
-
-def test_computed_without_tf32_whatever_was_set(pictures, monkeypatch):
-    seen = []
-
-    def network(distorted, reference):
-        seen.append((torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision(), distorted.dtype))
-        return torch.tensor(1.0)
-
-    monkeypatch.setattr(metrics, "_load_quietly", lambda *_: network)
-    saved = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        list(metrics.score_with_pyiqa(["psnr"], [(pictures["chelsea"],) * 2]))
-        assert torch.get_float32_matmul_precision() == "high"
-    finally:
-        torch.set_float32_matmul_precision(saved)
-    assert seen == [(False, "highest", torch.float32)]
-
-
-def test_unavailable_tells_file_folder_and_command(hub):
-    for name in WITHOUT_WEIGHTS:
-        assert metrics.unavailable(name) is None
-    line = metrics.unavailable("lpips-vgg")
-    for part in ("vgg16-397923af.pth", "LPIPS_v0.1_vgg-a78928a0.pth", "python reproduce.py weights"):
-        assert part in line
-    assert f"looked in {hub / 'checkpoints'}" in line and f"looked in {hub / 'pyiqa'}" in line
-    assert "\n" not in line and not hub.exists()
-    assert "alexnet-owt-7be5be79.pth" in metrics.unavailable("lpips-alex")
-    assert "DISTS_weights-f5e65c96.pth" in metrics.unavailable("dists")
-
-
-def test_unavailable_sees_files_but_not_empty_ones(hub):
-    files = metrics.METRICS["dists"].weights
-    for file in files:
-        file.path.parent.mkdir(parents=True, exist_ok=True)
-        file.path.touch()
-    assert metrics.unavailable("dists") is not None
-    for file in files:
-        file.path.write_bytes(b"x")
-    assert metrics.unavailable("dists") is None
-    assert "LPIPS_v0.1_vgg" in metrics.unavailable("lpips-vgg") and "vgg16-" not in metrics.unavailable("lpips-vgg")
-
-
-def test_missing_weights_and_packages_and_unknown_names_are_refused_at_once(hub, monkeypatch):
-    with pytest.raises(DiffoError, match="python reproduce.py weights"):
-        metrics.score_with_pyiqa(["psnr", "lpips-vgg"], [])
-    with pytest.raises(DiffoError, match="unknown metric lpips; known are"):
-        metrics.unavailable("lpips")
-    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda _: None)
-    assert "pip install pyiqa" in metrics.unavailable("fsim")
-
-
-def test_weight_files_are_those_that_the_packages_load(hub):
-    from pyiqa.archs import dists_arch, lpips_arch
-    from pyiqa.default_model_configs import DEFAULT_CONFIGS
-    from pyiqa.utils import download_util
-    from torchvision.models import AlexNet_Weights, VGG16_Weights
-
-    own = [file.url for file in metrics.METRICS["lpips-vgg"].weights]
-    assert own == [VGG16_Weights.IMAGENET1K_V1.url, lpips_arch.default_model_urls["0.1_vgg"]]
-    own = [file.url for file in metrics.METRICS["lpips-alex"].weights]
-    assert own == [AlexNet_Weights.IMAGENET1K_V1.url, lpips_arch.default_model_urls["0.1_alex"]]
-    own = [file.url for file in metrics.METRICS["dists"].weights]
-    assert own == [VGG16_Weights.IMAGENET1K_V1.url, dists_arch.default_model_urls["url"]]
-    networks = {name: DEFAULT_CONFIGS[metrics.METRICS[name].pyiqa_name]["metric_opts"] for name in metrics.METRICS}
-    assert networks["lpips-vgg"]["net"] == "vgg" and networks["lpips-alex"]["net"] == "alex"
-    assert metrics.METRICS["dists"].weights[1].path.parent.name == Path(download_util.DEFAULT_CACHE_DIR).name
-
-
-BODY = b"weights" * 1000
-
-
-class Server(BaseHTTPRequestHandler):
-    def do_GET(self):
-        if self.path == "/none":
-            self.send_error(404)
-            return
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(BODY)))
-        self.end_headers()
-        if self.path == "/slow":
-            self.server.released.wait(5)
-        self.wfile.write(BODY[:100] if self.path == "/cut" else BODY)
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture(scope="module")
-def address():
-    with HTTPServer(("127.0.0.1", 0), Server) as server:
-        server.released = threading.Event()
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.released.set()
-        server.shutdown()
-        thread.join()
-
-
-@pytest.fixture
-def one_file(monkeypatch, tmp_path):
-    """Make a single file at a given URL the only one that any metric needs."""
-    for proxy in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(proxy, raising=False)
-
-    def use(url: str, sha256: str | None = None) -> metrics.WeightFile:
-        digest = sha256 or hashlib.sha256(BODY).hexdigest()[:8]
-        file = metrics.WeightFile("w.pth", url, digest, lambda: tmp_path / "cache")
-        monkeypatch.setattr(metrics, "METRICS", {"own": metrics._Metric("own", weights=(file,))})
-        return file
-
-    return use
-
-
-def test_download_fetches_once(address, one_file):
-    file = one_file(f"{address}/good")
-    lines = []
-    metrics.download_weights(report=lines.append)
-    assert file.path.read_bytes() == BODY
-    metrics.download_weights(report=lines.append)
-    assert len(lines) == 2 and "SHA-256 agrees" in lines[0] and "already in" in lines[1]
-    assert [path.name for path in file.path.parent.iterdir()] == ["w.pth"]
-
-
-@pytest.mark.parametrize(
-    "page, sha256, message",
-    [
-        ("/none", None, "answers 404"),
-        ("/good", "00000000", "does not begin with 00000000"),
-        ("/cut", None, "cut short|IncompleteRead"),
-        ("/slow", None, "timed out"),
-    ],
-)
-def test_failed_download_leaves_nothing(address, one_file, page, sha256, message):
-    file = one_file(f"{address}{page}", sha256)
-    with pytest.raises(DiffoError, match=message) as caught:
-        metrics.download_weights(timeout=0.3)
-    assert "\n" not in str(caught.value) and file.url in str(caught.value)
-    assert list(file.path.parent.iterdir()) == []
-
-
-def test_offline_is_said_with_the_folder(one_file):
-    file = one_file("http://127.0.0.1:9/w.pth")
-    with pytest.raises(DiffoError, match="Is this machine online") as caught:
-        metrics.download_weights(timeout=2)
-    assert str(file.path.parent) in str(caught.value)
+    assert run("-c", code).stdout.strip() == "[]"

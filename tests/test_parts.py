@@ -30,4 +30,4 @@ def test_the_command(tmp_path):
     for _, _, part in NETWORKS:
         assert part in told
     assert "E  " in encode and "D  " in decode and all("range coder" in half for half in (encode, decode))
-    assert "from 0" in run("-m", "benchmarks.parts", "--quality", 101, expect=1).stderr
+    assert "101 is not in 0 to 100" in run("-m", "benchmarks.parts", "--quality", 101, expect=2).stderr

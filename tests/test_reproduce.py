@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shlex
 from dataclasses import replace
 
 import numpy as np
@@ -61,7 +62,7 @@ def release(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
+    folder = tmp_path_factory.mktemp("two pictures")
     for i in range(2):
         photograph(folder / f"{i}.png", 96, 80, seed=i)
     return folder
@@ -97,6 +98,8 @@ def test_rates_of_one_model(release, pictures, tmp_path, capsys):
         files = list((tmp_path / f"quality_{row['quality']}").glob("*.dfo"))
         assert float(row["bytes"]) == sum(f.stat().st_size for f in files) / 2
     assert float(rows[0]["bpp"]) < float(rows[1]["bpp"])
+    command = shlex.split(json.loads((tmp_path / "quality_50" / "metrics.json").read_text())["about"]["command"])
+    assert command[:4] == ["python", "inference.py", "-i", str(pictures)] and command[-1] == str(release)
     assert {p.name for p in tmp_path.glob("*.png")} == {"psnr.png", "gmsd.png"}  # too small for MS-SSIM
 
 
@@ -126,12 +129,28 @@ def test_two_layers_against_a_base_alone_at_its_bytes(release, tmp_path, capsys)
     assert "small.png: MS-SSIM" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("metric", ["lpips", "lpips-vgg"])
-def test_a_metric_that_cannot_be_computed_is_refused(metric, pictures, tmp_path, capsys):
-    from measuring.metrics import METRICS, unavailable
-
-    if metric in METRICS and unavailable(metric) is None:
-        pytest.skip("its weights are here")
-    command = ["eta", "--data", pictures, "--held_out", pictures, "-o", tmp_path / "out", "--metric", metric]
-    assert main([str(a) for a in command]) == 1
-    assert metric in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "flags, told",
+    [
+        (["eta", "--held_out", "PICTURES", "--metric", "lpips"], "unknown metric lpips"),
+        (["eta", "--held_out", "none"], "none: no such file or folder"),
+        (["eta", "--held_out", "PICTURES", "--store", "stored", "--weights", "bare"], "release.json: not there"),
+        (["eta", "--held_out", "PICTURES", "--metric", "ms_ssim"], "ms_ssim needs sides from 161 pixels"),
+        (["rates", "--metrics", "gmsd", "lpips"], "unknown metric lpips"),
+        (["rates", "--weights", "none"], "none"),
+        (["rates", "--qualities", "0", "101"], "101 is not in 0 to 100"),
+        (["equal_bytes", "--against", "RELEASE", "none"], "none"),
+    ],
+    ids=" ".join,
+)
+def test_every_option_is_checked_before_a_picture_is_coded(
+    flags, told, release, pictures, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Codec, "analyse", lambda *_: pytest.fail("a picture was coded"))
+    flags = [{"PICTURES": str(pictures), "RELEASE": str(release)}.get(flag, flag) for flag in flags]
+    try:
+        status = main([*flags, "--data", str(pictures), "-o", "out", "--device", "cpu"])
+    except SystemExit as stop:
+        status = stop.code
+    assert status and told in capsys.readouterr().err

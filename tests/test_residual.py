@@ -71,15 +71,15 @@ def test_the_default_size_can_be_built():
 
 
 @torch.no_grad()
-def test_gains_are_geometric_between_the_levels(residual):
-    nodes = residual.log_gain.exp()
-    gains = residual.gain(torch.tensor([1.0, 2.0, 3.0]))
-    assert gains.shape == (3, SMALL.channels, 1, 1)
-    torch.testing.assert_close(gains[:, :, 0, 0], nodes)
-    torch.testing.assert_close(residual.gain(torch.tensor([1.5]))[0, :, 0, 0], (nodes[0] * nodes[1]).sqrt())
-    torch.testing.assert_close(residual.gain(torch.tensor([2.25]))[0, :, 0, 0], nodes[1] ** 0.75 * nodes[2] ** 0.25)
-    between = residual.gain(torch.linspace(1, 3, 255))[:, 0, 0, 0]
-    assert (between.diff() > 0).all()
+def test_gains_are_geometric_between_the_levels_and_beyond():
+    """Channels of 1, 4, 64 and of 1/2, 2, 4: the outer intervals go on."""
+    residual = new_residual()
+    residual.log_gain[:, 0] = torch.tensor([1.0, 4.0, 64.0]).log()
+    residual.log_gain[:, 1] = torch.tensor([0.5, 2.0, 4.0]).log()
+    gains = residual.gain(torch.tensor([1.0, 2.0, 3.0, 1.5, 2.25, 3.5, 0.5], dtype=torch.float64))
+    assert gains.shape == (7, SMALL.channels, 1, 1) and gains.dtype == torch.float32
+    assert gains[:, 0].flatten().tolist() == pytest.approx([1, 4, 64, 2, 8, 256, 0.5], rel=1e-5)
+    assert gains[:4, 1].flatten().tolist() == pytest.approx([0.5, 2, 4, 1], rel=1e-5)
 
 
 def test_a_fresh_codec_has_the_gains_it_is_told():
@@ -97,13 +97,6 @@ def test_bytes_stand_for_levels(levels, extrapolated):
     for code, level in enumerate(found, 1):
         node = node_of(code, params)
         assert 0 <= node < levels and abs(node + 1 - min(max(level, 1), levels)) <= 0.5 + 1e-9
-
-
-def test_gains_go_on_beyond_the_outer_levels():
-    residual = new_residual()
-    below, one, two, three, beyond = residual.gain(torch.tensor([0.5, 1.0, 2.0, 3.0, 3.5]))
-    torch.testing.assert_close(beyond, three * (three / two) ** 0.5)
-    torch.testing.assert_close(below, one * (one / two) ** 0.5)
 
 
 @pytest.mark.parametrize(
@@ -158,6 +151,64 @@ def test_tiles_leave_no_trace(residual, monkeypatch, size):
 
 
 # Training and coding --------------------------------------------------------------------------------------------------
+
+
+class Costs:
+    """In place of the densities: the median of z, and what is to be priced."""
+
+    median = torch.full((SMALL.hyper_channels,), 0.7)
+
+    def __call__(self, z, s, mu, sigma):
+        self.given = {"z": z, "s": s, "mu": mu, "sigma": sigma}
+        return torch.tensor([5.0]), torch.tensor([7.0])
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """Networks that give numbers: s = x - y, h_a = 2.4, h_s = 10, mu = 0.3, r^ = s^ / gain; gains of 4, median 0.7."""
+    residual, told = new_residual(replace(SMALL, channels=D)), []
+
+    def gives(network, function):
+        monkeypatch.setattr(network, "forward", function)
+
+    residual.log_gain.data.fill_(math.log(4))
+    residual.median.fill_(0.7)
+    gives(residual.analysis, lambda a, y: a)
+    gives(residual.synthesis, lambda a, y: a)
+    gives(residual.hyper_analysis, lambda s: torch.full((1, SMALL.hyper_channels, 1, 1), 2.4))
+    gives(residual.scale_network, lambda n_z, k: told.append(n_z) or torch.full((1, D, 1, 1), 10.0))
+    gives(residual.mean_network, lambda n_z, k, y: told.append(n_z) or torch.full((1, D, 1, 1), 0.3))
+    residual.freeze(None)
+    return residual, told
+
+
+def test_a_training_pass_by_hand(plain):
+    residual, told = plain
+    residual.rate_model = costs = Costs()
+    x, y, k = torch.full((1, D, 1, 1), 1.3, requires_grad=True), torch.ones(1, D, 1, 1), torch.zeros(1, 1, 1).long()
+    noise = torch.cat([torch.full((1, D), -0.5), torch.full((1, SMALL.hyper_channels), 0.25)], dim=1)
+    out = residual(x, y, k, torch.tensor([1.5]), noise)
+    assert [out.hyper_bits.item(), out.residual_bits.item()] == [5, 7]
+    assert {n_z.unique().item() for n_z in told} == {2.0}  # round(2.4 - 0.7)
+    # z: 2.4 + 0.25, the median not taken off. s: 4 * 0.3 - 0.5. sigma: 0.11 * 1.112^10, or 0.11 * e^(10 * 0.1061602)
+    expected = {"z": 2.65, "s": 0.7, "mu": 0.3, "sigma": 0.318010}
+    for name, value in expected.items():
+        torch.testing.assert_close(costs.given[name], torch.full_like(costs.given[name], value), rtol=1e-5, atol=0)
+    # (round(1.2 - 0.3) + 0.3) / 4, and the gradient of x as if nothing were rounded
+    torch.testing.assert_close(out.r_hat, torch.full_like(y, 0.325))
+    out.r_hat.sum().backward()
+    torch.testing.assert_close(x.grad, torch.ones_like(x))
+
+
+@torch.no_grad()
+def test_coding_by_hand(plain):
+    """round(2.4 - 0.7), round(1.2 - 0.3), and back: (1 + 0.3) / 4."""
+    residual, _ = plain
+    y, k = torch.ones(1, D, 1, 1), torch.zeros(1, 1, 1).long()
+    symbols = residual.symbols(torch.full((1, D, 1, 1), 0.3), y, k, 100)
+    assert np.unique(symbols.hyper).tolist() == [2] and np.unique(symbols.residual).tolist() == [1]
+    restored = residual.restore(symbols.hyper, symbols.residual, k, y, 100)
+    torch.testing.assert_close(restored, torch.full_like(y, 0.325))
 
 
 @pytest.mark.parametrize("code", CODES)
@@ -251,6 +302,7 @@ def test_level_zero_sends_nothing_and_every_parameter_takes_part():
     assert torch.equal(y_hat[~sent], y[~sent]) and bpp[~sent].tolist() == [0, 0]
     assert (bpp[sent] > 0).all() and (y_hat[sent] != y[sent]).flatten(1).any(1).all()
     out = codec.residual(x, y, k, level, uniform)
+    torch.testing.assert_close(y_hat[sent], (y + out.r_hat)[sent])
     torch.testing.assert_close(bpp[sent], ((out.hyper_bits + out.residual_bits) / (256 * 16))[sent])
 
     (y_hat.square().mean() + bpp.mean() + codec.residual.rate_model.auxiliary_loss()).backward()

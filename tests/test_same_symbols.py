@@ -1,4 +1,4 @@
-"""What a file holds is read the same everywhere: threads, batches, order, precision and noise in y do not matter."""
+"""A file's content is read the same everywhere: threads, batches, order, precision and noise in y do not matter."""
 
 import copy
 import hashlib

@@ -2,7 +2,9 @@
 
 import io
 import itertools
+import os
 import shutil
+import sys
 import tarfile
 
 import numpy as np
@@ -17,7 +19,7 @@ from datapipe.shards import ShardSource, find_shards, index_path, write_index
 from datapipe.sources import open_source
 from tests.commands import NANO, ROOT, photograph
 from utils.errors import DiffoError, PictureError
-from utils.images import read_image
+from utils.images import find_pictures, read_image
 
 SIZE = 32
 
@@ -67,18 +69,18 @@ def indexed(path, members: dict[str, bytes]):
 
 def test_shards_give_the_stream_of_their_folder(folder, shards):
     packed, whole = dataset(shards=shards), dataset(folder=folder)
-    assert [len(index) for index in packed.source._indexes] == [3, 3, 1]
-    for i, path in enumerate(whole.source.paths):
-        assert torch.equal(packed.source.read(i), read_image(path))
+    assert len(packed.source.tars) == 3
+    for i in range(7):
+        assert torch.equal(packed.source.read(i), read_image(whole.source.path(i)))
     for position in range(14):
-        assert torch.equal(packed[position][0], whole[position][0])
+        assert torch.equal(packed[position]["image"], whole[position]["image"])
 
 
 def test_a_run_on_shards_goes_on_where_it_stopped(shards):
     whole = list(itertools.islice(stream(dataset(shards=shards), 3, 1, 2, 0), 5))
     rest = list(itertools.islice(stream(dataset(2, shards=shards), 3, 1, 2, 3 * 3 * 2), 2))
-    for (images, positions), (again, same) in zip(whole[3:], rest, strict=True):
-        assert torch.equal(positions, same) and torch.equal(images, again)
+    for before, after in zip(whole[3:], rest, strict=True):
+        assert torch.equal(before.position, after.position) and torch.equal(before.image, after.image)
 
 
 def test_shards_are_told_apart_by_what_they_hold(folder, shards, tmp_path):
@@ -119,9 +121,8 @@ def test_64_ranks_take_each_sample_once_an_epoch(tmp_path):
         for positions in itertools.islice(Positions(batch, rank, world, 0), steps):
             assert len(positions) == batch
             for position in positions:
-                crop, told = pictures[position]
-                assert told == position and position not in seen
-                seen[position] = round((crop.mean().item() + 1) * 127.5 / 5)
+                assert position not in seen
+                seen[position] = round((pictures[position]["image"].mean().item() + 1) * 127.5 / 5)
     assert sorted(seen) == list(range(world * batch * steps)) and len(seen) == 16 * n
     for epoch in range(16):
         taken = [seen[epoch * n + i] for i in range(n)]
@@ -144,12 +145,27 @@ def test_training_takes_shards_and_lists(folder, shards, tmp_path, capsys):
     assert len(traces[0]) == 4 and traces[0] == traces[1] == traces[2]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no limit of open files to set")
+def test_more_shards_than_open_files_are_allowed(tmp_path):
+    import resource
+
+    for shard in range(60):
+        write_index(tar(tmp_path / f"{shard:02d}.tar", {"a.png": png(4 * shard)}))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/dev/fd"))) + 20, hard))
+    try:
+        source = ShardSource([str(tmp_path)])
+        assert [source.read(i)[0, 0, 0].item() for i in (0, 59)] == [0, 236]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 # The library and we read each other -----------------------------------------------------------------------------------
 
 
 def test_the_library_reads_our_shards(folder, shards):
     tars = [str(path) for path in find_shards([str(shards)])]
-    paths = dataset(folder=folder).source.paths
+    paths = find_pictures(folder, recursive=True)
     samples = list(webdataset.WebDataset(tars, shardshuffle=False))
     assert len({sample["__key__"] for sample in samples}) == 7
     for sample, path in zip(samples, paths, strict=True):
@@ -159,7 +175,7 @@ def test_the_library_reads_our_shards(folder, shards):
 
 
 def test_we_read_the_shards_of_the_library(folder, tmp_path):
-    paths = dataset(folder=folder).source.paths
+    paths = find_pictures(folder, recursive=True)
     with webdataset.ShardWriter(str(tmp_path / "set-%03d.tar"), maxcount=3, verbose=0) as writer:
         for i, path in enumerate(paths):
             writer.write(

@@ -4,6 +4,7 @@ import itertools
 import os
 import shutil
 import socket
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from datapipe.sources import FileSource, data_options, demo_photographs, open_so
 from tests.commands import NANO, photograph
 from training.config import load_config
 from utils.errors import ConfigError, DiffoError
-from utils.images import read_image, to_signed
+from utils.images import find_pictures, read_image
 
 SIZE = 32
 
@@ -40,7 +41,7 @@ def test_lists_name_pictures_relative_to_themselves_or_absolutely(tmp_path):
         photograph(tmp_path / "in" / f"{i} é.png", 60, 60, seed=i)
     absolute = tmp_path / "in" / "2 é.png"
     (tmp_path / "a.txt").write_bytes(f"\ufeffin/0 é.png\r\n\r\n  in/1 é.png\n{absolute}".encode())
-    assert read_list(tmp_path / "a.txt") == [tmp_path / "in" / f"{i} é.png" for i in range(3)]
+    assert list(read_list(str(tmp_path / "a.txt"))) == [str(tmp_path / "in" / f"{i} é.png") for i in range(3)]
     (tmp_path / "b.txt").write_text("in/0 é.png\n", encoding="utf-8")
     several = open_source(txt_file_path=(str(tmp_path / "a.txt"), str(tmp_path / "b.txt")))
     assert len(several) == 4 and torch.equal(several.read(0), several.read(3))
@@ -52,7 +53,7 @@ def test_a_list_gives_the_stream_of_its_folder(folder, tmp_path):
     (tmp_path / "l.txt").write_text("".join(f"in/{i}.png\n" for i in range(3)))
     listed, whole = dataset(txt_file_path=str(tmp_path / "l.txt")), dataset(folder=str(folder))
     for position in range(6):
-        assert torch.equal(listed[position][0], whole[position][0])
+        assert torch.equal(listed[position]["image"], whole[position]["image"])
 
 
 @pytest.mark.parametrize(
@@ -67,6 +68,37 @@ def test_lists_that_cannot_be_used_are_named(tmp_path, content, told):
     assert str(path) in str(caught.value)
 
 
+# Folders --------------------------------------------------------------------------------------------------------------
+
+
+def test_names_take_their_bytes_and_eight_more(tmp_path):
+    """Not hundreds, in every process: the data of large sets would not fit the memory of a node."""
+    folders = [str(tmp_path / "a"), str(tmp_path / "b")]
+    names = [f"class/{i:08d}.png" for i in range(50_000)]
+    found = [(folder, [os.path.join(folder, name) for name in names]) for folder in folders]
+    tracemalloc.start()
+    source = FileSource([*found, (folders[0], ["/elsewhere/é.png"])], "many")
+    taken, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert taken / 100_001 < len(names[0]) + 10
+    for index in (0, 49_999):
+        assert source.path(index) == found[0][1][index] and source.path(50_000 + index) == found[1][1][index]
+    assert source.path(100_000) == "/elsewhere/é.png"
+    assert list(source.names())[49_999:] == [names[-1], *names, "é.png"]
+
+
+def test_linked_folders_are_entered_and_loops_end(tmp_path):
+    """Data sets are put together from links."""
+    for name in ("set/z/a.png", "set/z.png", "elsewhere/b.jfif", "elsewhere/c.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    for link, target in {"set/1": "../elsewhere", "elsewhere/back": "../set", "set/self.png": "self.png"}.items():
+        (tmp_path / link).symlink_to(target)
+    found = find_pictures(tmp_path / "set", recursive=True)
+    assert [str(path.relative_to(tmp_path / "set")) for path in found] == ["1/b.jfif", "z/a.png", "z.png"]
+    assert found == sorted(found)
+
+
 # Unreadable pictures --------------------------------------------------------------------------------------------------
 
 
@@ -74,13 +106,12 @@ def test_lists_that_cannot_be_used_are_named(tmp_path, content, told):
 def test_unreadable_pictures_are_replaced_counted_and_named_once(folder, workers, capfd):
     pictures = dataset(workers, folder=str(folder))
     found = list(itertools.islice(stream(pictures, 4, 0, 1, 0), 3))
-    order = [[pictures.source.paths[i].name for i in epoch_order(0, epoch, 4)] for epoch in range(3)]
+    order = [[os.path.basename(pictures.source.path(i)) for i in epoch_order(0, epoch, 4)] for epoch in range(3)]
     for epoch, names in enumerate(order):
         at = names.index("broken.png")
         follower = folder / names[(at + 1) % 4]
-        assert torch.equal(pictures._picture(4 * epoch + at), to_signed(read_image(follower)))
-        again = pictures[4 * epoch + at][0]
-        assert torch.equal(found[epoch][0][at], again)
+        assert torch.equal(pictures._picture(4 * epoch + at), read_image(follower))
+        assert torch.equal(found[epoch].image[at], pictures[4 * epoch + at]["image"])
     lines = pictures.source.unreadable_lines()
     assert len(lines) == 2 and "broken.png: not a picture" in lines[0] and "1 of 4 pictures" in lines[1]
     list(itertools.islice(stream(pictures, 4, 0, 1, 12), 2))
@@ -118,7 +149,7 @@ def test_a_source_without_readable_pictures_is_an_error(tmp_path):
         (tmp_path / f"{i}.png").write_bytes(b"no picture")
     with pytest.raises(ConfigError, match=f"{tmp_path}: 2 pictures in a row cannot be read.*png: not a picture"):
         dataset(folder=str(tmp_path))  # at once, not in a worker later
-    many = FileSource([(Path(), [Path("none.png")] * 10**6)], "many")
+    many = FileSource([("", ["none.png"] * 10**6)], "many")
     with pytest.raises(ConfigError, match=f"many: {TRIED} pictures in a row"):
         Pictures(DataParams(), SIZE, 0, many)
 
@@ -158,7 +189,8 @@ def test_empty_and_missing_folders_are_named(tmp_path):
 def test_demo_photographs_exist():
     found = demo_photographs()
     assert len(found) == 5 and all(min(read_image(path).shape[1:]) >= 256 for path in found)
-    assert dataset().source.paths == found
+    source = dataset().source
+    assert [source.path(i) for i in range(len(source))] == list(map(str, found))
 
 
 # Configuration --------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from training.config import OptimParams, load_config
 from training.optimiser import Optimiser
 from training.speed import Speed, SpeedParams, has_bfloat16
 from training.stages import STAGES
-from training.trainer import new_codec
+from training.start import new_codec
 from utils.checkpoints import digest
 from utils.ema import Ema
 from utils.errors import ConfigError

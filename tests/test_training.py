@@ -107,7 +107,7 @@ def test_the_published_command_on_two_gloo_processes(data, tmp_path):
         (["--data", "nowhere"], "nowhere: no such folder"),
         (["validation.folder=nowhere"], "nowhere: no such folder"),
         (["validation.crop=100"], "multiple of 16"),
-        (["gt.perceptual=ms_ssim", "gt.crop_size=176", "validation.crop=160"], "above 160 pixels"),
+        (["gt.perceptual.ms_ssim=1", "gt.crop_size=176", "validation.crop=160"], "above 160 pixels"),
         (["networks.vq_base.codebook_size=300"], "power of two"),
         (["networks.unet.latent_channels=4"], "must equal"),
         (["release=weights/tiny-2", "unet=x.pth"], "release is a whole codec: leave out unet"),
@@ -138,7 +138,7 @@ def test_resuming_is_in_the_runs_own_folder(given, told, capsys):
 
 def test_lpips_without_weights_stops_at_once(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    status = main(["--cfg_path", str(NANO), "--save_dir", str(tmp_path), "gt.perceptual=lpips"])
+    status = main(["--cfg_path", str(NANO), "--save_dir", str(tmp_path), "gt.perceptual.lpips=1"])
     error = capsys.readouterr().err
     assert status == 1 and "reproduce.py weights" in error and "ms_ssim" in error
 
@@ -152,5 +152,5 @@ def test_pictures_too_small_to_validate_on_are_told_at_once(data, tmp_path: Path
     args = ["--cfg_path", str(NANO), "--save_dir", str(tmp_path), f"validation.folder={data}"]
     assert main([*args, "validation.crop=80"]) == 1
     assert "0.png: 90x70 pixels are less than validation.crop 80" in capsys.readouterr().err
-    assert main([*args, "gt.perceptual=ms_ssim", "gt.crop_size=176"]) == 1
+    assert main([*args, "gt.perceptual.ms_ssim=1", "gt.crop_size=176"]) == 1
     assert "needs sides from 161" in capsys.readouterr().err

@@ -104,6 +104,14 @@ def test_the_condition_and_the_latent_both_act(unet):
     assert (unet(-x, t, lq) - out).abs().max() > 1e-3
 
 
+def test_the_last_layer_makes_the_prediction():
+    """Each of its rows belongs to a channel; off, nothing but the bias is left."""
+    unet = UNet(PARAMS)
+    assert unet.last_layer is unet.out[-1].weight and len(unet.last_layer) == PARAMS.latent_channels
+    unet.start_silent()
+    assert not unet(*inputs(16, 16)).any() and not unet.last_layer.any()
+
+
 def test_residual_blocks_start_as_the_identity():
     torch.manual_seed(0)
     blocks = [m for m in UNet(PARAMS).modules() if isinstance(m, ResBlock)]

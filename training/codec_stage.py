@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from datapipe.draws import REVIVAL, DrawParams, generator
 from datapipe.pictures import Batch
 from models.codec import Codec
-from models.losses import chroma_distortion, commitment, distortion
+from models.losses import commitment, distortion
 from models.records import CELL, CodecOutput, Draws
 from models.vq_base import perplexity
 from training.config import CodecStageParams, TrainConfig
@@ -64,13 +64,13 @@ class CodecStage(Stage):
         codec.autoencoder.eval().requires_grad_(False)
         self.network, self.last_layer = codec, codec.unet.last_layer
         self.trained = nn.ModuleDict({"vq_base": codec.vq_base, "unet": codec.unet})
-        self.factors = {
-            "distortion": p.distortion_weight,
-            "perceptual": p.perceptual_weight,
-            "commitment": p.commitment,
-        }
-        if p.chroma_weight:
-            self.factors["chroma"] = p.chroma_weight
+        if p.train_decoder:
+            self.last_layer = codec.autoencoder.decoder.last_layer
+            self.trained["autoencoder"] = codec.autoencoder
+            for part in codec.autoencoder.decoding():
+                part.requires_grad_(True)
+            self.shares = {"autoencoder.": p.train_decoder}
+        self.factors = self.shared_factors() | {"commitment": p.commitment}
         if codec.residual:
             self.trained["residual"] = codec.residual
             self.factors["rate"] = 1.0  # lambda_g is inside, one for each sample
@@ -82,11 +82,8 @@ class CodecStage(Stage):
     def terms(self, out: CodecOutput, batch: Batch) -> dict[str, Tensor]:
         terms = {
             "distortion": distortion(out.image, batch.image),
-            "perceptual": self.perceptual(out.image, batch.image),
             "commitment": commitment(out.base.z, out.base.z_q),
-        }
-        if "chroma" in self.factors:
-            terms["chroma"] = chroma_distortion(out.image, batch.image)
+        } | self.shared_terms(out.image, batch.image)
         if out.auxiliary is not None:
             terms["rate"] = (self.rate_weight(batch.draws["level"]) * out.residual_bpp).mean()  # lambda_g R
             terms["auxiliary"] = out.auxiliary

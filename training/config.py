@@ -51,7 +51,8 @@ class StageParams:
         batch_size: crops per process and step. microbatch: crops that are on the device at once; a step adds up the
             gradients of as many micro-batches as it takes. None takes the whole batch.
         crop_size: pixels, a multiple of 16. ema: decay of the averaged weights.
-        perceptual: `lpips`, `ms_ssim` (crops above 160 pixels) or `none`.
+        perceptual: perceptual terms with their factors in the loss: `lpips` (LPIPS-vgg), `stlpips` (ST-LPIPS-vgg),
+            `features` (of EfficientNet-Lite0) and `ms_ssim` (1 - MS-SSIM, crops above 160 pixels).
         adversary: a discriminator of the stage's pictures.
     """
 
@@ -61,7 +62,7 @@ class StageParams:
     microbatch: int | None = None
     crop_size: int = 256
     ema: float = 0.999
-    perceptual: Literal["lpips", "ms_ssim", "none"] = "lpips"
+    perceptual: dict[Literal["lpips", "stlpips", "features", "ms_ssim"], float] = field(default_factory=dict)
     adversary: AdversaryParams = field(default_factory=AdversaryParams)
 
     def __post_init__(self):
@@ -71,8 +72,10 @@ class StageParams:
         require(self.microbatch is None or self.microbatch >= 1, f"microbatch {self.microbatch}: at least 1, or null")
         require(self.crop_size >= 16 and self.crop_size % 16 == 0, f"crop_size {self.crop_size}: a multiple of 16")
         require(0 <= self.ema < 1, f"ema {self.ema}: in [0, 1)")
-        small = self.perceptual == "ms_ssim" and self.crop_size <= 160
-        require(not small, f"crop_size {self.crop_size}: perceptual ms_ssim needs crops above 160 pixels")
+        for name, factor in self.perceptual.items():
+            require(factor >= 0, f"perceptual.{name} {factor}: from 0 up")
+        small = self.perceptual.get("ms_ssim") and self.crop_size <= 160
+        require(not small, f"crop_size {self.crop_size}: perceptual.ms_ssim needs crops above 160 pixels")
         small = self.adversary.weight > 0 and self.crop_size < PATCH_MIN
         require(not small, f"crop_size {self.crop_size}: the PatchGAN (adversary.weight) needs {PATCH_MIN} pixels")
 
@@ -111,22 +114,27 @@ class GtParams(StageParams):
         statistics: crops over which the latent's mean and deviation are measured at the end.
         latent_scale: the deviation that becomes 1 then: of every `channel`, or one `common` to all, which keeps the
             channels' order of variance.
+        latent_noise: normal noise on the latent, in shares of its deviation in the micro-batch (of each channel or of
+            all, as latent_scale), so that D forgives an inexact latent.
     """
 
     iterations: int = 100_000
     optim: OptimParams = field(default_factory=lambda: OptimParams(betas=(0.5, 0.9)))
+    perceptual: dict[Literal["lpips", "stlpips", "features", "ms_ssim"], float] = field(
+        default_factory=lambda: {"lpips": 1.0}
+    )
     distortion: Literal["l1", "mse"] = "l1"
     distortion_weight: float = 1.0
     chroma_weight: float = 0.0
-    perceptual_weight: float = 1.0
     adversary: AdversaryParams = field(default_factory=lambda: AdversaryParams(weight=0.8, start=10_000))
     statistics: int = 1024
     latent_scale: Literal["channel", "common"] = "channel"
+    latent_noise: float = 0.0
 
     def __post_init__(self):
         super().__post_init__()
         require(self.statistics >= 1, f"statistics {self.statistics}: at least 1")
-        require_weights(self, "distortion_weight", "chroma_weight", "perceptual_weight")
+        require_weights(self, "distortion_weight", "chroma_weight", "latent_noise")
 
 
 @dataclass(frozen=True)
@@ -140,18 +148,22 @@ class CodecStageParams(StageParams):
         shift: False drops the shift towards y^ from the published forward process (the paper's VQ-residual training).
         rate_weights: lambda_g at the first and the last level of the residual, geometric in between.
         base_only_share: of samples that are trained at level 0.
-        distortion_weight, perceptual_weight, commitment: w_d, w_p and beta. chroma_weight: as in stage `gt`.
+        distortion_weight, commitment: w_d and beta. chroma_weight: as in stage `gt`.
+        train_decoder: D goes on learning, at this share of the learning rate; 0 freezes it. E is always frozen.
     """
 
     iterations: int = 60_000
     optim: OptimParams = field(default_factory=OptimParams)
+    perceptual: dict[Literal["lpips", "stlpips", "features", "ms_ssim"], float] = field(
+        default_factory=lambda: {"lpips": 0.2}
+    )
     forward: Literal["published", "decoder"] = "published"
     shift: bool = True
     last_step_share: float | None = None
     distortion_weight: float = 0.8
     chroma_weight: float = 0.0
-    perceptual_weight: float = 0.2
     commitment: float = 0.25
+    train_decoder: float = 0.0
     rate_weights: tuple[float, ...] = (1.0, 0.05)
     base_only_share: float = 0.2
 
@@ -164,7 +176,7 @@ class CodecStageParams(StageParams):
         require(0 <= self.base_only_share < 1, f"base_only_share {self.base_only_share}: in [0, 1)")
         share = self.last_step_share
         require(share is None or 0 <= share <= 1, f"last_step_share {share}: in [0, 1], or null")
-        require_weights(self, "distortion_weight", "chroma_weight", "perceptual_weight", "commitment")
+        require_weights(self, "distortion_weight", "chroma_weight", "commitment", "train_decoder")
 
 
 @dataclass(frozen=True)
@@ -237,9 +249,9 @@ class TrainConfig:
         for name in ("log_every", "save_every", "picture_every"):
             require(getattr(self, name) >= 1, f"{name} {getattr(self, name)}: at least 1")
         require(self.keep_last >= 1, f"keep_last {self.keep_last}: at least 1")
-        ms_ssim = any(getattr(self, stage).perceptual == "ms_ssim" for stage in self.stages)
+        ms_ssim = any(getattr(self, stage).perceptual.get("ms_ssim") for stage in self.stages)
         small = ms_ssim and self.validation.crop is not None and self.validation.crop <= 160
-        require(not small, f"validation.crop {self.validation.crop}: perceptual ms_ssim needs crops above 160 pixels")
+        require(not small, f"validation.crop {self.validation.crop}: perceptual.ms_ssim needs crops above 160 pixels")
         require(bool(self.name) and "/" not in self.name, f"name {self.name!r}: one folder name")
 
 

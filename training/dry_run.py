@@ -8,15 +8,15 @@ from torch import Tensor, nn
 
 from datapipe.pictures import Batch
 from datapipe.sources import open_source
-from measuring.metrics import VGG16
+from measuring.pyiqa_metrics import VGG16
 from models.codec import Codec
 from models.released import NAMES, NETWORKS
 from training.config import TrainConfig
-from training.perceptual import perceptual_term
+from training.perceptual import perceptual_terms
 from training.speed import Speed
 from training.stages import STAGES
+from training.start import new_codec, start_from
 from training.step import Step
-from training.trainer import new_codec, start_from
 from utils.config import to_mapping
 from utils.images import find_pictures
 
@@ -53,10 +53,10 @@ def dry_run(config: TrainConfig) -> str:
         codec = new_codec(config).to(META)
     for name in config.stages:
         with META:
-            step = Step(STAGES[name](with_perceptual(config, name, "none"), codec, META))
-            step.stage.perceptual = perceptual_term(getattr(config, name).perceptual, untrained=True)
+            step = Step(STAGES[name](without_perceptual(config, name), codec, META))
+            step.stage.perceptual = perceptual_terms(getattr(config, name).perceptual, untrained=True)
         sections.append(f"stage {name}\n{counts(codec, step)}\n\n{memory(step)}\n")
-    missing = [n for n in config.stages if getattr(config, n).perceptual == "lpips"] if not VGG16.is_there() else []
+    missing = [n for n in config.stages if getattr(config, n).perceptual.get("lpips") and not VGG16.is_there()]
     told = (
         [f"The VGG weights of LPIPS are not on disk: stage {' and '.join(missing)} would not start."] if missing else []
     )
@@ -81,8 +81,8 @@ def surroundings(config: TrainConfig) -> str:
     return "\n".join(rows) + "\n"
 
 
-def with_perceptual(config: TrainConfig, name: str, kind: str) -> TrainConfig:
-    return replace(config, **{name: replace(getattr(config, name), perceptual=kind)})
+def without_perceptual(config: TrainConfig, name: str) -> TrainConfig:
+    return replace(config, **{name: replace(getattr(config, name), perceptual={})})
 
 
 def counts(codec: Codec, step: Step) -> str:
@@ -106,8 +106,7 @@ def memory(step: Step) -> str:
     """Table of the memory of one process, in MiB."""
     stage = step.stage
     critic = step.adversary and step.adversary.discriminator
-    perceptual = stage.perceptual if isinstance(stage.perceptual, nn.Module) else None
-    weights = [*stage.codec.parameters(), *parameters(critic), *parameters(perceptual)]
+    weights = [*stage.codec.parameters(), *parameters(critic), *stage.perceptual.parameters()]
     trained = [q for q in (*stage.trained.parameters(), *parameters(critic)) if q.requires_grad]
     batch = step.blank()
     sizes = {

@@ -6,9 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from datapipe.draws import DrawParams
 from datapipe.pictures import Batch
+from models.autoencoder import fit_linear
 from models.codec import Codec
-from models.losses import chroma_distortion, distortion
+from models.losses import distortion
+from models.records import CELL
 from training.config import GtParams, TrainConfig
 from training.stage import Restored, Stage
 from training.validation import Evaluated
@@ -33,30 +36,41 @@ class GtStage(Stage):
         self.last_layer = codec.autoencoder.decoder.last_layer
         self.speed.prepare(self.network)
         self.network.train().requires_grad_(True)
+        self.given = bool(config.autoencoder or config.release)
         if hasattr(self.network, "quantize"):
             self.network.quantize.requires_grad_(False)
         self.distortion = F.l1_loss if p.distortion == "l1" else distortion
-        self.factors = {"distortion": p.distortion_weight, "perceptual": p.perceptual_weight}
-        if p.chroma_weight:
-            self.factors["chroma"] = p.chroma_weight
+        self.factors = self.shared_factors()
 
     def forward(self, model: nn.Module, batch: Batch) -> Restored:
-        return Restored(model(batch.image))  # X^ = D(E(X))
+        """X^ = D(E(X)), or D(E(X) + noise) with `latent_noise`."""
+        if not self.params.latent_noise:
+            return Restored(model(batch.image))
+        noise = self.params.latent_noise * batch.draws["noise"]
+        return Restored(model(batch.image, noise, self.params.latent_scale == "common"))
+
+    def draw_params(self, height: int, width: int) -> DrawParams | None:
+        d = self.codec.params.autoencoder.embed_dim
+        return DrawParams((d, height // CELL, width // CELL), steps=1) if self.params.latent_noise else None
 
     def terms(self, out: Restored, batch: Batch) -> dict[str, Tensor]:
-        terms = {
-            "distortion": self.distortion(out.image, batch.image),
-            "perceptual": self.perceptual(out.image, batch.image),
-        }
-        if "chroma" in self.factors:
-            terms["chroma"] = chroma_distortion(out.image, batch.image)
-        return terms
+        distortion = {"distortion": self.distortion(out.image, batch.image)}
+        return distortion | self.shared_terms(out.image, batch.image)
 
     @torch.no_grad()
     def evaluate(self, image: Tensor, position: int) -> Evaluated:
-        batch = Batch(image, torch.tensor([position]), {})
-        out = self.forward(self.network, batch)
+        batch, out = Batch(image, torch.tensor([position])), Restored(self.network(image))
         return Evaluated(self.losses(out, batch)["loss"].item(), {"": (out.image, None)})
+
+    @property
+    def begins(self) -> bool:
+        return self.codec.params.autoencoder.shortcut == "linear" and not self.given
+
+    def begin(self, batches: Iterable[Batch]) -> str:
+        """Fit the linear shortcut to training pictures."""
+        kept = self.network.params.embed_dim
+        variances = fit_linear(self.network, (batch.image for batch in batches))
+        return f"linear shortcut: {variances[:kept].sum() / variances.sum():.1%} of the variance in {kept} channels"
 
     @torch.no_grad()
     def finish(self, batches: Iterable[Batch]) -> None:

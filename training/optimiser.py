@@ -1,7 +1,7 @@
 """AdamW with its schedule."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -14,21 +14,40 @@ class Optimiser:
 
     Quantiles (CompressAI's auxiliary loss) are a group of their own: constant learning rate, no decay, no clipping,
     and they stay out of the gradient's norm.
+
+    Args:
+        shares: of the learning rate, by the start of a parameter's name; 1 where none fits.
     """
 
     QUANTILE_LR = 1e-3
 
     def __init__(
-        self, parameters: Iterable[tuple[str, nn.Parameter]], params: OptimParams, iterations: int, fused: bool = False
+        self,
+        parameters: Iterable[tuple[str, nn.Parameter]],
+        params: OptimParams,
+        iterations: int,
+        fused: bool = False,
+        shares: Mapping[str, float] | None = None,
     ):
         named = [(name, p) for name, p in parameters if p.requires_grad]
-        self.parameters = [p for name, p in named if not name.endswith(".quantiles")]
         quantiles = [p for name, p in named if name.endswith(".quantiles")]
+        named = [(name, p) for name, p in named if not name.endswith(".quantiles")]
+        self.parameters = [p for _, p in named]
         self.params, self.iterations = params, iterations
+        slow = {start: [p for name, p in named if name.startswith(start)] for start in shares or {}}
+        known = {id(p) for group in slow.values() for p in group}
         kernel = {"fused": True} if fused else {}  # False would also turn off what PyTorch chooses itself
         self.adamw = torch.optim.AdamW(
-            self.parameters, params.lr, params.betas, weight_decay=params.weight_decay, **kernel
+            [p for p in self.parameters if id(p) not in known],
+            params.lr,
+            params.betas,
+            weight_decay=params.weight_decay,
+            **kernel,
         )
+        self.shares = [1.0]
+        for start, group in slow.items():
+            self.adamw.add_param_group({"params": group})
+            self.shares.append(shares[start])
         if quantiles:
             self.adamw.add_param_group({"params": quantiles, "lr": self.QUANTILE_LR, "weight_decay": 0.0})
 
@@ -49,7 +68,8 @@ class Optimiser:
         return torch.nn.utils.clip_grad_norm_(self.parameters, self.params.clip or math.inf)
 
     def update(self, at: float) -> None:
-        self.adamw.param_groups[0]["lr"] = self.lr(at)
+        for group, share in zip(self.adamw.param_groups, self.shares, strict=False):  # the quantiles' comes last
+            group["lr"] = share * self.lr(at)
         self.adamw.step()
 
     def state_dict(self) -> dict:

@@ -1,44 +1,41 @@
-"""The perceptual term that a configuration names."""
+"""The perceptual terms that a configuration names."""
 
-from collections.abc import Callable
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from measuring.metrics import VGG16
+from measuring.pyiqa_metrics import VGG16
 from models.losses import ms_ssim_loss
+from training.perceptual_networks import FeatureDistance, StLpips
 from utils.errors import ConfigError
 from utils.imports import quiet
 
-Perceptual = Callable[[Tensor, Tensor], Tensor]
 
-
-def perceptual_term(kind: str, untrained: bool = False) -> Perceptual:
-    """The perceptual term of a configuration: `lpips` (LPIPS-vgg, the paper's), `ms_ssim`, or `none`.
+def perceptual_terms(factors: Mapping[str, float], untrained: bool = False) -> nn.ModuleDict:
+    """The terms by name, each (image, target) -> scalar of pictures N x 3 x H x W in [-1, 1]; those of factor 0 are left out.
 
     Args:
+        factors: by name: `lpips` (LPIPS-vgg, the paper's), `stlpips` (ST-LPIPS-vgg), `features` (of EfficientNet-Lite0),
+            `ms_ssim` (1 - MS-SSIM of the luma, sides from 161 pixels).
         untrained: LPIPS with random weights, for its shapes alone; none are needed on disk.
     Raises:
-        ConfigError: unknown kind, or lpips without VGG weights on disk. Nothing is downloaded here.
+        ConfigError: lpips without VGG weights on disk, or a package that is not installed. Nothing is downloaded here.
     """
-    if kind == "none":
-        return lambda image, target: image.new_zeros(())
-    if kind == "ms_ssim":
-        return ms_ssim_loss
-    if kind != "lpips":
-        raise ConfigError(f"perceptual: {kind!r} is none of lpips, ms_ssim, none")
-    if not untrained and not VGG16.is_there():
-        raise ConfigError(
-            f"perceptual: lpips needs the VGG-16 weights {VGG16.path}, which are not there. Fetch them once with "
-            "`python reproduce.py weights`, or train without weights: gt.perceptual=ms_ssim codec.perceptual=ms_ssim"
-        )
-    return Lpips(untrained)
+    makers = {"lpips": lambda: Lpips(untrained), "stlpips": StLpips, "features": FeatureDistance, "ms_ssim": MsSsim}
+    return nn.ModuleDict({name: makers[name]() for name, factor in factors.items() if factor})
 
 
 class Lpips(nn.Module):
     """LPIPS-vgg, a mean over the batch; it follows the pictures to their device and precision."""
 
-    def __init__(self, untrained: bool):
+    def __init__(self, untrained: bool = False):
         super().__init__()
+        if not untrained and not VGG16.is_there():
+            raise ConfigError(
+                f"perceptual.lpips needs the VGG-16 weights {VGG16.path}, which are not there. Fetch them once with "
+                "`python reproduce.py weights`, or train with another term: gt.perceptual.lpips=0 gt.perceptual.ms_ssim=1, "
+                "and the same for codec"
+            )
         with quiet():
             import lpips
 
@@ -47,3 +44,10 @@ class Lpips(nn.Module):
 
     def forward(self, image: Tensor, target: Tensor) -> Tensor:
         return self.network.to(image)(image, target).mean()
+
+
+class MsSsim(nn.Module):
+    """1 - MS-SSIM of the luma."""
+
+    def forward(self, image: Tensor, target: Tensor) -> Tensor:
+        return ms_ssim_loss(image, target)

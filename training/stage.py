@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from datapipe.draws import DrawParams, draw_batch
 from datapipe.pictures import Batch
 from models.codec import Codec
+from models.losses import chroma_distortion
 from training.config import TrainConfig
-from training.perceptual import perceptual_term
+from training.perceptual import perceptual_terms
 from training.speed import Speed
 from training.validation import Evaluated
 from utils.ema import Ema
@@ -31,25 +32,40 @@ class Stage(ABC):
     """One stage of a run.
 
     Attributes:
-        name: of its block in the configuration. finishes: it ends with a pass that cannot be taken back (`finish`).
+        name: of its block in the configuration.
+        begins, finishes: a pass over pictures comes before its first step (`begin`), or after its last (`finish`), which
+            cannot be taken back.
         network: computes the forward pass, under DDP. trained: the networks that learn and are averaged.
         last_layer: weight that the adversary's adaptive factor is measured at.
         factors: of the terms in the loss, L = sum of factor x term.
+        shares: of the learning rate, by the start of a parameter's name in `network`; 1 elsewhere.
     """
 
     name: str
     finishes = False
+    begins = False
     network: nn.Module
     trained: nn.Module
     last_layer: nn.Parameter
     factors: dict[str, float]
+    shares: dict[str, float] = {}
 
     def __init__(self, config: TrainConfig, codec: Codec, device: torch.device):
         self.params, self.seed, self.device, self.codec = getattr(config, self.name), config.seed, device, codec
         self.speed = Speed(config.speed, device)
-        self.perceptual = perceptual_term(self.params.perceptual)
-        if isinstance(self.perceptual, nn.Module):
-            self.speed.prepare(self.perceptual)
+        self.perceptual = perceptual_terms(self.params.perceptual)
+        self.speed.prepare(self.perceptual)
+
+    def shared_factors(self) -> dict[str, float]:
+        """Factors of the terms that both stages have."""
+        p = self.params
+        factors = {"distortion": p.distortion_weight, "chroma": p.chroma_weight} | p.perceptual
+        return {name: factor for name, factor in factors.items() if factor or name == "distortion"}
+
+    def shared_terms(self, image: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Terms of a picture and its original that both stages have, but for the distortion."""
+        terms = {name: term(image, target) for name, term in self.perceptual.items()}
+        return terms | ({"chroma": chroma_distortion(image, target)} if self.params.chroma_weight else {})
 
     # The equations -----------------------------------------------------------------------------------------------
 
@@ -97,6 +113,10 @@ class Stage(ABC):
     def logs(self, seen: list) -> dict[str, float]:
         """Further scalars of a step that is logged; a collective."""
         return {}
+
+    def begin(self, batches: Iterable[Batch]) -> str:
+        """Start the networks from pictures, the same on every rank; a line to tell."""
+        raise NotImplementedError(f"stage {self.name} begins with its first step")
 
     def finish(self, batches: Iterable[Batch]) -> None:
         """End the stage: the averaged weights are in place of the trained ones, to be changed a last time."""

@@ -57,7 +57,9 @@ class Step:
         self.stage, self.speed = stage, stage.speed
         self.model = parallel(stage.network)
         self.averages = Ema(stage.trained, p.ema)
-        self.optimiser = Optimiser(stage.network.named_parameters(), p.optim, p.iterations, self.speed.fused_adamw)
+        self.optimiser = Optimiser(
+            stage.network.named_parameters(), p.optim, p.iterations, self.speed.fused_adamw, stage.shares
+        )
         self.adversary = Adversary(p, stage.last_layer, self.speed) if p.adversary.weight else None
         settle(self.model, lambda: self.rehearse(self.blank()))
         if self.adversary:

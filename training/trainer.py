@@ -17,13 +17,13 @@ from tqdm import tqdm
 from datapipe.pictures import Batch, Pictures, stream
 from datapipe.sources import open_source
 from measuring.metrics import MS_SSIM_MIN_SIDE
-from models.codec import Codec
-from models.released import NAMES, start_from_release
 from training.checkpointing import Checkpoints, Point
 from training.config import RUN_CONFIG, TrainConfig
 from training.progress import Progress
 from training.speed import Speed
+from training.stage import Stage
 from training.stages import STAGES
+from training.start import new_codec, start_from
 from training.step import Done, Step
 from training.validation import CELL, Validation
 from utils import checkpoints, distributed
@@ -35,37 +35,6 @@ from utils.stopping import StopRequest
 
 STOPPED = 128  # and the signal's number: the exit status that shells give to what a signal has ended
 FAILED = "failed_state.pth"
-
-
-def new_codec(config: TrainConfig) -> Codec:
-    """A codec with the densities that training needs, initial weights from the seed.
-
-    Raises:
-        ConfigError: sizes that do not fit together.
-    """
-    torch.manual_seed(config.seed)  # alike on every rank
-    try:
-        codec = Codec(config.networks)
-        if codec.residual:
-            codec.residual.train_rates()
-    except ValueError as error:
-        raise ConfigError(f"networks: these sizes do not fit together ({error})") from error
-    return codec
-
-
-def start_from(config: TrainConfig, codec: Codec) -> list[str]:
-    """Load the networks that the configuration starts from, in place; one line to tell for each.
-
-    Raises:
-        CheckpointError: a file that is not there, or not of that network and size.
-    """
-    told = start_from_release(config.release, codec) if config.release else []
-    for name in NAMES:
-        if path := getattr(config, name):
-            state, dropped = checkpoints.parameters_of(checkpoints.read(path))
-            checkpoints.load_strictly(getattr(codec, name), state, path)
-            told.append(f"{name} from {path}, without {len(dropped)} other entries")
-    return told
 
 
 @dataclass(frozen=True)
@@ -86,7 +55,7 @@ class Trainer:
         self.validation: dict[str, Validation] = {}
         if config.validation.folder:
             for name in config.stages:
-                smallest = MS_SSIM_MIN_SIDE if getattr(config, name).perceptual == "ms_ssim" else CELL
+                smallest = MS_SSIM_MIN_SIDE if getattr(config, name).perceptual.get("ms_ssim") else CELL
                 self.validation[name] = Validation(config.validation, device, smallest)
         self.checkpoints = Checkpoints(folder, config.stages, config.keep_last)
         self.best: dict | None = None  # "stage", "step" and "loss" of the best weights by validation
@@ -132,8 +101,12 @@ class Trainer:
     def _stage(self, name: str, saved: dict, stop: StopRequest) -> bool:
         """Train a stage from where it stands; False if it was asked to stop before its end, and has saved."""
         params = getattr(self.config, name)
+        stage = STAGES[name](self.config, self.codec, self.device)
+        if stage.begins and not saved:
+            with closing(self._batches(stage, 0, alone=True)) as batches:
+                self.log.say(stage.begin(itertools.islice(batches, -(-params.statistics // params.batch_size))))
         torch.manual_seed(self.config.seed)  # of a discriminator, whatever this process has done before
-        step = Step(STAGES[name](self.config, self.codec, self.device))
+        step = Step(stage)
         if self.best and self.best["stage"] != name:
             self.best = None
         progress = Progress(params, saved.get("step", 0), saved.get("seconds", 0.0))
@@ -143,18 +116,18 @@ class Trainer:
             step.load_state_dict(saved["training"], averages)
             saved.clear()  # moments and averages, as large as the networks
         self._tell_start(step, progress)
-        with closing(self._batches(step, self.position)) as batches, self._bar(name, progress) as bar:
+        with closing(self._batches(stage, self.position)) as batches, self._bar(name, progress) as bar:
             while not progress.done:
                 stopped = self._step(step, next(batches), progress, stop, bar)
                 better = self._validate(step, progress)
-                at_end = progress.done and not step.stage.finishes  # saved below, once, as finished
+                at_end = progress.done and not stage.finishes  # saved below, once, as finished
                 if not at_end and (better or stopped or progress.done or progress.step % self.config.save_every == 0):
                     self._save(step, progress, better=better)
                     if stopped:
                         return False
-        if step.stage.finishes:
+        if stage.finishes:
             taken = params.batch_size * distributed.world_size()
-            with closing(self._batches(step, 0)) as batches:
+            with closing(self._batches(stage, 0)) as batches:
                 step.finish(itertools.islice(batches, -(-params.statistics // taken)))
         self._tell_unreadable()
         self._save(step, progress, finished=True)
@@ -184,17 +157,18 @@ class Trainer:
         first = progress.seconds if by_clock else progress.step
         return tqdm(total=total, initial=first, disable=not distributed.is_main(), **shown)
 
-    def _batches(self, step: Step, position: int):
-        """This rank's batches for a stage, from a position of the stream on."""
-        params, pinned = step.stage.params, self.device.type == "cuda"
-        draws = step.stage.draw_params(params.crop_size, params.crop_size)
+    def _batches(self, stage: Stage, position: int, alone: bool = False):
+        """This rank's batches for a stage, from a position of the stream on; `alone`, as if there were no other rank."""
+        params, pinned = stage.params, self.device.type == "cuda"
+        draws = stage.draw_params(params.crop_size, params.crop_size)
         pictures = Pictures(self.config.data, params.crop_size, self.config.seed, self.source, draws)
-        return stream(pictures, params.batch_size, distributed.rank(), distributed.world_size(), position, pinned)
+        rank, world = (0, 1) if alone else (distributed.rank(), distributed.world_size())
+        return stream(pictures, params.batch_size, rank, world, position, pinned)
 
     def _step(self, step: Step, batch: Batch, progress: Progress, stop: StopRequest, bar: tqdm) -> bool:
         """One update and what is logged of it; whether some rank is asked to stop."""
         batch = batch.to(self.device)
-        name, number, before = step.stage.name, progress.step, progress.seconds
+        name, number = step.stage.name, progress.step
         if name == "codec" and number == 0:
             self._look_at_latent(batch.image)
         try:
@@ -202,7 +176,7 @@ class Trainer:
         except NotFinite as error:
             raise self._failed(step, progress, error) from error
         self.position += len(batch) * distributed.world_size()
-        bar.update(progress.seconds - before if progress.minutes is not None else 1)
+        bar.update(1 if progress.minutes is None else min(progress.seconds, bar.total) - bar.n)
         if number % self.config.log_every == 0:
             self._log(step, number, done, bar)
         if number % self.config.picture_every == 0:

@@ -56,7 +56,7 @@ class Validation:
         for path in self.files[distributed.rank() :: distributed.world_size()]:  # told now, not after hours
             height, width = self._picture(path).shape[1:]
             if min(height, width) < smallest:
-                raise PictureError(f"{path}: {width}x{height} pixels; perceptual ms_ssim needs sides from {smallest}")
+                raise PictureError(f"{path}: {width}x{height} pixels; perceptual.ms_ssim needs sides from {smallest}")
 
     def _picture(self, path: Path) -> Tensor:
         """uint8 (3, H, W), sides multiples of 16."""

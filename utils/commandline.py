@@ -5,12 +5,13 @@ import io
 import os
 import sys
 from collections.abc import Callable
-from typing import TextIO
+from typing import TypeVar
 
 from utils.errors import DiffoError, out_of_memory
 from utils.files import disk_is_full
 
 FAILED, INTERRUPTED = 1, 130
+Number = TypeVar("Number", int, float)
 
 
 def answer(work: Callable[..., int | None], *args) -> int:
@@ -22,10 +23,7 @@ def answer(work: Callable[..., int | None], *args) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     status = _status(work, args)
-    if (error := _flushed(sys.stdout)) and not status:
-        status = _output_failed(error)
-    _flushed(sys.stderr)
-    return status
+    return _status(lambda: sys.stdout and sys.stdout.flush(), ()) or status
 
 
 def _status(work: Callable[..., int | None], args: tuple) -> int:
@@ -33,44 +31,47 @@ def _status(work: Callable[..., int | None], args: tuple) -> int:
         return work(*args) or 0
     except DiffoError as error:
         print(f"error: {error}", file=sys.stderr)
-        return FAILED
+    except BrokenPipeError:  # the reader has gone and asks for nothing more
+        _settle_output()
     except OSError as error:
         if error.filename is not None:
             print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-            return FAILED
-        if not (isinstance(error, BrokenPipeError) or disk_is_full(error)):
+        elif disk_is_full(error):
+            print(f"error: output or a temporary file cannot be written: {error.strerror}", file=sys.stderr)
+            _settle_output()
+        else:
             raise
-        return _output_failed(error)
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
         told = (str(error).splitlines() or ["of this process"])[0]
         print(f"error: not enough memory ({told})", file=sys.stderr)
-        return FAILED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-
-
-def _output_failed(error: OSError) -> int:
-    if not isinstance(error, BrokenPipeError):  # whose reader has gone and asks for nothing more
-        print(f"error: output or a temporary file cannot be written: {error.strerror}", file=sys.stderr)
     return FAILED
 
 
-def _flushed(stream: TextIO | None) -> OSError | None:
-    """Write out what a stream keeps. Where that fails, the error, and nothing is kept: Python would meet it again at exit."""
+def _settle_output() -> None:
+    """Write out what stdout keeps. Where that fails, nothing is kept: Python would meet it again at exit."""
     try:
-        if stream:
-            stream.flush()
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        return error
+        if sys.stdout:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def positive(text: str) -> int:
-    """An argparse type: a whole number from 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
+def number(kind: Callable[[str], Number], allowed: Callable[[Number], bool], words: str) -> Callable[[str], Number]:
+    """An argparse type: a number that is allowed; `words` say which ones are."""
+
+    def read(text: str) -> Number:
+        value = kind(text)
+        if not allowed(value):
+            raise argparse.ArgumentTypeError(f"{text} is not {words}")
+        return value
+
+    read.__name__ = kind.__name__  # argparse names it where the text is no number
+    return read
+
+
+positive = number(int, lambda value: value >= 1, "a positive number")

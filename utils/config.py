@@ -4,7 +4,8 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,37 +29,30 @@ def load_mapping(path: str | Path, overrides: Sequence[str] = (), values: dict[s
         ConfigError: missing or unreadable file, bases in a circle, ill-formed override.
     """
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
 
     for item in overrides:
         if "=" not in item:
             raise ConfigError(f"{item}: an override is written key=value, for instance codec.optim.lr=1e-4")
     bases = [item.partition("=")[2] for item in overrides if item.startswith(f"{BASE}=")]
     config = _inherited(Path(path), Path(bases[-1]) if bases else None)
-    try:
-        for item in overrides:
-            if not item.startswith(f"{BASE}="):
-                config = OmegaConf.merge(config, OmegaConf.from_dotlist([item]))
+    with _one_line(path):
+        own = [item for item in overrides if not item.startswith(f"{BASE}=")]
+        config = OmegaConf.merge(config, OmegaConf.from_dotlist(own))
         for key, value in (values or {}).items():
             OmegaConf.update(config, key, value, force_add=True)
         return OmegaConf.to_container(config, resolve=True)
-    except (OmegaConfBaseException, YAMLError, TypeError) as error:
-        raise _unreadable(path, error) from error
 
 
 def _inherited(path: Path, base: Path | None = None, below: tuple[Path, ...] = ()):
     """The OmegaConf of a file over that of its base; `base` takes the place of its own, `below` inherits from it."""
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
 
-    named = f" (the base of {below[-1]})" if below else ""
     if path.resolve() in [file.resolve() for file in below]:
         raise ConfigError(f"{path}: its bases lead back to it: {' -> '.join(map(str, (*below, path)))}")
     if not path.is_file():
+        named = f" (the base of {below[-1]})" if below else ""
         raise ConfigError(f"{path}: no such configuration file{named}")
-    try:
+    with _one_line(path):
         config = OmegaConf.load(path)
         if not OmegaConf.is_dict(config):
             raise ConfigError(f"{path}: a configuration is a mapping of keys to values")
@@ -67,12 +61,18 @@ def _inherited(path: Path, base: Path | None = None, below: tuple[Path, ...] = (
             raise ConfigError(f"{path}: {BASE}: expected the path of a configuration file, found {own!r}")
         base = base or (path.parent / own if own else None)
         return OmegaConf.merge(_inherited(base, None, (*below, path)), config) if base else config
+
+
+@contextmanager
+def _one_line(path: str | Path) -> Iterator[None]:
+    """Errors of the libraries as ConfigErrors of this file."""
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        yield
     except (OmegaConfBaseException, YAMLError, OSError, UnicodeDecodeError, TypeError) as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: str | Path, error: Exception) -> ConfigError:
-    return ConfigError(f"{path}: {(str(error).splitlines() or [type(error).__name__])[0]}")
+        raise ConfigError(f"{path}: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
 
 
 def build(cls: type[T], mapping: dict, where: str, base: T | None = None) -> T:
@@ -108,15 +108,14 @@ def _default(field: dataclasses.Field) -> Any:
     return None if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
-def to_mapping(config: Any) -> dict:
+def to_mapping(config: Any) -> Any:
     """A dataclass as plain dictionaries and lists, fit for YAML, JSON and checkpoints."""
 
-    def plain(value):
-        if isinstance(value, dict):
-            return {k: plain(v) for k, v in value.items()}
-        return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-    return plain(dataclasses.asdict(config))
+    if dataclasses.is_dataclass(config):
+        config = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    if isinstance(config, dict):
+        return {key: to_mapping(value) for key, value in config.items()}
+    return [to_mapping(value) for value in config] if isinstance(config, (list, tuple)) else config
 
 
 def _convert(kind: Any, value: Any, where: str, default: Any = None) -> Any:
@@ -137,13 +136,13 @@ def _convert(kind: Any, value: Any, where: str, default: Any = None) -> Any:
         if not isinstance(value, (list, tuple)):
             raise ConfigError(f"{where}: expected a list, found {value!r}")
         return tuple(_convert(args[0], v, where) for v in value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if kind is float and isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
-        try:
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where}: expected a block of keys, found {value!r}")
+        return {_convert(args[0], k, where): _convert(args[1], v, f"{where}.{k}") for k, v in value.items()}
+    if kind is float and not isinstance(value, bool):
+        with suppress(TypeError, ValueError):  # YAML 1.1 reads 1e-4 as text
             return float(value)
-        except ValueError:
-            pass
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ConfigError(f"{where}: expected {kind.__name__}, found {value!r}")
     return value

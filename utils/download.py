@@ -1,9 +1,11 @@
 """Files from the web: complete and checked, or not there."""
 
 import http.client
+import os
 import socket
 import ssl
 import sys
+import tempfile
 import urllib.error
 from pathlib import Path
 
@@ -29,7 +31,10 @@ def fetch(url: str, path: Path, sha256: str, timeout: float = 20.0) -> None:
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(timeout)
     try:
-        torch.hub.download_url_to_file(url, str(path), sha256, progress=sys.stderr.isatty())
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
+            temporary = os.path.join(folder, path.name)
+            torch.hub.download_url_to_file(url, temporary, sha256, progress=sys.stderr.isatty())
+            os.replace(temporary, path)
     except urllib.error.HTTPError as error:
         raise DiffoError(f"cannot fetch {url}: the server answers {error.code} {error.reason}") from error
     except _NETWORK_ERRORS as error:

@@ -1,4 +1,4 @@
-"""Pictures from and to files, and the only conversion between 8-bit levels and [-1, 1] in the project."""
+"""Pictures from and to files, and the only conversion between 8-bit grey values and [-1, 1] in the project."""
 
 import io
 import os
@@ -14,9 +14,7 @@ from PIL import ExifTags, Image, ImageFile
 
 from utils.errors import PictureError
 from utils.files import PICTURES, atomic_path, find_files
-
-MAX_PIXELS = 100_000_000
-MIN_SIDE = 16  # of a picture that a file can hold (models/bitstream.py)
+from utils.limits import MAX_PIXELS, MIN_SIDE
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -30,11 +28,11 @@ _TURNS = {
 
 
 def read_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> torch.Tensor:
-    """Read a picture of any usual kind as a uint8 tensor (3, H, W), RGB, levels 0..255.
+    """Read a picture of any usual kind as a uint8 tensor (3, H, W), RGB, grey values 0..255.
 
     Alpha, palette transparency included, is composited on white; 16-bit grey is scaled to 8 bits with rounding; an EXIF
     orientation is applied; of an animation the first frame is taken; colour profiles are ignored. Pillow reads colour
-    of 16 bits by its high byte, which is within one level of the rounded value.
+    of 16 bits by its high byte, which is within one of the rounded value.
 
     Raises PictureError, in one line with the file's name: missing, not a picture, damaged or cut short, more than
     `max_pixels` pixels, a side under 16, or a kind without a defined 8-bit range (floating point, 32-bit integers).
@@ -70,17 +68,17 @@ def write_image(path: str | os.PathLike[str], picture: torch.Tensor) -> None:
         Image.fromarray(picture.permute(1, 2, 0).cpu().contiguous().numpy()).save(temporary, format="PNG")
 
 
-def to_signed(levels: torch.Tensor) -> torch.Tensor:
-    """Levels 0..255 (uint8, any shape) as float32 in [-1, 1]."""
-    if levels.dtype != torch.uint8:
-        raise ValueError(f"expected a uint8 tensor, got {levels.dtype}")
-    return (levels.float() / 255 - 0.5) / 0.5
+def to_signed(values: torch.Tensor) -> torch.Tensor:
+    """Grey values 0..255 (uint8, any shape) as float32 in [-1, 1]."""
+    if values.dtype != torch.uint8:
+        raise ValueError(f"expected a uint8 tensor, got {values.dtype}")
+    return (values.float() / 255 - 0.5) / 0.5
 
 
 def to_uint8(signed: torch.Tensor) -> torch.Tensor:
-    """Values in [-1, 1] (floating point, any shape) as levels 0..255, clamped, halves rounded to even.
+    """Values in [-1, 1] (floating point, any shape) as grey values 0..255, clamped, halves rounded to even.
 
-    Raises ValueError if there is a NaN, which no level can stand for.
+    Raises ValueError if there is a NaN, which no grey value can stand for.
     """
     if not signed.is_floating_point():
         raise ValueError(f"expected a floating-point tensor, got {signed.dtype}")
@@ -127,8 +125,8 @@ def _read_open_file(file: BinaryIO, path: str | os.PathLike[str], max_pixels: in
         image.load()
     except Exception as error:
         raise PictureError(f"{path}: damaged or cut short ({_one_line(error)})") from error
-    levels = _to_rgb(_upright(image), path)
-    return torch.from_numpy(np.ascontiguousarray(levels.transpose(2, 0, 1)))
+    values = _to_rgb(_upright(image), path)
+    return torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)))
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -159,10 +157,10 @@ def _grey_of_16_bits(image: Image.Image, path: str | os.PathLike[str]) -> np.nda
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
         raise PictureError(f"{path}: 32-bit pictures have no defined range; convert it to 8 or 16 bits")
-    levels = (values + 128) // 257
+    grey = (values + 128) // 257
     if "transparency" in image.info:
-        levels[values == image.info["transparency"]] = 255
-    return np.repeat(levels.astype(np.uint8)[..., None], 3, axis=2)
+        grey[values == image.info["transparency"]] = 255
+    return np.repeat(grey.astype(np.uint8)[..., None], 3, axis=2)
 
 
 def _one_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""What an import must not bring with it: other modules, or warnings that no user can mend."""
+"""Imports without other modules, or without warnings that no user can mend."""
 
 import sys
 import warnings

@@ -1,0 +1,100 @@
+"""Options of the command `inference.py`."""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from utils.commandline import number, positive
+from utils.limits import MAX_PIXELS
+
+MODES = ("roundtrip", "compress", "decompress", "inspect")
+CHOP_SIZE = 2048
+
+quality = number(float, lambda value: 0 <= value <= 100, "in 0 to 100")
+rate = number(float, lambda value: 0 < value < float("inf"), "a rate above 0")
+noise_level = number(float, lambda value: 0 < value <= 1, "in (0, 1]")
+noise_seed = number(int, lambda value: 0 <= value < 2**32, "in 0 to 2^32 - 1")
+
+
+def parse(argv: list[str] | None, description: str | None = None) -> argparse.Namespace:
+    """The options; `command` among them is the line that was given, to be pasted into a shell. Wrong usage exits with 2."""
+    parser = argparse.ArgumentParser(
+        prog="inference.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    _add_files(parser)
+    _add_coding(parser)
+    args = parser.parse_args(argv)
+    for wrong, message in _mistakes(args):
+        if wrong:
+            parser.error(message)
+    args.command = shlex.join(["python", "inference.py", *(sys.argv[1:] if argv is None else argv)])
+    return args
+
+
+def _add_files(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("-i", "--in_path", type=Path, nargs="+", metavar="PATH", help="pictures, .dfo files, or folders of them")
+    add("-o", "--out_path", type=Path, metavar="DIR", help="folder for <stem>.dfo, <stem>.png and metrics.csv")
+    add("-r", "--ref_path", type=Path, metavar="PATH", help="originals to measure against, paired by file name")
+    add("--mode", choices=MODES, default="roundtrip", help="default: roundtrip, which decodes the file it has written")
+    add("--demo", action="store_true", help="code the photographs that scikit-image ships, instead of -i")
+    add("--recursive", action="store_true", help="look into sub-folders of -i")
+    add("--overwrite", action="store_true", help="replace outputs that are there already")
+    add("--metrics", nargs="+", default=[], metavar="NAME", help="more scores: fsim nlpd gmsd vsi vif lpips-vgg dists")
+    add("--overview", action="store_true", help="draw overview.png: originals beside decoded pictures")
+    add("--json", action="store_true", help="inspect: one JSON object per line")
+    add = parser.add_argument_group("weights (without these flags: the small ones that ship)").add_argument
+    add("--weights", type=Path, metavar="DIR", help="release folder, made by python -m release")
+    add("--ckpt", type=Path, metavar="FILE", help="UNet, ema_model_<it>.pth")
+    add("--vqckpt", type=Path, metavar="FILE", help="VQ base, vq_model_<it>.pth.tar")
+    add("--GT_vqckpt", type=Path, metavar="FILE", help="image autoencoder, GT_vq_model_<it>.pth.tar")
+    add("--config", type=Path, metavar="YAML", help="sizes of the networks, where the files lack them")
+
+
+def _add_coding(parser: argparse.ArgumentParser) -> None:
+    size = parser.add_argument_group("rate (without these flags: the base alone)").add_mutually_exclusive_group()
+    add = size.add_argument
+    add("--quality", type=quality, default=0.0, metavar="Q", help="0, the base alone, to 100; any number between")
+    add("--target_bpp", type=rate, metavar="B", help="the largest file of at most B bits per pixel")
+    add("--max_bytes", type=positive, metavar="N", help="the largest file of at most N bytes")
+    add = parser.add_argument_group("denoising").add_argument
+    add("--one_step", action="store_true", help="the codec's single step, noise level from the rate")
+    add("--ddim", action="store_true", help="deterministic steps; otherwise ancestral ones")
+    add("--steps", type=int, metavar="T", help="steps of the schedule that the weights were trained with")
+    add("--infer_steps", type=positive, metavar="N", help="run N of them, from the least noisy one up (default: all)")
+    add("--eta", type=noise_level, metavar="ETA", help="noise level of the single step, instead of the rate's")
+    add("--seed", type=noise_seed, metavar="N", help="noise seed, instead of the file's own")
+    add = parser.add_argument
+    add("--preview", action="store_true", help="the base alone, also of a file that was cut after it")
+    add("--max_pixels", type=positive, default=MAX_PIXELS, metavar="N", help="refuse files that claim more pixels")
+    add("--scale", type=int, choices=[1], default=1, help="kept for the published command; a codec does not enlarge")
+    add("--chop_size", type=positive, default=CHOP_SIZE, metavar="PX", help="largest side (default %(default)s)")
+    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
+    add("--precision", choices=["float32", "bfloat16"], default="float32", help="of the networks")
+
+
+def _mistakes(args: argparse.Namespace) -> list[tuple[bool, str]]:
+    """Every way to contradict oneself: whether it was done, and what to say then."""
+    mode, triple = args.mode, [args.ckpt, args.vqckpt, args.GT_vqckpt]
+    encodes, decodes = mode in ("roundtrip", "compress"), mode in ("roundtrip", "decompress")
+    compares = bool(args.metrics or args.overview)
+    sized = args.quality or args.target_bpp or args.max_bytes
+    contradiction = f"--one_step and --infer_steps {args.infer_steps} contradict each other"
+    nothing = f"--mode {mode} decodes nothing: leave out --ref_path, --metrics and --overview"
+    originals = "--metrics and --overview compare with originals: name them with --ref_path"
+    return [
+        (bool(args.in_path) == args.demo, "name the input with -i PATH, or use --demo"),
+        (args.demo and not encodes, "--demo goes with --mode roundtrip or compress"),
+        (args.out_path is None and mode != "inspect", f"name the output folder with -o DIR (--mode {mode})"),
+        (any(triple) and not all(triple), "--ckpt, --vqckpt and --GT_vqckpt belong together: name all three or none"),
+        (any(triple) and args.weights, "--weights names a whole release: leave out --ckpt, --vqckpt and --GT_vqckpt"),
+        (args.config and not any(triple), "--config goes with --ckpt, --vqckpt and --GT_vqckpt"),
+        (args.one_step and args.infer_steps not in (None, 1), contradiction),
+        ((args.ref_path or compares) and not decodes, nothing),
+        (compares and mode == "decompress" and not args.ref_path, originals),
+        (args.json and mode != "inspect", "--json goes with --mode inspect; the other modes write metrics.json"),
+        (args.preview and encodes, "--preview goes with --mode decompress or inspect"),
+        (sized and not encodes, "--quality, --target_bpp and --max_bytes go with --mode roundtrip or compress"),
+        (args.eta is not None and not args.one_step, "--eta is for --one_step; the schedule's steps have their own"),
+    ]

@@ -1,0 +1,103 @@
+"""Every term of the losses on numbers computed by hand: values, signs, factors, and who is moved."""
+
+import pytest
+import torch
+
+from models.losses import (
+    adaptive_weight,
+    chroma_distortion,
+    commitment,
+    distortion,
+    hinge_discriminator,
+    hinge_generator,
+    ms_ssim_loss,
+)
+
+
+def pixels(*colours: list[float]) -> torch.Tensor:
+    """Pixels of a row: 1 x 3 x 1 x W."""
+    return torch.tensor(colours).t()[None, :, None]
+
+
+def plain(*colour: float) -> torch.Tensor:
+    """A picture of one colour, in [-1, 1]."""
+    return torch.tensor(colour).view(1, 3, 1, 1).expand(1, 3, 176, 176)
+
+
+def test_distortion():
+    # errors 0.5, -1, 0 and 0, 0, 2: (0.25 + 1 + 4) / 6
+    image = pixels([0.5, -1.0, 0.0], [0.0, 0.0, 1.0]).requires_grad_()
+    loss = distortion(image, pixels([0.0, 0.0, 0.0], [0.0, 0.0, -1.0]))
+    assert loss.item() == pytest.approx(0.875)
+    loss.backward()  # 2 error / 6
+    torch.testing.assert_close(image.grad, pixels([1 / 6, -1 / 3, 0.0], [0.0, 0.0, 2 / 3]))
+
+
+def test_chroma_distortion():
+    # error (0.3, 0, -0.6), mean -0.1: 0.4, 0.1, -0.5 are left, (0.16 + 0.01 + 0.25) / 3 = 0.14; the grey error counts 0
+    image, target = pixels([0.3, 0.2, -0.6], [0.7, 0.8, 0.9]), pixels([0.0, 0.2, 0.0], [0.2, 0.3, 0.4])
+    assert chroma_distortion(image, target).item() == pytest.approx(0.07)
+    assert chroma_distortion(target, image).item() == pytest.approx(0.07)
+
+
+def test_commitment_moves_the_encoder_alone():
+    # ((1 - 0)^2 + (2 - 4)^2) / 2 = 2.5, gradient 2 (z - z_q) / 2
+    z = torch.tensor([1.0, 2.0], requires_grad=True)
+    z_q = torch.tensor([0.0, 4.0], requires_grad=True)
+    loss = commitment(z, z_q)
+    assert loss.item() == 2.5
+    loss.backward()
+    assert z.grad.tolist() == [1, -2] and z_q.grad is None
+
+
+@pytest.mark.parametrize(
+    ("image", "target", "expected"),
+    [
+        # 0.02 and 0.04 of the range: (0.0016 + 0.0001) / (0.0004 + 0.0016 + 0.0001) = 17/21
+        ((-0.96,) * 3, (-0.92,) * 3, 0.027774),
+        # a primary of one half against black: 0.0001 / (a^2 + 0.0001) with a = 0.1495, 0.2935 and 0.057
+        ((0.0, -1.0, -1.0), (-1.0,) * 3, 0.514060),
+        ((-1.0, 0.0, -1.0), (-1.0,) * 3, 0.593867),
+        ((-1.0, -1.0, 0.0), (-1.0,) * 3, 0.373777),
+    ],
+)
+def test_ms_ssim_of_plain_pictures(image, target, expected):
+    """Without structure it is SSIM's luminance term ((2ab + C1) / (a^2 + b^2 + C1)) of the lumas a and b in [0, 1], with
+    C1 = 0.01^2, to the exponent of the coarsest scale, 0.1333 (Wang et al. 2003).
+    """
+    assert ms_ssim_loss(plain(*image), plain(*target)).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_ms_ssim_is_0_for_equal_pictures_and_falls_on_the_way_to_them():
+    target, noise = torch.rand(2, 2, 3, 176, 192, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    losses = [ms_ssim_loss(target + share * (noise - target), target).item() for share in (0, 0.1, 0.3, 1)]
+    assert losses[0] == pytest.approx(0, abs=1e-6) and losses == sorted(losses) and 0.5 < losses[-1] < 1.01
+    colour = torch.tensor([0.1, -0.1 * 0.299 / 0.587, 0.0]).view(3, 1, 1)  # of no luma
+    assert ms_ssim_loss(target + colour, target).item() == pytest.approx(0, abs=5e-6)
+
+
+def test_hinge_of_the_discriminator():
+    # max(0, 1 - (2, 0.5, -1)) = 0, 0.5, 2 with mean 5/6; max(0, 1 + (-2, 0, 1)) = 0, 1, 2 with mean 1; half of 11/6
+    real = torch.tensor([2.0, 0.5, -1.0], requires_grad=True)
+    fake = torch.tensor([-2.0, 0.0, 1.0], requires_grad=True)
+    loss = hinge_discriminator(real, fake)
+    assert loss.item() == pytest.approx(11 / 12)
+    loss.backward()  # real scores rise, fake ones fall, unless they are right by the margin of 1
+    assert real.grad.tolist() == pytest.approx([0, -1 / 6, -1 / 6])
+    assert fake.grad.tolist() == pytest.approx([0, 1 / 6, 1 / 6])
+
+
+def test_hinge_of_the_generator():
+    fake = torch.tensor([-2.0, 0.0, 5.0], requires_grad=True)
+    loss = hinge_generator(fake)
+    assert loss.item() == -1
+    loss.backward()
+    assert fake.grad.tolist() == pytest.approx([-1 / 3] * 3)
+
+
+def test_adaptive_weight():
+    five = torch.tensor([3.0, 4.0], requires_grad=True)
+    assert adaptive_weight(five, torch.tensor([6.0, 8.0])).item() == pytest.approx(5 / 10.0001, rel=1e-6)
+    assert adaptive_weight(five, torch.tensor([3e-4, 4e-4])).item() == pytest.approx(5 / 6e-4, rel=1e-5)
+    assert adaptive_weight(five, torch.zeros(2)).item() == 1e4  # 5e4, but for the limit
+    assert not adaptive_weight(five, torch.ones(2)).requires_grad

@@ -1,0 +1,241 @@
+"""The terms of both stages' losses on numbers computed by hand, and what the terms are given."""
+
+import inspect
+import math
+from types import SimpleNamespace
+
+import lpips
+import numpy as np
+import pytest
+import torch
+
+from datapipe.draws import DrawParams, draw
+from datapipe.pictures import Batch
+from measuring.pyiqa_metrics import VGG16
+from models.records import CodecOutput
+from models.vq_base import BaseCode
+from tests.stages import batch_of, new_stage
+from training.config import CodecStageParams
+from training.perceptual import Lpips, perceptual_terms
+from training.perceptual_networks import SCALE, SHIFT, FeatureDistance
+from training.stage import Restored
+
+RANDOM = np.random.default_rng(0)
+
+
+def numbers(*shape: int) -> np.ndarray:
+    return RANDOM.uniform(-1, 1, shape)
+
+
+class Recorder(torch.nn.Module):
+    """A perceptual term that keeps what it is given; neither symmetric nor zero at equal pictures."""
+
+    def __init__(self, factor: float):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, image: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        self.image, self.target = image, target
+        return self.factor * (2 * image - target).mean() + 3
+
+
+def recorders() -> dict[str, Recorder]:
+    return {"lpips": Recorder(1.0), "features": Recorder(5.0)}
+
+
+def perceptual(image: np.ndarray, target: np.ndarray) -> dict[str, float]:
+    difference = (2 * image - target).mean()
+    return {"lpips": difference + 3, "features": 5 * difference + 3}
+
+
+def chroma(image: np.ndarray, target: np.ndarray) -> float:
+    error = image - target
+    return ((error - error.mean(1, keepdims=True)) ** 2).mean()
+
+
+def as_floats(terms: dict[str, torch.Tensor]) -> dict[str, float]:
+    assert all(term.shape == () for term in terms.values())
+    return {name: term.item() for name, term in terms.items()}
+
+
+@pytest.mark.parametrize("kind", ["l1", "mse"])
+def test_the_loss_of_stage_gt(kind):
+    stage = new_stage(
+        "gt",
+        f"gt.distortion={kind}",
+        "gt.distortion_weight=1.5",
+        "gt.chroma_weight=0.7",
+        "gt.perceptual={lpips: 0.3, features: 0.2}",
+        perceptual=recorders(),
+    )
+    image, target = numbers(2, 3, 2, 3), numbers(2, 3, 2, 3)
+    terms = stage.losses(Restored(torch.tensor(image)), Batch(torch.tensor(target), torch.arange(2)))
+    error = np.abs(image - target) if kind == "l1" else (image - target) ** 2
+    expected = {
+        "distortion": error.mean(),
+        "chroma": chroma(image, target),
+    } | perceptual(image, target)
+    factors = {"distortion": 1.5, "lpips": 0.3, "features": 0.2, "chroma": 0.7}
+    expected["loss"] = sum(factor * expected[name] for name, factor in factors.items())
+    assert as_floats(terms) == pytest.approx(expected, rel=1e-9)
+
+
+def made_up(levels: list[float], auxiliary: float | None = None) -> tuple[CodecOutput, Batch, dict]:
+    """An output of the codec that no network made, the batch it belongs to, and its arrays by name."""
+    n = len(levels)
+    arrays = {"image": numbers(n, 3, 2, 3), "target": numbers(n, 3, 2, 3), "z": numbers(n, 2, 1, 2)}
+    arrays |= {"z_q": numbers(n, 2, 1, 2), "bpp": np.array([0.3, 0.11, 0.23, 0.47, 0.05][:n])}
+    t = {name: torch.tensor(array) for name, array in arrays.items()}
+    base = BaseCode(t["z"], t["z_q"], torch.zeros(n, 1, 2).long(), torch.zeros(16), torch.zeros(16, 2))
+    latent = torch.zeros(n, 1, 1, 2)
+    out = CodecOutput(
+        latent, latent, latent, t["image"], base, t["bpp"], None if auxiliary is None else torch.tensor(auxiliary)
+    )
+    level = torch.tensor(levels, dtype=torch.float64)
+    return out, Batch(t["target"], torch.arange(n), {"level": level}), arrays
+
+
+def test_the_loss_of_stage_codec():
+    """L = w_d D + w_p P + beta C + w_c chroma + mean of lambda_g R; lambda is geometric from level 1 to 3, here halved
+    with every half level; `auxiliary` is told and stays outside."""
+    stage = new_stage(
+        "codec",
+        "codec.distortion_weight=0.9",
+        "codec.perceptual={lpips: 0.35, features: 0.45}",
+        "codec.commitment=0.15",
+        "codec.chroma_weight=0.6",
+        "codec.rate_weights=[2.0,0.125]",
+        residual=True,
+        perceptual=recorders(),
+    )
+    out, batch, a = made_up([0.0, 1.0, 2.0, 2.5, 3.0], auxiliary=1000.0)
+    image, target = a["image"], a["target"]
+    expected = {
+        "distortion": ((image - target) ** 2).mean(),
+        "commitment": ((a["z"] - a["z_q"]) ** 2).mean(),
+        "chroma": chroma(image, target),
+        "rate": (np.array([2.0, 2.0, 0.5, 0.25, 0.125]) * a["bpp"]).mean(),
+        "auxiliary": 1000.0,
+    } | perceptual(image, target)
+    factors = {"distortion": 0.9, "lpips": 0.35, "features": 0.45, "commitment": 0.15, "chroma": 0.6, "rate": 1.0}
+    expected["loss"] = sum(factor * expected[name] for name, factor in factors.items())
+    assert as_floats(stage.losses(out, batch)) == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_codec_stages_loss_without_its_options():
+    """The paper's three terms, and its factors, when there is no residual and no chroma."""
+    paper = CodecStageParams()
+    assert paper.perceptual == {"lpips": 0.2} and paper.chroma_weight == 0 and paper.train_decoder == 0
+    stage = new_stage("codec", "codec.perceptual={lpips: 0.2}", perceptual={"lpips": Recorder(1.0)})
+    out, batch, _ = made_up([0.0, 0.0])
+    terms = as_floats(stage.losses(out, batch))
+    assert set(terms) == {"distortion", "lpips", "commitment", "loss"}
+    parts = 0.8 * terms["distortion"] + 0.2 * terms["lpips"] + 0.25 * terms["commitment"]
+    assert terms["loss"] == pytest.approx(parts, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["gt", "codec"])
+def test_the_perceptual_term_is_given_the_pictures_as_they_are(name):
+    """In [-1, 1], as these networks take them: first the restored, then the original."""
+    terms = recorders()
+    stage = new_stage(name, name + ".perceptual={lpips: 1, features: 1}", perceptual=terms)
+    out, batch, _ = made_up([0.0, 0.0])
+    stage.losses(out, batch)
+    for term in terms.values():
+        assert torch.equal(term.image, out.image) and torch.equal(term.target, batch.image)
+        assert term.image.min() < 0 and term.target.min() < 0
+
+
+def test_lpips_is_given_signed_pictures(monkeypatch):
+    """LPIPS' scaling layer normalises pictures in [-1, 1] to ImageNet's statistics, unless `normalize` maps from [0, 1]."""
+    given = {}
+
+    class Fake(torch.nn.Module):
+        def __init__(self, **options):
+            super().__init__()
+            given.update(options)
+
+        def forward(self, image, target, retPerLayer=False, normalize=False):
+            given.update(image=image, target=target, normalize=normalize)
+            return torch.tensor([1.0, 2.0, 6.0]).view(3, 1, 1, 1)
+
+    mean, scaling = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1), lpips.ScalingLayer()
+    torch.testing.assert_close(scaling.shift, 2 * mean - 1, rtol=0, atol=1e-6)
+    assert inspect.signature(lpips.LPIPS.forward).parameters["normalize"].default is False
+    monkeypatch.setattr(lpips, "LPIPS", Fake)
+    monkeypatch.setattr(type(VGG16), "is_there", lambda _: True)
+    image, target = (torch.tensor(numbers(3, 3, 16, 16)).float() for _ in range(2))
+    assert Lpips()(image, target).item() == 3.0  # a mean over the batch
+    assert given["net"] == "vgg" and given["pretrained"] and not given["pnet_rand"]
+    assert torch.equal(given["image"], image) and torch.equal(given["target"], target) and not given["normalize"]
+
+
+class Fixed(torch.nn.Module):
+    """Features of two resolutions, in the place of EfficientNet's."""
+
+    def forward(self, image):
+        return [image, image[:, :2, ::2, ::2]]
+
+
+def test_distance_in_features(monkeypatch):
+    """mean_l mean_hw |f - f'|^2 of features of unit length."""
+    monkeypatch.setattr("training.perceptual_networks.Lite0", Fixed)
+    image, target = numbers(2, 3, 4, 4), numbers(2, 3, 4, 4)
+
+    def unit(features):
+        return features / np.sqrt((features**2).sum(1, keepdims=True))
+
+    pairs = [(image, target), (image[:, :2, ::2, ::2], target[:, :2, ::2, ::2])]
+    expected = np.mean([((unit(a) - unit(b)) ** 2).sum(1).mean() for a, b in pairs])
+    assert FeatureDistance()(torch.tensor(image), torch.tensor(target)).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_st_lpips_normalises_signed_pictures():
+    """To ImageNet's mean and deviation, which are stated for [0, 1]."""
+    assert SHIFT == pytest.approx([2 * mean - 1 for mean in (0.485, 0.456, 0.406)], abs=1e-9)
+    assert SCALE == pytest.approx([2 * deviation for deviation in (0.229, 0.224, 0.225)], abs=1e-9)
+
+
+def test_terms_of_factor_0_are_left_out():
+    terms = perceptual_terms({"lpips": 0.0, "ms_ssim": 0.5})
+    assert list(terms) == ["ms_ssim"]
+    assert list(new_stage("gt", "gt.perceptual={lpips: 0.0}").factors) == ["distortion"]
+
+
+def test_the_noise_on_stage_gts_latent():
+    """`latent_noise` times the sample's own normal numbers, scaled to the deviation that `latent_scale` names."""
+    given = {}
+
+    def model(image, noise=None, common=None):
+        given.update(image=image, noise=noise, common=common)
+        return image
+
+    stage = new_stage("gt", "gt.latent_noise=0.25", "gt.latent_scale=common")
+    assert stage.draw_params(32, 48) == DrawParams((8, 2, 3), steps=1)
+    batch = batch_of(stage)
+    assert stage.forward(model, batch).image is batch.image and given["common"] is True
+    torch.testing.assert_close(given["noise"], 0.25 * batch.draws["noise"])
+    assert given["noise"].shape == (2, 8, 2, 2)
+    plain = new_stage("gt")
+    plain.forward(model, batch_of(plain))
+    assert given["noise"] is None
+
+
+def test_the_codec_stage_asks_for_its_random_numbers():
+    """A latent of 2 x 3 positions: 8 channels of noise; 6 channels of s and 3 x 1 x 1 of z take 39 uniform numbers."""
+    options = ("codec.last_step_share=0.7", "codec.base_only_share=0.1", "codec.shift=false", "seed=5")
+    stage = new_stage("codec", *options, residual=True)
+    expected = DrawParams(
+        (8, 2, 3), steps=2, last_step_share=0.7, decoder_input=True, base_only_share=0.1, levels=3, uniforms=39
+    )
+    assert stage.draw_params(32, 48) == expected
+    drawn = stage.drawn([7, 3], (32, 48))
+    for row, position in enumerate((7, 3)):
+        for name, value in draw(expected, 5, position).items():
+            assert torch.equal(drawn[name][row], value), name
+    published = new_stage("codec", "codec.forward=published").draw_params(32, 48)
+    assert published == DrawParams((8, 2, 3), steps=2, base_only_share=0.2)
+    assert new_stage("gt").draw_params(32, 48) is None
+    given = stage.forward(lambda image, draws: SimpleNamespace(image=image, draws=draws), Batch(None, None, drawn))
+    assert given.draws.shift is False and torch.equal(given.draws.noise, drawn["noise"])
+    assert math.isclose(given.draws.spread[0], drawn["spread"][0])
