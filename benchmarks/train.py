@@ -24,8 +24,8 @@ from training.config import TrainConfig, load_config
 from training.progress import Progress
 from training.speed import Speed, SpeedParams
 from training.stages import STAGES
-from training.step import Step
 from training.start import new_codec, start_from
+from training.step import Step
 from utils import distributed
 from utils.commandline import answer, positive
 

@@ -11,7 +11,7 @@ import yaml
 from main_diffusion_train_vq import main
 from release import load_codec
 from tests.commands import NANO, ROOT, TRAIN, on_board, run
-from tests.small_runs import lines
+from tests.small_runs import NO_ADVERSARY, command, lines
 from utils import checkpoints
 
 
@@ -53,19 +53,38 @@ def test_the_codec_stage_leaves_the_autoencoder_alone(saved_run):
         assert all(torch.equal(value, state[key]) for key, value in states[0].items())
 
 
-def test_release_and_code_with_it(saved_run, data, tmp_path):
-    folder = shutil.copytree(saved_run, tmp_path / "run")
+@pytest.fixture(scope="module")
+def released(saved_run, data, tmp_path_factory):
+    """A release of that run, which names a path that is nobody's business."""
+    folder = shutil.copytree(saved_run, tmp_path_factory.mktemp("released") / "run")
     config = yaml.safe_load((folder / "config.yaml").read_text())
     (folder / "config.yaml").write_text(yaml.safe_dump(config | {"autoencoder": str(data / "start.pth.tar")}))
-    run("-m", "release", folder, tmp_path / "mine", "--data", data, "--crops", 16)
-    about = json.loads((tmp_path / "mine" / "release.json").read_text())
-    codec = load_codec(tmp_path / "mine")
+    run("-m", "release", folder, folder.parent / "mine", "--data", data, "--crops", 16)
+    return folder.parent / "mine"
+
+
+def test_release_and_code_with_it(released, data):
+    about = json.loads((released / "release.json").read_text())
+    codec = load_codec(released)
     assert codec.fingerprint.hex() == about["fingerprint"]
     assert codec.base_table.sum() == 2**16 and (codec.base_table > 0).all()
     image = torch.randint(0, 256, (3, 40, 56), dtype=torch.uint8)
     assert codec.decompress(codec.compress(image)).shape == image.shape
-    told = (tmp_path / "mine" / "config.yaml").read_text()
+    told = (released / "config.yaml").read_text()
     assert str(data) not in told and yaml.safe_load(told)["autoencoder"] == "start.pth.tar"
+
+
+def test_a_run_goes_on_from_a_release(released, saved_run, data, tmp_path):
+    """With its code book and densities, from the scores that it has, and with a warm-up."""
+    slow = ["codec.optim={lr: 1e-7, warmup: 10}", "codec.iterations=2", "validation.every=1", *NO_ADVERSARY]
+    assert main(command(data, tmp_path, "stages=[codec]", f"release={released}", *slow)) == 0
+    before, after = lines(saved_run, "validation.jsonl")[-1], lines(tmp_path / "nano", "validation.jsonl")[0]
+    assert after["step"] == 1 and "bpp_level_3" in after
+    for name in before.keys() - {"stage", "step"}:
+        assert after[name] == pytest.approx(before[name], rel=2e-3), name
+    metrics = lines(tmp_path / "nano", "metrics.jsonl")
+    assert [m["lr"] for m in metrics] == pytest.approx([1e-8, 2e-8]) and metrics[0]["revived"] == 0
+    assert f"from {released}" in (tmp_path / "nano" / "train.log").read_text()
 
 
 def test_the_published_command_on_two_gloo_processes(data, tmp_path):
