@@ -30,6 +30,7 @@ OVERRIDES = (
     *("gt.adversary={weight: 0.5, start: 1}", "codec.adversary={weight: 0.5, start: 1}"),
     *("gt.chroma_weight=1.0", "codec.chroma_weight=1.0", f"gt.crop_size={SIZE}", f"codec.crop_size={SIZE}"),
     *ALL_PARTS,
+    "codec.train_decoder=0.5",
     "networks.vq_base.revive_below=0.995",  # codes that the second update leaves unused are revived by the third
     "speed.precision=float32",
 )
@@ -162,17 +163,6 @@ def test_three_processes_go_on_bit_for_bit(processes, tmp_path):
             assert [key for key, value in state.items() if not torch.equal(again[key], value)] == [], name
 
 
-def test_a_code_book_to_start_from_is_kept():
-    moved = {}
-    for start in ("null", "vq.pth.tar"):
-        step = new_step("codec", f"vq_base={start}", "networks.vq_base.revive_below=0")
-        book = step.stage.codec.vq_base.quantize.embedding.weight
-        before = book.clone()
-        step(batch_of(step, range(2)), Progress(step.stage.params))
-        moved[start] = ((book - before).norm(dim=1) / before.norm(dim=1)).max().item()
-    assert moved["null"] > 0.5 and moved["vq.pth.tar"] < 0.1
-
-
 def test_options_of_the_optimiser_are_the_present_ones_after_resuming():
     """Moments come back, what the configuration has changed does not."""
     first = new_step("codec", "codec.optim.weight_decay=0.1")
@@ -180,8 +170,8 @@ def test_options_of_the_optimiser_are_the_present_ones_after_resuming():
     second = new_step("codec", "codec.optim.betas=[0.1,0.2]", "speed.fused_adamw=true")
     second.load_state_dict(copy.deepcopy(first.state_dict()), first.averages.average)
     groups = second.optimiser.adamw.param_groups
-    assert groups[0]["betas"] == (0.1, 0.2) and [group["weight_decay"] for group in groups] == [0, 0]
-    assert groups[0]["fused"] and groups[1]["lr"] == second.optimiser.QUANTILE_LR
+    assert groups[0]["betas"] == (0.1, 0.2) and not any(group["weight_decay"] for group in groups)
+    assert groups[0]["fused"] and groups[-1]["lr"] == second.optimiser.QUANTILE_LR
     moments = [step.optimiser.adamw.state_dict()["state"] for step in (first, second)]
     assert all(torch.equal(moments[1][i][key], value) for i, s in moments[0].items() for key, value in s.items())
     second(batch_of(second, range(2, 4)), Progress(second.stage.params, 1))
@@ -201,25 +191,8 @@ def test_every_trainable_tensor_is_in_one_group_gets_a_gradient_and_is_averaged(
     assert all(p.grad is not None for p in owned)
     quantiles = [key for key in trainable.values() if key.endswith("quantiles")]
     assert bool(quantiles) == (name == "codec")
-    assert not quantiles or len(step.optimiser.adamw.param_groups[1]["params"]) == len(quantiles)
+    assert not quantiles or len(step.optimiser.adamw.param_groups[-1]["params"]) == len(quantiles)
     averaged = step.stage.networks(step.averages.average)
-    assert set(averaged) == ({"autoencoder"} if name == "gt" else set(NETWORKS) - {"autoencoder"})
+    assert set(averaged) == ({"autoencoder"} if name == "gt" else set(NETWORKS))
     for network, state in averaged.items():
         assert state.keys() == getattr(step.stage.codec, network).state_dict().keys()
-
-
-def test_frozen_parts_stay_frozen_and_validation_moves_nothing():
-    step = new_step("codec")
-    codec, batch = step.stage.codec, batch_of(step, range(2))
-    codec.train()
-    frozen = {key: value.clone() for key, value in codec.autoencoder.state_dict().items()}
-    book = codec.vq_base.quantize.embedding.weight.clone()
-    step(batch, Progress(step.stage.params))
-    assert all(torch.equal(value, frozen[key]) for key, value in codec.autoencoder.state_dict().items())
-    assert not torch.equal(codec.vq_base.quantize.embedding.weight, book)
-    before = state_of(step)
-    with step.averages.applied(step.stage.trained):
-        assert torch.equal(codec.unet.conv_in_extended.weight, step.averages.average["unet.conv_in_extended.weight"])
-        step.stage.evaluate(batch.image[:1], 0)
-    after = state_of(step)
-    assert all(torch.equal(after[key], value) for key, value in before.items())

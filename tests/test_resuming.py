@@ -16,6 +16,7 @@ from models.released import Triple, load_triple
 from tests.commands import on_board
 from tests.small_runs import command, finished, interrupted, lines, quick, train, tree
 from training.checkpointing import Checkpoints, Point
+from training.step import Step
 from utils import checkpoints
 from utils.images import read_image, to_signed
 
@@ -84,18 +85,6 @@ def test_killed_again_and_again_while_saving(data, processes, saved_run, tmp_pat
         assert told and [(event.step, pytest.approx(event.value)) for event in events] == told
 
 
-def test_killed_between_averages_and_checkpoint(saved_run, processes, tmp_path):
-    """Of the last iteration: its averages are there, and made again."""
-    folder = shutil.copytree(saved_run, tmp_path / "run")
-    (folder / "checkpoints" / "codec_6.pth").unlink()
-    for path in (folder / "ema_ckpts").glob("*_6.*"):
-        path.write_bytes(b"another")
-    assert finished(processes, ["--resume", str(folder)]) == 0
-    assert flat(checkpoints.read(folder / "ema_ckpts" / "ema_model_6.pth")) == flat(
-        checkpoints.read(saved_run / "ema_ckpts" / "ema_model_6.pth")
-    )
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_asked_to_stop_a_run_saves_and_goes_on_exactly(number, data, processes, saved_run, tmp_path):
     """As schedulers ask, and Ctrl-C: with its workers, which are in sessions of their own."""
@@ -149,23 +138,24 @@ def test_an_ended_stage_stays_ended(data, tmp_path, capsys):
     assert points(folder)[-1] == Point("codec", 2) and json.loads(best.read_text())["stage"] == "codec"
 
 
-def test_a_run_killed_while_its_latent_is_measured_has_saved_before(data, tmp_path, monkeypatch):
-    from training.step import Step
+@pytest.mark.parametrize("where, name", [(Step, "finish"), (Checkpoints, "save_averages")])
+def test_a_stage_killed_at_its_end_is_ended_on_resuming(where, name, data, tmp_path, monkeypatch):
+    """While its latent is measured: it has saved before. After it: no checkpoint is finished without its averages."""
 
-    def finish(self, batches):
+    def killed(*_):
         raise KeyboardInterrupt
 
     args = quick(data, tmp_path, "save_every=100", "stages=[gt]")
-    whole, killed = tmp_path / "nano", tmp_path / "killed"
+    whole, killed_run = tmp_path / "nano", tmp_path / "killed"
     assert main(args) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(Step, "finish", finish)
+        patch.setattr(where, name, killed)
         assert main([*args, "name=killed"]) == 130
-    assert points(killed) == [Point("gt", 4)]
-    assert main(["--resume", str(killed)]) == 0
-    assert lines(killed, "metrics.jsonl") == lines(whole, "metrics.jsonl")
-    name = "ema_ckpts/GT_vq_model_4.pth.tar"
-    assert flat(checkpoints.read(killed / name)) == flat(checkpoints.read(whole / name))
+    assert points(killed_run) == [Point("gt", 4)]
+    assert main(["--resume", str(killed_run)]) == 0
+    assert lines(killed_run, "metrics.jsonl") == lines(whole, "metrics.jsonl")
+    ours, theirs = (checkpoints.read(f / "ema_ckpts" / "GT_vq_model_4.pth.tar") for f in (killed_run, whole))
+    assert flat(ours) == flat(theirs)
 
 
 def test_a_resumed_run_needs_no_file_that_it_started_from(data, saved_run, tmp_path, monkeypatch):
