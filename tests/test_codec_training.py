@@ -77,6 +77,7 @@ def test_eta_passes_no_gradient_to_the_rate(monkeypatch):
     given = draws(codec, [1], [0.5], (8, 2, 2))
     uniform = torch.zeros(1, codec.residual.noise_size(2, 2))
     out = codec(torch.zeros(1, 3, 32, 32), replace(given, level=torch.tensor([2.0]), uniform=uniform))
+    assert not out.x.requires_grad  # E is frozen in this stage
     assert out.residual_bpp.requires_grad and torch.equal(bpp[0], out.residual_bpp) and not bpp[0].requires_grad
 
 

@@ -1,6 +1,7 @@
 """The denoiser's input, in training and in decoding, in both adapters: written out, with the signs."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -84,6 +85,21 @@ def test_decoding_in_the_steps_of_the_schedule(codec):
     assert_told(traced.calls[0], *expected_input(codec, x_t, y_hat, z_q, [0.64]), [1])
     x_t = 0.9906 * predicted[0] + 0.025 * x_t - 0.0156 * y_hat
     assert_told(traced.calls[1], *expected_input(codec, x_t, y_hat, z_q, [0.0004]), [0])
+
+
+@pytest.mark.parametrize("branch", ["detail_branch", "perceptual_branch"])
+def test_a_branch_that_is_off_tells_nothing(monkeypatch, branch):
+    """Without the details x~ is the noise alone, without the perceptual branch lq is 0; the other stays."""
+    codec = with_adapter("published")
+    data = codec.compress(picture(*SIZE), quality=100)
+    z_q, y_hat, noise, _ = decoded_parts(codec, data)
+    monkeypatch.setattr(codec, "params", replace(codec.params, **{branch: False}))
+    if branch == "detail_branch":
+        y_hat = torch.zeros_like(y_hat)
+    else:
+        z_q = torch.zeros_like(z_q)
+    traced = Traced(codec, data, Sampling(eta=0.64))
+    assert_told(traced.calls[0], (y_hat + KAPPA * 0.8 * noise) / math.sqrt(1 + 4 * 0.64), z_q, [1])
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import torch
 
 from models import residual_hyperprior
 from models.entropy_coding import symbol_bits
+from models.rate_model import EntropyBottleneck
 from models.records import Draws
 from models.residual_hyperprior import HYPER_REACH, SYMBOL_REACH, ResidualHyperprior, ResidualTables, level_of, node_of
 from models.residual_networks import SCALE_MIN, SCALE_STEP, SCALES, ResidualParams, hyper_size
@@ -266,6 +267,26 @@ def test_training_sees_what_coding_does(training, code):
     below, above = ((symbols.residual + side) / (sigma * math.sqrt(2)) for side in (-0.5, 0.5))
     mass = (torch.erf(torch.from_numpy(above)) - torch.erf(torch.from_numpy(below))) / 2
     assert out.residual_bits.item() == pytest.approx(-mass.clamp(min=1e-9).log2().sum().item(), rel=1e-3)
+
+
+@torch.no_grad()
+def test_bits_by_hand(training, monkeypatch):
+    """Per sample, summed over channels and positions, with a density of 2^-(channel * z) for z; N(mu, sigma^2) for s."""
+    rates = training.rate_model
+    z = torch.tensor([[[1.0, 2.0], [0.0, 1.0], [3.0, 1.0]], [[4.0, 0.0], [2.0, 2.0], [1.0, 0.0]]])[
+        :, :, None
+    ]  # 2 3 1 2
+    torch.testing.assert_close(rates.bottleneck(z)[1], EntropyBottleneck.forward(rates.bottleneck, z)[1])
+    channel = torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1)
+    monkeypatch.setattr(rates.bottleneck, "_likelihood", lambda v: (2 ** -(channel * v), None, None))
+    s, mu = (
+        torch.tensor([[0.2, 1.5], [1.0, -1.0]]).view(2, 2, 1, 1),
+        torch.tensor([[0.2, 0.5], [1.0, 0.0]]).view(2, 2, 1, 1),
+    )
+    hyper_bits, residual_bits = rates(z, s, mu, torch.ones(2, 2, 1, 1))
+    assert hyper_bits.tolist() == pytest.approx([3 + 2 * 1 + 3 * 4, 4 + 2 * 4 + 3 * 1])
+    # of the integers 0 and 1 under N(0, 1): 0.382925 and 0.241730, so 1.384867 and 2.048530 bits
+    assert residual_bits.tolist() == pytest.approx([3.433397, 3.433397], abs=1e-4)
 
 
 @pytest.mark.parametrize("code", CODES)

@@ -110,6 +110,10 @@ def test_the_gradient_passes_straight_through(base):
     assert not (code.counts.requires_grad or code.sums.requires_grad)
 
 
+def test_the_published_averages():
+    assert (VQBaseParams().decay, VQBaseParams().epsilon) == (0.99, 1e-5)
+
+
 def test_update_is_the_exponential_average():
     codes = book()
     n, m = (getattr(codes.embedding, name).double().clone() for name in ("cluster_size", "embed_avg"))

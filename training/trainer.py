@@ -151,11 +151,11 @@ class Trainer:
             self.log.say(f"a step took {before:g} pictures before and takes {taken} from here on")
 
     def _bar(self, name: str, progress: Progress) -> tqdm:
-        by_clock = progress.minutes is not None
-        total = 60 * progress.minutes if by_clock else progress.iterations
-        shown = dict(desc=name, unit="s" if by_clock else "it", mininterval=1.0, file=Unbroken(sys.stderr))
-        first = progress.seconds if by_clock else progress.step
-        return tqdm(total=total, initial=first, disable=not distributed.is_main(), **shown)
+        shown = dict(desc=name, mininterval=1.0, file=Unbroken(sys.stderr), disable=not distributed.is_main())
+        if progress.minutes is None:
+            return tqdm(total=progress.iterations, initial=progress.step, **shown)
+        clock = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left{postfix}"
+        return tqdm(total=60 * progress.minutes, initial=progress.seconds, bar_format=clock, **shown)
 
     def _batches(self, stage: Stage, position: int, alone: bool = False):
         """This rank's batches for a stage, from a position of the stream on; `alone`, as if there were no other rank."""
