@@ -1,6 +1,7 @@
 """Runs of the nano configuration in processes of their own or in this one, and what they leave."""
 
 import json
+import multiprocessing
 import os
 import resource
 import signal
@@ -44,6 +45,7 @@ def train(args: list[str], told: str = os.devnull, largest: int | None = None) -
         told: file for its messages. largest: bytes that a file may have, which PyTorch meets as it meets a full disk.
     """
     os.setsid()
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)  # the system's own
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests themselves may be told to ignore it
     torch.set_num_threads(1)
     for path, stream in ((os.devnull, 1), (told, 2)):
