@@ -3,7 +3,7 @@
 # make lint    undefined names, unused imports, formatting
 # make bench-hostile    10,000 altered files and 1,000 resealed ones: refused, in time and in little memory
 # make bench-parts   seconds for each part of coding, e.g. make bench-parts BENCH="--pictures kodak"
-# make bench-train   training speed and memory with each option, e.g. make bench-train BENCH="--width 128"
+# make bench-train   training speed and memory, e.g. make bench-train BENCH="--stages codec"
 # Each sets up .venv first, once.
 
 VENV := .venv

@@ -83,6 +83,7 @@ def write_release(
     # Where pictures and earlier weights lay on the training machine means nothing elsewhere.
     kept |= {name: Path(path).name for name in STARTS if (path := kept.get(name))}
     kept["data"] |= dict.fromkeys(KINDS)
+    kept["validation"] = kept.get("validation", {}) | {"folder": None}
     atomic_write(out / RUN_CONFIG, yaml.safe_dump(kept, sort_keys=False).encode())
     return about
 

@@ -29,20 +29,18 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def processes():
-    """A server whose children have the training command imported already."""
+    """A server whose children have imported already what a training takes seconds to import."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["main_diffusion_train_vq", "training.checkpointing", "tests.small_runs"])
+    slow = ["models.rate_model", "torch._dynamo", "torch.utils.tensorboard"]
+    context.set_forkserver_preload(["main_diffusion_train_vq", *slow])
     return context
 
 
 @pytest.fixture(scope="session")
 def saved_run(data, processes, tmp_path_factory):
-    """The folder of a run of both stages that was never stopped and saved after every iteration."""
-    from tests.small_runs import command, train
+    """The folder of a run of both stages, with all parts, that was never stopped and saved after every iteration."""
+    from tests.small_runs import command, finished
 
     folder = tmp_path_factory.mktemp("saved")
-    process = processes.Process(target=train, args=(command(data, folder),))
-    process.start()
-    process.join()
-    assert process.exitcode == 0
+    assert finished(processes, command(data, folder)) == 0
     return folder / "nano"

@@ -1,4 +1,4 @@
-"""Which checkpoints of a run stay, and which one it goes on from."""
+"""What a checkpoint holds, which ones of a run stay, and which one it goes on from."""
 
 import json
 from pathlib import Path
@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from models.released import NAMES
-from tests.small_runs import command, lines, tree
+from tests.small_runs import lines, tree
 from training.checkpointing import Checkpoints, Point
+from training.config import load_config
+from training.start import new_codec
 from utils import checkpoints
 from utils.errors import CheckpointError
 
@@ -17,8 +19,7 @@ def fake(folder: Path, steps: list[int], keep_last: int = 2) -> Checkpoints:
     """Checkpoints of stage gt with small contents."""
     kept = Checkpoints(folder, ["gt", "codec"], keep_last)
     for step in steps:
-        weights = {"autoencoder": {"w": torch.full((2,), float(step))}}
-        kept.save(Point("gt", step), weights, weights, None, {"best": None})
+        kept.save(Point("gt", step), {"w": torch.full((2,), float(step))})
         kept.keep(None)
     return kept
 
@@ -30,72 +31,70 @@ def test_the_last_and_the_best_stay(saved_run):
     }
     step = min(scores, key=scores.get)
     assert set(scores) == {2, 4, 6} and best == {"stage": "codec", "step": step, "loss": scores[step]}
-    steps = {5, 6, step}
-    assert {path.stem for path in (saved_run / "states").glob("*.pth")} == {f"codec_{s}" for s in steps} | {"gt_4"}
-    weights = {path.name for path in (saved_run / "ema_ckpts").iterdir()}
-    assert weights == {name.format(s) for s in steps for name in NAMES.values()} | {"GT_vq_model_4.pth.tar"}
-    assert {path.name for path in (saved_run / "ckpts").glob("model_*")} == {f"model_{step}.pth" for step in steps}
+    found = {path.stem for path in (saved_run / "checkpoints").iterdir()}
+    assert found == {f"codec_{s}" for s in {5, 6, step}} | {"gt_4"}
+    averages = {path.name for path in (saved_run / "ema_ckpts").iterdir()}
+    assert averages == {name.format(s) for s in {6, step} for name in NAMES.values()} | {"GT_vq_model_4.pth.tar"}
 
 
-def test_the_best_of_an_ended_stage_is_no_longer_named(data, tmp_path):
-    """Its files go when the next stage saves; that stage's own best is known after its first validation."""
-    from main_diffusion_train_vq import main
-
-    args = [*command(data, tmp_path), "gt.iterations=2", "codec.iterations=1", "validation.every=1"]
-    assert main([*args, "stages=[gt]"]) == 0 and (tmp_path / "nano" / "best.json").exists()
-    assert main(["--resume", str(tmp_path / "nano"), "stages=[gt,codec]", "validation.folder=null"]) == 0
-    assert not (tmp_path / "nano" / "best.json").exists()
+def tensors(content) -> list[torch.Tensor]:
+    if isinstance(content, torch.Tensor):
+        return [content]
+    parts = content.values() if isinstance(content, dict) else content if isinstance(content, list) else ()
+    return [tensor for part in parts for tensor in tensors(part)]
 
 
-def test_a_checkpoint_without_its_files_is_passed_over(tmp_path):
+@pytest.mark.parametrize("name, trained", [("gt_4", ["autoencoder"]), ("codec_6", ["vq_base", "unet", "residual"])])
+def test_a_checkpoint_holds_each_tensor_once(name, trained, saved_run):
+    """Weights, averages and two moments of what is trained; the frozen autoencoder once. At the end of stage gt the
+    averages are the weights."""
+    path = saved_run / "checkpoints" / f"{name}.pth"
+    content = checkpoints.read(path)
+    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors(content)}
+    codec = new_codec(load_config(str(saved_run / "config.yaml")))
+    parameters = sum(p.numel() for network in trained for p in getattr(codec, network).parameters())
+    frozen = 0 if name == "gt_4" else sum(p.numel() for p in codec.autoencoder.parameters())
+    critic = sum(t.numel() for t in tensors(content["training"]["adversary"]["discriminator"]))
+    expected = 4 * ((3 if name == "gt_4" else 4) * parameters + frozen + 3 * critic)
+    assert sum(held.values()) == pytest.approx(expected, rel=0.05)
+    assert path.stat().st_size < sum(held.values()) + 700 * len(held)  # names and padding
+    assert sorted(content["codec"]) == sorted(content["averages"]) == sorted(trained)
+    assert ("autoencoder" in content) == (name == "codec_6")
+
+
+def test_a_damaged_checkpoint_is_set_aside(tmp_path):
     kept = fake(tmp_path, [1, 2, 3], keep_last=3)
-    (tmp_path / "ema_ckpts" / "GT_vq_model_3.pth.tar").unlink()
-    (tmp_path / "states" / "gt_2.pth").write_bytes(b"damaged")
-    state, refused = kept.newest()
-    assert state["step"] == 1 and len(refused) == 2
-    assert "GT_vq_model_3.pth.tar" in refused[Point("gt", 3)] and "gt_2.pth" in refused[Point("gt", 2)]
+    kept.path(Point("gt", 3)).write_bytes(b"damaged")
+    whole = kept.path(Point("gt", 2)).read_bytes()
+    kept.path(Point("gt", 2)).write_bytes(whole[: len(whole) // 2])
+    content, refused = kept.newest()
+    assert content["step"] == 1 and torch.equal(content["w"], torch.ones(2))
+    assert [point.step for point in refused] == [3, 2] and "gt_3.pth" in refused[Point("gt", 3)]
     kept.set_aside(refused)
     kept.keep_last = 1
     kept.keep(None)  # the good one is the last one now
-    assert kept.points() == [Point("gt", 1)]
-    (tmp_path / "ckpts" / "GT_vq_model_1.pth.tar").write_bytes(b"short")
-    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+    assert tree(tmp_path) == {"checkpoints/gt_1.pth", "checkpoints/gt_2.damaged", "checkpoints/gt_3.damaged"}
+    kept.path(Point("gt", 1)).write_bytes(b"short")
+    with pytest.raises(CheckpointError, match="no readable checkpoint to go on from"):
         kept.newest()
-
-
-def test_a_stage_leaves_the_files_of_the_one_before_alone(tmp_path, monkeypatch):
-    """Both stages save an iteration 3; the second one is killed before its state is there."""
-    kept = fake(tmp_path, [2, 3], keep_last=2)
-    written, spared = [], []
-    monkeypatch.setattr(checkpoints, "save", lambda path, content: written.append(path.name))
-
-    def killed(triple, states, params, keep=()):
-        spared.append(set(keep))
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("training.checkpointing.save_triple", killed)
-    # An autoencoder of 2 iterations is not the one that stage codec has; nor is one that a full disk has kept from it.
-    for step, held in ((2, 3.0), (3, 3.0), (3, 4.0)):
-        weights = {"autoencoder": {"w": torch.full((2,), held)}}
-        with pytest.raises(KeyboardInterrupt):
-            kept.save(Point("codec", step), weights, weights, None, {})
-        assert kept.newest()[0]["step"] == 3 and kept.points() == [Point("gt", 3)] and not written
-    assert spared == [set(), {tmp_path / "ckpts" / "GT_vq_model_3.pth.tar"}, set()]
-    assert not (tmp_path / "ema_ckpts" / "GT_vq_model_2.pth.tar").exists()
 
 
 def test_what_a_killed_save_left_is_removed_and_nothing_else(tmp_path):
     kept = fake(tmp_path, [1])
-    (tmp_path / "states" / ".gt_2.begun").touch()
-    (tmp_path / "ckpts" / "GT_vq_model_2.pth.tar").touch()
-    (tmp_path / "ckpts" / ".GT_vq_model_2.pth.tar.1.ab.tmp").touch()
-    (tmp_path / "ckpts" / "GT_vq_model_7.pth.tar").touch()  # the user's
-    (tmp_path / "states" / ".gt_1.begun").touch()  # killed between the state and the marker's removal
+    for name in ("checkpoints/.gt_2.pth.1.ab.tmp", ".config.yaml.1.ab.tmp", "ema_ckpts/.ema_model_2.pth.1.ab.tmp"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "ema_ckpts" / "notes.txt").touch()  # the user's
     kept.remove_unfinished()
-    assert tree(tmp_path) == {
-        "ckpts/GT_vq_model_1.pth.tar",
-        "ckpts/GT_vq_model_7.pth.tar",
-        "ema_ckpts/GT_vq_model_1.pth.tar",
-        "states/gt_1.pth",
-    }
-    assert kept.newest()[0]["step"] == 1
+    kept.keep(None)
+    assert tree(tmp_path) == {"checkpoints/gt_1.pth", "ema_ckpts/notes.txt"}
+
+
+@pytest.mark.parametrize(
+    "name, told", [("states/gt_1.pth", "an older version's run"), ("checkpoints/vq_1.pth", "stage")]
+)
+def test_checkpoints_of_other_versions_are_refused(name, told, tmp_path):
+    (tmp_path / name).parent.mkdir()
+    (tmp_path / name).touch()
+    with pytest.raises(CheckpointError, match=told):
+        Checkpoints(tmp_path, ["gt", "codec"], 2).points()

@@ -8,236 +8,191 @@ from functools import cache, partial
 
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 
+from datapipe.pictures import Batch
 from models.codec import Codec
 from models.released import NETWORKS
-from tests.commands import NANO, free_port
+from tests.commands import NANO
+from tests.small_runs import ALL_PARTS, ranks
 from training.config import load_config
-from training.perceptual import perceptual_term
+from training.perceptual import perceptual_terms
+from training.progress import Progress
 from training.stages import STAGES
+from training.step import Step
 from utils import distributed
 
 RELATIVE = 1e-9
 ZERO = 1e-15  # some gradients are rounding alone: the bias of the keys cancels in any softmax
 STEPS, BATCH, SIZE = 3, 4, 48
-RESIDUAL = "{channels: 8, width: 8, blocks: 1, hyper_channels: 4, scale_width: 8, code_width: 4, levels: 3}"
 OVERRIDES = (
     # AdamW divides by |g| + 1e-8: where a gradient is nearly nothing, the step is its rounding times lr / 1e-8.
-    "gt.optim.lr=1e-4",
-    "codec.optim.lr=1e-4",
-    "gt.adversary.start=1",
-    "gt.adversary.weight=0.5",
-    "gt.chroma_weight=1.0",
-    "codec.chroma_weight=1.0",
-    "networks.adapter=difference",
-    f"networks.residual={RESIDUAL}",
-    "networks.vq_base.revive_below=0.995",  # codes that the first update leaves unused are revived in it
+    *("gt.optim.lr=1e-4", "codec.optim.lr=1e-4"),
+    *("gt.adversary={weight: 0.5, start: 1}", "codec.adversary={weight: 0.5, start: 1}"),
+    *("gt.chroma_weight=1.0", "codec.chroma_weight=1.0", f"gt.crop_size={SIZE}", f"codec.crop_size={SIZE}"),
+    *ALL_PARTS,
+    "codec.train_decoder=0.5",
+    "networks.vq_base.revive_below=0.995",  # codes that the second update leaves unused are revived by the third
+    "speed.precision=float32",
 )
 
 
-def new_stage(name: str, *overrides: str):
+def new_step(name: str, *overrides: str) -> Step:
     """A stage on networks of random weights, in float64."""
     config = load_config(str(NANO), [*OVERRIDES, *overrides])
     torch.manual_seed(0)
     codec = Codec(config.networks).double()
     codec.residual.train_rates()
     torch.manual_seed(1)
-    return STAGES[name](config, codec, torch.device("cpu"))
+    return Step(STAGES[name](config, codec, torch.device("cpu")))
 
 
-def state_of(stage) -> dict[str, torch.Tensor]:
+def batch_of(step: Step, positions: range, size: int = SIZE) -> Batch:
+    """Random pictures; those of a position are always the same."""
+    images = [torch.rand(3, size, size, generator=torch.Generator().manual_seed(p)) for p in positions]
+    draws = step.stage.drawn(positions, (size, size))
+    return Batch(torch.stack(images).double() * 2 - 1, torch.tensor(positions), draws)
+
+
+def state_of(step: Step) -> dict[str, torch.Tensor]:
     """Networks, their averages, and the gradients of the last step."""
-    state = {key: value.clone() for key, value in stage.codec.state_dict().items()}
-    if stage.name == "gt":
-        state |= {f"discriminator.{key}": value.clone() for key, value in stage.discriminator.state_dict().items()}
-    gradients = {f"grad.{k}": p.grad.clone() for k, p in stage.codec.named_parameters() if p.grad is not None}
-    return state | gradients | {f"ema.{k}": v.clone() for k, v in stage.ema.average.items()}
+    state = {key: value.clone() for key, value in step.stage.codec.state_dict().items()}
+    state |= {f"critic.{key}": value.clone() for key, value in step.adversary.discriminator.state_dict().items()}
+    gradients = {f"grad.{k}": p.grad.clone() for k, p in step.stage.codec.named_parameters() if p.grad is not None}
+    return state | gradients | {f"ema.{k}": v.clone() for k, v in step.averages.average.items()}
 
 
-def train(name: str, world: int, rank: int, microbatch: int | None) -> tuple[dict[str, torch.Tensor], list[dict]]:
-    """A few steps on this rank's share of fixed batches; the state afterwards, and what was logged."""
-    stage = new_stage(name, f"{name}.microbatch={microbatch or 'null'}")
-    images = torch.rand(STEPS, BATCH, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    logs = []
-    for step in range(STEPS):
-        mine = torch.arange(rank, BATCH, world)
-        logs.append(stage.step(images[step, mine] * 2 - 1, step * BATCH + mine, step)[0])
-    return state_of(stage), logs
+def train(name: str, world: int, rank: int, *overrides: str) -> tuple[dict[str, torch.Tensor], list[dict]]:
+    """A few steps on this rank's share of the batches; the state afterwards, and what was logged."""
+    step = new_step(name, *overrides)
+    progress, logs = Progress(step.stage.params), []
+    for number in range(STEPS):
+        own = range(number * BATCH + rank, (number + 1) * BATCH, world)
+        logs.append(step.logs(step(batch_of(step, own), progress)))
+    return state_of(step), logs
 
 
 @cache
-def alone(name: str) -> tuple[dict[str, torch.Tensor], list[dict]]:
-    return train(name, 1, 0, None)
+def alone(name: str, *overrides: str) -> tuple[dict[str, torch.Tensor], list[dict]]:
+    return train(name, 1, 0, *overrides)
 
 
-def worker(rank: int, world: int, port: int, name: str, path: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-    torch.save([train(name, world, rank, microbatch) for microbatch in (None, 1)], f"{path}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+# The adaptive factor of a step is that of its first micro-batch.
+WHOLE = {name: () for name in STAGES}
+PIECES = {name: (f"{name}.adversary.adaptive=false",) for name in STAGES}
 
 
-def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys() and any(key.startswith("grad.") for key in expected)
-    for key, value in expected.items():
+def shares(rank: int, path: str) -> None:
+    with distributed.process_group(torch.device("cpu")):
+        found = {}
+        for name in STAGES:
+            runs = (WHOLE[name], (*PIECES[name], f"{name}.microbatch=1"))
+            found[name] = [train(name, distributed.world_size(), rank, *overrides) for overrides in runs]
+        torch.save(found, f"{path}/{rank}.pt")
+
+
+def assert_equal(found: tuple[dict, list], expected: tuple[dict, list]) -> None:
+    assert found[0].keys() == expected[0].keys() and any(key.startswith("grad.") for key in expected[0])
+    for key, value in expected[0].items():
         if value.numel():
-            error = (found[key] - value).abs().max().item()
+            error = (found[0][key] - value).abs().max().item()
             assert error <= RELATIVE * value.abs().max().item() + ZERO, f"{key}: {error:.1e}"
+    for ours, theirs in zip(found[1], expected[1], strict=True):
+        assert ours.keys() == theirs.keys()
+        for key, value in theirs.items():
+            assert ours[key] == pytest.approx(value, rel=1e-9, abs=1e-12), key
 
 
-@pytest.mark.parametrize("name", ["gt", "codec"])
-def test_two_processes_train_as_one(name, tmp_path):
+def test_two_processes_train_as_one(processes, tmp_path):
     """With the batch whole, and with micro-batches of one."""
-    multiprocessing.spawn(worker, args=(2, free_port(), name, str(tmp_path)), nprocs=2)
+    assert ranks(processes, 2, shares, str(tmp_path)) == [0, 0]
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
-    assert name == "gt" or 0 < alone(name)[1][1]["revived"] < alone(name)[1][0]["revived"]
-    for (state, logs), (other, _) in zip(first, second, strict=True):
-        assert all(torch.equal(other[key], value) for key, value in state.items()), "the ranks differ"
-        assert_equal(state, alone(name)[0])
-        assert_logs_equal(logs, alone(name)[1])
-
-
-def resuming_worker(rank: int, world: int, port: int, path: str) -> None:
-    """Four steps; then the last two again, from the state after the second, in stages made anew."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-    images = torch.rand(4, world, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    found = {}
     for name in STAGES:
-        stage = new_stage(name)
-        for step in range(4):
-            if step == 2:
-                saved = copy.deepcopy((stage.codec.state_dict(), stage.state_dict()))
-            stage.step(images[step, rank : rank + 1] * 2 - 1, torch.tensor([step * world + rank]), step)
-        again = new_stage(name)
-        again.codec.load_state_dict(saved[0])
-        again.load_state_dict(saved[1])
-        for step in (2, 3):
-            again.step(images[step, rank : rank + 1] * 2 - 1, torch.tensor([step * world + rank]), step)
-        found[name] = (state_of(stage), state_of(again))
-    torch.save(found, f"{path}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+        for ours, theirs, overrides in zip(first[name], second[name], (WHOLE[name], PIECES[name]), strict=True):
+            assert all(torch.equal(theirs[0][key], value) for key, value in ours[0].items()), "the ranks differ"
+            assert_equal(ours, alone(name, *overrides))
+    revived = [logs["revived"] for logs in alone("codec")[1]]
+    assert revived[1] == 0 < revived[2] < revived[0] == 16
 
 
-def test_three_processes_go_on_bit_for_bit(tmp_path):
+@pytest.mark.parametrize("name", STAGES)
+def test_micro_batches_train_as_the_whole(name):
+    """Of unequal sizes: three and one."""
+    assert_equal(train(name, 1, 0, *PIECES[name], f"{name}.microbatch=3"), alone(name, *PIECES[name]))
+
+
+@pytest.mark.parametrize("perceptual, size", [("ms_ssim", 176), ("lpips", 48)])
+def test_micro_batches_train_as_the_whole_with_a_perceptual_term(perceptual, size, monkeypatch):
+    """In float64 too; LPIPS with random weights."""
+    monkeypatch.setattr("training.stage.perceptual_terms", partial(perceptual_terms, untrained=True))
+    found = []
+    for microbatch in ("null", "1"):
+        torch.manual_seed(3)  # of the untrained LPIPS
+        options = (f"codec.crop_size={size}", f"codec.perceptual.{perceptual}=0.2", "codec.adversary.start=9")
+        step = new_step("codec", *options, f"codec.microbatch={microbatch}")
+        logs = step.logs(step(batch_of(step, range(2), size), Progress(step.stage.params)))
+        assert logs[perceptual] > 1e-3
+        found.append((state_of(step), [logs]))
+    assert_equal(found[1], found[0])
+
+
+def go_on(rank: int, path: str) -> None:
+    """Four steps; then the last two again, from the state after the second, in a step made anew."""
+    with distributed.process_group(torch.device("cpu")):
+        found, world = {}, distributed.world_size()
+        for name in STAGES:
+            first, again = new_step(name), new_step(name)
+            progress = Progress(first.stage.params)
+            for number in range(4):
+                if number == 2:
+                    again.stage.codec.load_state_dict(first.stage.codec.state_dict())
+                    again.load_state_dict(copy.deepcopy(first.state_dict()), first.averages.average)
+                first(batch_of(first, range(number * world + rank, number * world + rank + 1)), progress)
+            progress = Progress(again.stage.params, 2)
+            for number in (2, 3):
+                again(batch_of(again, range(number * world + rank, number * world + rank + 1)), progress)
+            found[name] = (state_of(first), state_of(again))
+        torch.save(found, f"{path}/{rank}.pt")
+
+
+def test_three_processes_go_on_bit_for_bit(processes, tmp_path):
     """The order in which the gradients of three ranks are summed must not depend on when a run was started."""
-    multiprocessing.spawn(resuming_worker, args=(3, free_port(), str(tmp_path)), nprocs=3)
+    assert ranks(processes, 3, go_on, str(tmp_path)) == [0, 0, 0]
     for rank in range(3):
         for name, (state, again) in torch.load(tmp_path / f"{rank}.pt", weights_only=True).items():
             assert state.keys() == again.keys()
             assert [key for key, value in state.items() if not torch.equal(again[key], value)] == [], name
 
 
-@pytest.mark.parametrize("name", ["gt", "codec"])
-def test_micro_batches_train_as_the_whole(name):
-    """Of unequal sizes: three and one."""
-    state, logs = train(name, 1, 0, 3)
-    assert_equal(state, alone(name)[0])
-    assert_logs_equal(logs, alone(name)[1])
-
-
-@pytest.mark.parametrize("perceptual", ["ms_ssim", "lpips"])
-def test_micro_batches_train_as_the_whole_with_a_perceptual_term(perceptual, monkeypatch):
-    """In float64 too; LPIPS with random weights."""
-    monkeypatch.setattr("training.codec_stage.perceptual_term", partial(perceptual_term, untrained=True))
-    image = torch.rand(2, 3, 176, 176, generator=torch.Generator().manual_seed(2), dtype=torch.float64) * 2 - 1
-    found = []
-    for microbatch in ("null", "1"):
-        torch.manual_seed(3)  # of the untrained LPIPS
-        stage = new_stage(
-            "codec", "codec.crop_size=176", f"codec.perceptual={perceptual}", f"codec.microbatch={microbatch}"
-        )
-        logs, _ = stage.step(image, torch.arange(2), 0)
-        assert logs["perceptual"] > 1e-3
-        found.append((state_of(stage), [logs]))
-    assert_equal(found[1][0], found[0][0])
-    assert_logs_equal(found[1][1], found[0][1])
-
-
-def assert_logs_equal(found: list[dict], expected: list[dict]) -> None:
-    for ours, theirs in zip(found, expected, strict=True):
-        assert ours.keys() == theirs.keys()
-        for key, value in theirs.items():
-            assert ours[key] == pytest.approx(value, rel=1e-9, abs=1e-12), key
-
-
-def test_a_code_book_to_start_from_is_kept():
-    image = torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2 - 1
-    moved = {}
-    for start in ("null", "vq.pth.tar"):
-        stage = new_stage("codec", f"vq_base={start}", "networks.vq_base.revive_below=0")
-        book = stage.codec.vq_base.quantize.embedding.weight
-        before = book.clone()
-        stage.step(image, torch.arange(2), 0)
-        moved[start] = ((book - before).norm(dim=1) / before.norm(dim=1)).max().item()
-    assert moved["null"] > 0.5 and moved["vq.pth.tar"] < 0.1
-
-
 def test_options_of_the_optimiser_are_the_present_ones_after_resuming():
     """Moments come back, what the configuration has changed does not."""
-    first = new_stage("codec", "codec.optim.weight_decay=0.1")
-    image = torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2 - 1
-    first.step(image, torch.arange(2), 0)
-    second = new_stage("codec", "codec.optim.betas=[0.1,0.2]", "speed.fused_adamw=true")
-    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    first = new_step("codec", "codec.optim.weight_decay=0.1")
+    first(batch_of(first, range(2)), Progress(first.stage.params))
+    second = new_step("codec", "codec.optim.betas=[0.1,0.2]", "speed.fused_adamw=true")
+    second.load_state_dict(copy.deepcopy(first.state_dict()), first.averages.average)
     groups = second.optimiser.adamw.param_groups
-    assert groups[0]["betas"] == (0.1, 0.2) and [group["weight_decay"] for group in groups] == [0, 0]
-    assert groups[0]["fused"] and groups[1]["lr"] == second.optimiser.QUANTILE_LR
-    moments = [stage.optimiser.adamw.state_dict()["state"] for stage in (first, second)]
+    assert groups[0]["betas"] == (0.1, 0.2) and not any(group["weight_decay"] for group in groups)
+    assert groups[0]["fused"] and groups[-1]["lr"] == second.optimiser.QUANTILE_LR
+    moments = [step.optimiser.adamw.state_dict()["state"] for step in (first, second)]
     assert all(torch.equal(moments[1][i][key], value) for i, s in moments[0].items() for key, value in s.items())
-    second.step(image, torch.arange(2), 1)
+    second(batch_of(second, range(2, 4)), Progress(second.stage.params, 1))
 
 
-def test_unlaunched_is_a_world_of_one():
-    assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
-    samples = torch.arange(3.0)
-    assert torch.equal(distributed.gather_samples(samples), samples)
-    assert torch.equal(distributed.all_reduce_mean(samples.clone()), samples)
-
-
-@pytest.mark.parametrize("name", ["gt", "codec"])
-def test_every_trainable_tensor_is_in_one_group_and_gets_a_gradient(name):
-    stage = new_stage(name, "gt.adversary.start=0")
-    trainable = {id(p): key for key, p in stage.trained.named_parameters() if p.requires_grad}
-    groups = [p for group in stage.optimiser.adamw.param_groups for p in group["params"]]
+@pytest.mark.parametrize("name", STAGES)
+def test_every_trainable_tensor_is_in_one_group_gets_a_gradient_and_is_averaged(name):
+    step = new_step(name, f"{name}.adversary.start=0")
+    trainable = {id(p): key for key, p in step.stage.trained.named_parameters() if p.requires_grad}
+    groups = [p for group in step.optimiser.adamw.param_groups for p in group["params"]]
     assert len(groups) == len(trainable) and {id(p) for p in groups} == trainable.keys()
-    image = torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2 - 1
-    stage.step(image, torch.arange(2), 0)
+    step(batch_of(step, range(2)), Progress(step.stage.params))
     assert all(p.grad is not None for p in groups)
-    assert [p for p in stage.codec.parameters() if p.grad is not None and id(p) not in trainable] == []
-    if name == "gt":
-        owned = stage.critic_optimiser.adamw.param_groups[0]["params"]
-        assert {id(p) for p in owned} == {id(p) for p in stage.discriminator.parameters()}
-        assert all(p.grad is not None for p in owned)
-    else:
-        quantiles = [key for key in trainable.values() if key.endswith("quantiles")]
-        assert quantiles and len(stage.optimiser.adamw.param_groups[1]["params"]) == len(quantiles)
-
-
-def test_frozen_parts_stay_frozen_and_validation_moves_nothing():
-    stage = new_stage("codec")
-    stage.codec.train()
-    frozen = {key: value.clone() for key, value in stage.codec.autoencoder.state_dict().items()}
-    image = torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2 - 1
-    book = stage.codec.vq_base.quantize.embedding.weight.clone()
-    stage.step(image, torch.arange(2), 0)
-    assert all(torch.equal(value, frozen[key]) for key, value in stage.codec.autoencoder.state_dict().items())
-    assert not torch.equal(stage.codec.vq_base.quantize.embedding.weight, book)
-    before = state_of(stage)
-    with stage.ema.applied(stage.trained):
-        assert torch.equal(stage.codec.unet.conv_in_extended.weight, stage.ema.average["unet.conv_in_extended.weight"])
-        stage.evaluate(image[:1], 0)
-    after = state_of(stage)
-    assert all(torch.equal(after[key], value) for key, value in before.items())
-
-
-@pytest.mark.parametrize("name", ["gt", "codec"])
-def test_averages_cover_all_that_is_released(name):
-    stage = new_stage(name)
-    released = stage.states()
-    assert set(released) == ({"autoencoder"} if name == "gt" else set(NETWORKS))
-    for network, state in released.items():
-        assert state.keys() == getattr(stage.codec, network).state_dict().keys()
-    trained = {key for key, p in stage.trained.named_parameters() if p.requires_grad}
-    assert trained <= stage.ema.average.keys()
+    assert [p for p in step.stage.codec.parameters() if p.grad is not None and id(p) not in trainable] == []
+    owned = step.adversary.optimiser.adamw.param_groups[0]["params"]
+    assert {id(p) for p in owned} == {id(p) for p in step.adversary.discriminator.parameters()}
+    assert all(p.grad is not None for p in owned)
+    quantiles = [key for key in trainable.values() if key.endswith("quantiles")]
+    assert bool(quantiles) == (name == "codec")
+    assert not quantiles or len(step.optimiser.adamw.param_groups[-1]["params"]) == len(quantiles)
+    averaged = step.stage.networks(step.averages.average)
+    assert set(averaged) == ({"autoencoder"} if name == "gt" else set(NETWORKS))
+    for network, state in averaged.items():
+        assert state.keys() == getattr(step.stage.codec, network).state_dict().keys()

@@ -7,12 +7,12 @@ import torch
 
 from main_diffusion_train_vq import main
 from tests.commands import NANO, ROOT, photograph, run
+from tests.small_runs import ALL_PARTS
 from training.config import load_config
-from training.dry_run import activations, dry_run
+from training.dry_run import activations, dry_run, parameters
 from training.stages import STAGES
-from training.trainer import new_codec
-
-RESIDUAL = "{channels: 8, width: 8, blocks: 1, hyper_channels: 4, scale_width: 8, code_width: 4, levels: 3}"
+from training.start import new_codec
+from training.step import Step
 
 
 def test_the_papers_size_in_seconds_and_without_a_trace(tmp_path):
@@ -29,25 +29,29 @@ def test_the_papers_size_in_seconds_and_without_a_trace(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def weights_of(step: Step) -> list[torch.Tensor]:
+    return [*step.stage.codec.parameters(), *parameters(step.adversary and step.adversary.discriminator)]
+
+
 @pytest.mark.parametrize("name", ["gt", "codec"])
 def test_counts_and_activations_are_those_of_real_networks(name):
-    plain = ["speed.precision=float32", "speed.channels_last=false"]
-    config = load_config(str(NANO), [f"networks.residual={RESIDUAL}", "networks.adapter=difference", *plain])
+    config = load_config(str(NANO), [*ALL_PARTS, "speed.precision=float32", "speed.channels_last=false"])
     told = dry_run(config)
     codec = new_codec(config)
-    stage = STAGES[name](config, codec, torch.device("cpu"))
+    step = Step(STAGES[name](config, codec, torch.device("cpu")))
     section = told[told.index(f"stage {name}") :]
     for network in ("unet", "vq_base", "autoencoder", "residual"):
         trained, frozen = re.search(rf"^{network} +([\d,]+) +([\d,]+)$", section, re.MULTILINE).groups()
         own = list(getattr(codec, network).parameters())
         assert int(trained.replace(",", "")) + int(frozen.replace(",", "")) == sum(p.numel() for p in own)
-        expected = sum(p.numel() for p in own if p.requires_grad and any(p is q for q in stage.trained.parameters()))
+        expected = sum(
+            p.numel() for p in own if p.requires_grad and any(p is q for q in step.stage.trained.parameters())
+        )
         assert int(trained.replace(",", "")) == expected
-    image = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    real = activations(stage, image, list(codec.parameters()))
+    real = activations(step, step.blank(), weights_of(step))
     with torch.device("meta"):
-        shapes = STAGES[name](config, new_codec(config).to("meta"), torch.device("meta"))
-    estimated = activations(shapes, image.to("meta"), list(shapes.codec.parameters()))
+        shapes = Step(STAGES[name](config, new_codec(config).to("meta"), torch.device("meta")))
+    estimated = activations(shapes, shapes.blank(), weights_of(shapes))
     # The attention of a CPU keeps less than the plain one that shapes go through.
     assert 0.9 * real < estimated < 1.25 * real
 
@@ -67,7 +71,7 @@ def test_what_is_found_here_is_told(tmp_path, capsys):
 
 def test_missing_weights_are_told(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    assert main(["--cfg_path", str(NANO), "--dry_run", "codec.perceptual=lpips"]) == 0
+    assert main(["--cfg_path", str(NANO), "--dry_run", "codec.perceptual.lpips=1"]) == 0
     out = capsys.readouterr().out
     assert "VGG weights of LPIPS are not on disk: stage codec would not start" in out
 
@@ -82,8 +86,8 @@ sys.exit(" ".join({"pyiqa", "transformers"} & set(sys.modules)) or status)
 """
     data = tmp_path / "data"
     args = ["--cfg_path", NANO, "--save_dir", tmp_path, "--data", data, "--iterations", 1, f"validation.folder={data}"]
-    run("-c", code, *args, "gt.statistics=2", f"networks.residual={RESIDUAL}", "networks.adapter=difference")
-    assert (tmp_path / "nano" / "states" / "codec_1.pth").is_file()
+    run("-c", code, *args, "gt.statistics=2", *ALL_PARTS)
+    assert (tmp_path / "nano" / "checkpoints" / "codec_1.pth").is_file()
 
 
 def test_deterministic_sets_what_cublas_reads_or_refuses_it(monkeypatch, capsys, tmp_path):
@@ -100,30 +104,3 @@ def test_deterministic_sets_what_cublas_reads_or_refuses_it(monkeypatch, capsys,
     )
     assert main([*args, "deterministic=true"]) == 0 and main(args) == 0
     assert seen == [True, False] and not torch.are_deterministic_algorithms_enabled()
-
-
-@pytest.mark.parametrize(
-    "options, told",
-    [
-        (["gt.microbatch=0"], "microbatch 0"),
-        (["keep_last=0"], "keep_last 0"),
-        (["on_full_disk=perhaps"], "stop, continue"),
-        (["validation.crop=100"], "multiple of 16"),
-        (["validation.folder=nowhere"], "nowhere: no such folder"),
-        (["gt.perceptual=ms_ssim", "gt.crop_size=176", "validation.crop=160"], "above 160 pixels"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_wrong_options_are_one_line(options, told, tmp_path, capsys):
-    assert main(["--cfg_path", str(NANO), "--save_dir", str(tmp_path), *options]) == 1
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: ") and told in error
-
-
-def test_pictures_too_small_to_validate_on_are_told_at_once(tmp_path, capsys):
-    photograph(tmp_path / "data" / "0.png", 90, 70)
-    args = ["--cfg_path", str(NANO), "--save_dir", str(tmp_path), f"validation.folder={tmp_path / 'data'}"]
-    assert main([*args, "validation.crop=80"]) == 1
-    assert "0.png: 90x70 pixels are less than validation.crop 80" in capsys.readouterr().err
-    assert main([*args, "gt.perceptual=ms_ssim", "gt.crop_size=176"]) == 1
-    assert "needs sides from 161" in capsys.readouterr().err

@@ -6,34 +6,44 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.train import OPTIONS, PLAIN, chance, parse
+from benchmarks.train import OPTIONS, PLAIN, parse
+from datapipe.pictures import Batch
 from models.blocks import nearest_codes
+from models.records import Draws
 from tests.commands import NANO, run
+from tests.small_runs import RESIDUAL
 from training.config import OptimParams, load_config
 from training.optimiser import Optimiser
+from training.progress import Progress
 from training.speed import Speed, SpeedParams, has_bfloat16
 from training.stages import STAGES
-from training.trainer import new_codec
+from training.start import new_codec
+from training.step import Step
 from utils.checkpoints import digest
-from utils.ema import Ema
 from utils.errors import ConfigError
 
 CPU, SIZE, BATCH = torch.device("cpu"), 64, 2
-RESIDUAL = "{channels: 8, width: 8, blocks: 1, hyper_channels: 4, scale_width: 8, code_width: 4}"
 
 
-def stage(name: str, speed: SpeedParams = PLAIN):
-    config = load_config(str(NANO), [f"networks.residual={RESIDUAL}", "gt.adversary.start=0"])
-    return STAGES[name](replace(config, speed=speed), new_codec(config), CPU)
+def new_step(name: str, speed: SpeedParams | None = PLAIN, *overrides: str) -> Step:
+    """A stage of random networks; `speed` None leaves the block to the overrides."""
+    config = load_config(str(NANO), [f"networks.residual={RESIDUAL}", "gt.adversary.start=0", *overrides])
+    config = replace(config, speed=speed) if speed else config
+    return Step(STAGES[name](config, new_codec(config), CPU))
+
+
+def batch_of(step: Step, number: int = 0) -> Batch:
+    positions = range(number * BATCH, (number + 1) * BATCH)
+    image = torch.rand(BATCH, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(number)) * 2 - 1
+    return Batch(image, torch.tensor(positions), step.stage.drawn(positions, (SIZE, SIZE)))
 
 
 def trained(name: str, speed: SpeedParams, steps: int = 2) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses and gradients of the last of a few steps."""
-    ours = stage(name, speed)
-    random = torch.Generator().manual_seed(1)
-    images = torch.rand(steps, BATCH, 3, SIZE, SIZE, generator=random) * 2 - 1
-    losses = [ours.step(image, torch.arange(BATCH) + i * BATCH, i)[0]["loss"] for i, image in enumerate(images)]
-    return losses, {key: p.grad for key, p in ours.codec.named_parameters() if p.grad is not None}
+    ours = new_step(name, speed)
+    progress = Progress(ours.stage.params)
+    losses = [ours(batch_of(ours, number), progress).means["loss"].item() for number in range(steps)]
+    return losses, {key: p.grad for key, p in ours.stage.codec.named_parameters() if p.grad is not None}
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +70,7 @@ def test_an_option_trains_as_plain_float32_does(name, option, plain):
 
 def kept_bytes(speed: SpeedParams) -> int:
     """Activations that the graph of one decoding holds."""
-    network, sizes = stage("gt", speed).trained, {}
+    network, sizes = new_step("gt", speed).stage.network, {}
 
     def pack(tensor):
         sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
@@ -74,16 +84,16 @@ def kept_bytes(speed: SpeedParams) -> int:
 
 def test_checkpointing_keeps_less_and_wraps_once():
     assert kept_bytes(OPTIONS["checkpointing"]) < 0.6 * kept_bytes(PLAIN)
-    ours = stage("gt", OPTIONS["checkpointing"])
-    block = ours.trained.decoder.up[0].block[0]
-    ours.speed.prepare(ours.trained)
+    ours = new_step("gt", OPTIONS["checkpointing"]).stage
+    block = ours.network.decoder.up[0].block[0]
+    ours.speed.prepare(ours.network)
     assert block.forward.args[0].func is type(block).forward
 
 
 def test_bfloat16_stays_inside_the_networks():
     """Autocast on: results of the rooms, distances, averages, rates, weights and their averages are float32."""
-    ours = stage("codec", OPTIONS["bfloat16"])
-    codec, seen = ours.codec, {}
+    ours = new_step("codec", OPTIONS["bfloat16"])
+    codec, seen = ours.stage.codec, {}
 
     def watch(key):
         def hook(module, inputs, output):
@@ -96,9 +106,9 @@ def test_bfloat16_stays_inside_the_networks():
     codec.residual.scale_network.register_forward_hook(watch("integers"))
     codec.residual.rate_model.register_forward_hook(watch("rates"))
     codec.unet.middle_block[0].in_layers[2].register_forward_hook(watch("convolution"))
-    image = torch.rand(BATCH, 3, SIZE, SIZE) * 2 - 1
+    batch = batch_of(ours)
     with ours.speed.autocast():
-        out = ours.model(image, ours.draws(torch.arange(BATCH), (SIZE, SIZE)))
+        out = ours.model(batch.image, Draws(**batch.draws))
     assert torch.bfloat16 in seen["convolution"] and seen["convolution", "autocast"]
     for key in ("integers", "rates"):
         assert seen[key] == {torch.float32} and not seen[key, "autocast"]
@@ -107,8 +117,8 @@ def test_bfloat16_stays_inside_the_networks():
     assert torch.equal(out.auxiliary, codec.residual.rate_model.auxiliary_loss())
     vectors = out.base.z.permute(0, 2, 3, 1).flatten(0, 2)
     assert torch.equal(nearest_codes(vectors, codec.vq_base.quantize.embedding.weight), out.base.indices.flatten())
-    ours.step(image, torch.arange(BATCH), 0)
-    assert {v.dtype for v in ours.ema.average.values() if v.is_floating_point()} == {torch.float32}
+    ours(batch, Progress(ours.stage.params))
+    assert {v.dtype for v in ours.averages.average.values() if v.is_floating_point()} == {torch.float32}
     assert {p.dtype for p in codec.parameters()} == {torch.float32}
 
 
@@ -121,7 +131,7 @@ def test_bfloat16_trains_nearly_alike(name, plain):
 
 
 def test_the_layout_does_not_change_the_fingerprint():
-    ours, theirs = (stage("codec", OPTIONS[option]).codec.vq_base for option in ("channels_last", "plain"))
+    ours, theirs = (new_step("codec", OPTIONS[option]).stage.codec.vq_base for option in ("channels_last", "plain"))
     assert ours.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
     assert digest(ours.state_dict()) == digest(theirs.state_dict())
 
@@ -137,18 +147,16 @@ def processor(monkeypatch):
 
 
 def test_auto_on_the_cpu(processor):
-    """What did not win there is off (docs/speed.md)."""
-    for names, channels_last in [(("avx2",), False), (("avx512_f",), True)]:
-        processor(*names)
+    """What did not win there is off (docs/speed.md); bfloat16 where the hardware has it."""
+    for name, fast in (
+        ("avx2", set()),
+        ("avx512_f", {"channels_last"}),
+        ("avx512_bf16", {"bfloat16"}),
+        ("amx_bf16", {"bfloat16"}),
+    ):
+        processor(name)
         speed = Speed(SpeedParams(), CPU)
-        assert speed.channels_last == channels_last
-        assert not (speed.bfloat16 or speed.fused_adamw or speed.compile) and not speed.params.tf32
-
-
-def test_bfloat16_is_chosen_where_the_hardware_has_it(processor):
-    for capability, expected in [("avx512_bf16", True), ("amx_bf16", True), ("avx2", False)]:
-        processor(capability)
-        assert Speed(SpeedParams(), CPU).bfloat16 == expected
+        assert {n for n in ("bfloat16", "channels_last", "fused_adamw", "compile") if getattr(speed, n)} == fast
         assert Speed(SpeedParams("bfloat16"), CPU).bfloat16 and not Speed(SpeedParams("float32"), CPU).bfloat16
 
 
@@ -156,9 +164,8 @@ def test_bfloat16_is_chosen_where_the_hardware_has_it(processor):
 def test_bfloat16_chosen_on_a_cpu_leaves_narrow_networks_alone(precision, processor):
     """They are faster in float32; one that is wide enough, and a bfloat16 that was asked for, are not held back."""
     processor("avx512_bf16")
-    config = load_config(str(NANO), [f"speed.precision={precision}", "networks.vq_base.ch=64"])
-    ours, seen = STAGES["codec"](config, new_codec(config), CPU), {}
-    codec = ours.codec
+    ours, seen = new_step("codec", None, f"speed.precision={precision}", "networks.vq_base.ch=64"), {}
+    codec = ours.stage.codec
     watched = {
         "autoencoder": codec.autoencoder.decoder.up[0].block[0].conv1,
         "unet": codec.unet.middle_block[0].in_layers[2],
@@ -166,7 +173,7 @@ def test_bfloat16_chosen_on_a_cpu_leaves_narrow_networks_alone(precision, proces
     }
     for name, module in watched.items():
         module.register_forward_hook(lambda _, __, output, name=name: seen.update({name: output.dtype}))
-    ours.step(torch.rand(BATCH, 3, SIZE, SIZE) * 2 - 1, torch.arange(BATCH), 0)
+    ours(batch_of(ours), Progress(ours.stage.params))
     narrow = torch.float32 if precision == "auto" else torch.bfloat16
     assert seen == {"autoencoder": narrow, "unet": narrow, "vq_base": torch.bfloat16}
 
@@ -191,13 +198,6 @@ def test_the_block_is_read_strictly():
             load_config(str(NANO), [f"speed.{wrong}"])
 
 
-def test_the_fused_update_is_asked_for():
-    network = torch.nn.Linear(2, 2)
-    params = load_config(str(NANO)).codec.optim
-    assert Optimiser(network.named_parameters(), params, 10, fused=True).adamw.param_groups[0]["fused"]
-    assert not Optimiser(network.named_parameters(), params, 10).adamw.param_groups[0]["fused"]
-
-
 def test_moments_are_resumed_in_the_layout_of_the_weights():
     """A run without channels_last goes on with it: the fused update would pair weights and moments wrongly."""
     torch.manual_seed(0)
@@ -218,43 +218,19 @@ def test_moments_are_resumed_in_the_layout_of_the_weights():
     assert (ends[0] - ends[1]).abs().max() < 1e-6
 
 
-def test_averages_follow_tensors_of_any_layout():
-    network = torch.nn.Conv2d(3, 3, 3)
-    ema = Ema(network, 0.5)
-    for layout in (torch.channels_last, torch.contiguous_format):
-        network.to(memory_format=layout)
-        torch.nn.init.normal_(network.weight)
-        expected = torch.lerp(
-            ema.average["weight"], network.weight, 1 - min(0.5, (1 + ema.updates) / (10 + ema.updates))
-        )
-        ema.update(network)
-        assert torch.allclose(ema.average["weight"], expected)
-
-
-def test_overrides_may_follow_the_benchmarks_lists(capsys):
+def test_the_benchmark_prints_pictures_per_second_and_memory(capsys):
     args = parse(["--stages", "gt", "gt.batch_size=3", "--options", "plain", "compile", "seed=4"])
-    assert (args.stages, args.options) == (["gt"], ["plain", "compile"])
-    assert args.overrides == ["seed=4", "gt.batch_size=3"] and parse([]).stages == list(STAGES)
+    assert args.stages == ["gt"] and args.options == ["plain", "compile"]
+    assert args.overrides == ["gt.batch_size=3", "seed=4"]
     with pytest.raises(SystemExit):
         parse(["--options", "fast"])
-    assert "--options fast: none of channels_last" in capsys.readouterr().err
-
-
-def test_the_benchmark_runs():
-    small = ["--config", NANO, "--device", "cpu", "--stages", "gt"]
-    told = run("-m", "benchmarks.train", *small, "--options", "checkpointing", "--steps", 1, "--rounds", 1).stdout
-    assert [line.split()[0] for line in told.splitlines()[1:]] == ["stage", "checkpointing", "plain"]
-    told = run("-m", "benchmarks.train", *small, "--options", "plain", "--losses", 4, "--seeds", 2).stdout
-    (first, *seeds), (again, *others), verdict = (line.split() for line in told.splitlines()[2:])
-    assert first == again == "plain" and len(seeds) == 3 and seeds == others
-    assert verdict == ["+0.00000", "p", "=", "1.00,", "within", "noise"]
-
-
-def test_losses_differ_where_signs_are_too_alike_for_chance():
-    assert chance([0.1] * 6) == chance([-0.1] * 6) == 2 / 64
-    assert chance([0.1] * 5) == 2 / 32
-    assert chance([1.0, 1.0, -0.5]) == 4 / 8  # all but the four sums of 0.5
-    assert chance([0.0, 0.0]) == 1.0
+    assert "--options fast: none of plain" in capsys.readouterr().err
+    small = ["--config", NANO, "--device", "cpu", "--stages", "gt", "--options", "checkpointing", "--steps", 1]
+    _, header, (name, rate, ratio, peak, _) = map(
+        str.split, run("-m", "benchmarks.train", *small, "--rounds", 1).stdout.splitlines()
+    )
+    assert header[:3] == ["stage", "gt", "pictures/s"] and name == "checkpointing"
+    assert float(rate) > 0 and ratio == "1.00" and 50 < float(peak) < 5000
 
 
 @pytest.mark.slow
@@ -267,7 +243,7 @@ def test_compiled_networks_train_as_plain_ones(name, plain):
 @pytest.mark.slow
 def test_a_compiled_autoencoder_meets_its_discriminator_later():
     """The first backward passes keep no graph, those of the adaptive weight do."""
-    config = load_config(str(NANO), ["gt.adversary.start=1"])
-    ours = STAGES["gt"](replace(config, speed=OPTIONS["compile"]), new_codec(config), CPU)
-    logs = [ours.step(torch.rand(BATCH, 3, SIZE, SIZE) * 2 - 1, torch.arange(BATCH), step)[0] for step in range(2)]
-    assert "adversarial" not in logs[0] and "adversarial" in logs[1]
+    ours = new_step("gt", OPTIONS["compile"], "gt.adversary.start=1")
+    progress = Progress(ours.stage.params)
+    terms = [ours(batch_of(ours, number), progress).means for number in range(2)]
+    assert "adversarial" not in terms[0] and "adversarial" in terms[1]

@@ -1,170 +1,148 @@
 """The command main_diffusion_train_vq.py and the release made from its run, as a user runs them."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+from main_diffusion_train_vq import main
 from release import load_codec
-from tests.commands import NANO, ROOT, TRAIN, free_port, on_board, run
+from tests.commands import NANO, ROOT, TRAIN, on_board, run
+from tests.small_runs import NO_ADVERSARY, command, lines
 from utils import checkpoints
 
 
-@pytest.fixture(scope="module")
-def finished(data, tmp_path_factory):
-    """A run of both stages on one process, without torchrun."""
-    save_dir = tmp_path_factory.mktemp("runs")
-    run(TRAIN, "--cfg_path", NANO, "--save_dir", save_dir, "--data", data, "--steps", 2)
-    return save_dir / "nano"
+def test_a_run_leaves_what_it_promises(saved_run):
+    metrics = lines(saved_run, "metrics.jsonl")
+    steps = [(m["stage"], m["step"]) for m in metrics]
+    assert steps == [("gt", step) for step in range(4)] + [("codec", step) for step in range(6)]
+    assert {"loss", "distortion", "perplexity", "rate", "grad_norm", "lr", "bpp_level_0"} <= set().union(*metrics[4:])
+    assert [m["step"] for m in metrics if "discriminator" in m] == [2, 3, 3, 4, 5]
+    assert (saved_run / "train.log").read_text()
+    assert yaml.safe_load((saved_run / "config.yaml").read_text())["codec"]["adversary"]["start"] == 3
+    assert not list(saved_run.rglob("*.tmp"))
 
 
-def metrics(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(folder: Path) -> list[tuple]:
-    return [(m["stage"], m["step"], m["loss"]) for m in metrics(folder)]
-
-
-def test_a_run_leaves_what_it_promises(finished):
-    steps = [(m["stage"], m["step"]) for m in metrics(finished)]
-    assert steps == [(stage, step) for stage in ("gt", "codec") for step in range(10)]
-    assert {"loss", "distortion", "perplexity", "grad_norm", "lr"} <= set(metrics(finished)[-1])
-    assert "discriminator" in metrics(finished)[9] and "discriminator" not in metrics(finished)[3]
-    names = {p.name for p in (finished / "ema_ckpts").iterdir()}
-    assert {"ema_model_10.pth", "vq_model_10.pth.tar", "GT_vq_model_10.pth.tar"} <= names
-    names = {p.name for p in (finished / "ckpts").iterdir()}
-    assert {"model_10.pth", "vq_model_10.pth.tar", "GT_vq_model_10.pth.tar"} <= names
-    assert (finished / "train.log").read_text()
-    assert yaml.safe_load((finished / "config.yaml").read_text())["networks"]["diffusion"]["steps"] == 2
-    assert not list(finished.rglob("*.tmp"))
-
-
-def assert_board_shows_the_lines(folder: Path) -> None:
+def test_tensorboard_shows_the_lines_and_pictures(saved_run):
     """The same numbers as in metrics.jsonl, each once."""
-    for stage in ("gt", "codec"):
-        board = on_board(folder, stage)
-        lines = [m for m in metrics(folder) if m["stage"] == stage]
-        tags = {f"{stage}/{key}" for line in lines for key in line} - {f"{stage}/stage", f"{stage}/step"}
-        assert set(board.Tags()["scalars"]) == tags
-        for tag in tags:
-            told = [(m["step"], m[tag.split("/")[1]]) for m in lines if tag.split("/")[1] in m]
-            shown = [(event.step, event.value) for event in board.Scalars(tag)]
-            assert [step for step, _ in shown] == [step for step, _ in told], tag
-            assert [value for _, value in shown] == pytest.approx([value for _, value in told], rel=1e-6), tag
-        assert [event.step for event in board.Images(f"{stage}/pictures")] == [0, 5]
-
-
-def test_tensorboard_shows_the_lines_and_pictures(finished):
-    assert_board_shows_the_lines(finished)
-    picture = on_board(finished, "codec").Images("codec/pictures")[0]
+    for stage, pictures in (("gt", [0]), ("codec", [0, 5])):
+        board = on_board(saved_run, stage)
+        told: dict[str, list] = {}
+        for line in (json.loads(line) for line in (saved_run / "metrics.jsonl").read_text().splitlines()):
+            for key in (line.keys() - {"stage", "step"}) if line["stage"] == stage else ():
+                told.setdefault(f"{stage}/{key}", []).append((line["step"], pytest.approx(line[key], rel=1e-6)))
+        assert set(board.Tags()["scalars"]) == set(told)
+        for tag, values in told.items():
+            assert [(event.step, event.value) for event in board.Scalars(tag)] == values, tag
+        assert [event.step for event in board.Images(f"{stage}/pictures")] == pictures
+    picture = board.Images("codec/pictures")[0]
     assert (picture.width, picture.height) == (2 * 64, 2 * 64)  # two samples; originals above, results below
 
 
-def test_the_codec_stage_leaves_the_autoencoder_alone(finished):
+def test_the_codec_stage_leaves_the_autoencoder_alone(saved_run):
     states = [
-        checkpoints.read(finished / folder / name)["state_dict"]
-        for folder, name in [("ckpts", "GT_vq_model_8.pth.tar"), ("ema_ckpts", "GT_vq_model_10.pth.tar")]
+        checkpoints.read(saved_run / "checkpoints" / "gt_4.pth")["averages"]["autoencoder"],
+        checkpoints.read(saved_run / "checkpoints" / "codec_6.pth")["autoencoder"],
+        checkpoints.read(saved_run / "ema_ckpts" / "GT_vq_model_6.pth.tar")["state_dict"],
     ]
-    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    for state in states[1:]:
+        assert state.keys() == states[0].keys()
+        assert all(torch.equal(value, state[key]) for key, value in states[0].items())
 
 
-def test_release_and_code_with_it(finished, data, tmp_path):
-    folder = shutil.copytree(finished, tmp_path / "run")
+@pytest.fixture(scope="module")
+def released(saved_run, data, tmp_path_factory):
+    """A release of that run, which names a path that is nobody's business."""
+    folder = shutil.copytree(saved_run, tmp_path_factory.mktemp("released") / "run")
     config = yaml.safe_load((folder / "config.yaml").read_text())
     (folder / "config.yaml").write_text(yaml.safe_dump(config | {"autoencoder": str(data / "start.pth.tar")}))
-    run("-m", "release", folder, tmp_path / "mine", "--data", data, "--crops", 16)
-    about = json.loads((tmp_path / "mine" / "release.json").read_text())
-    codec = load_codec(tmp_path / "mine")
+    run("-m", "release", folder, folder.parent / "mine", "--data", data, "--crops", 16)
+    return folder.parent / "mine"
+
+
+def test_release_and_code_with_it(released, data):
+    about = json.loads((released / "release.json").read_text())
+    codec = load_codec(released)
     assert codec.fingerprint.hex() == about["fingerprint"]
     assert codec.base_table.sum() == 2**16 and (codec.base_table > 0).all()
     image = torch.randint(0, 256, (3, 40, 56), dtype=torch.uint8)
     assert codec.decompress(codec.compress(image)).shape == image.shape
-    told = (tmp_path / "mine" / "config.yaml").read_text()
+    told = (released / "config.yaml").read_text()
     assert str(data) not in told and yaml.safe_load(told)["autoencoder"] == "start.pth.tar"
 
 
-def test_resume_after_a_kill_gives_the_same_losses(finished, data, tmp_path):
-    """Killed at some moment in the second stage, then resumed: the same trace as the run that was never stopped."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, TRAIN, "--cfg_path", NANO, "--save_dir", tmp_path, "--data", data, "--steps", "2"]
-    process = subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
-    folder = tmp_path / "nano"
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if (folder / "metrics.jsonl").exists() and '"codec", "step": 5' in (folder / "metrics.jsonl").read_text():
-            break
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert (folder / "states" / "codec_4.pth").exists()
-    run(TRAIN, "--resume", folder)
-    assert losses(folder) == losses(finished)
-    assert_board_shows_the_lines(folder)
-    ours, theirs = (checkpoints.read(f / "ema_ckpts" / "vq_model_10.pth.tar")["state_dict"] for f in (folder, finished))
-    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+def test_a_run_goes_on_from_a_release(released, saved_run, data, tmp_path):
+    """With its code book and densities, from the scores that it has, and with a warm-up."""
+    still = ["codec.optim={lr: 1e-7, warmup: 10}", "networks.vq_base.decay=0.999999"]
+    options = ["stages=[codec]", "codec.iterations=2", "validation.every=1", f"release={released}", *NO_ADVERSARY]
+    assert main(command(data, tmp_path, *options, *still)) == 0
+    before, after = lines(saved_run, "validation.jsonl")[-1], lines(tmp_path / "nano", "validation.jsonl")[0]
+    assert after["step"] == 1 and "bpp_level_3" in after
+    for name in before.keys() - {"stage", "step"}:
+        assert after[name] == pytest.approx(before[name], rel=2e-3), name
+    metrics = lines(tmp_path / "nano", "metrics.jsonl")
+    assert [m["lr"] for m in metrics] == pytest.approx([1e-8, 2e-8]) and metrics[0]["revived"] == 0
+    assert f"from {released}" in (tmp_path / "nano" / "train.log").read_text()
 
 
-def test_twenty_steps_on_two_gloo_processes(data, tmp_path):
-    """Two ranks train as one: the same first loss as one process with twice the batch, and equal parameters."""
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--nnodes=1", f"--master_port={free_port()}"]
-    shared = ["--cfg_path", NANO, "--data", data, "--steps", 2, "--iterations", 20, "gt.adversary.start=30"]
-    run(*launch, TRAIN, *shared, "--save_dir", tmp_path / "two", "gt.batch_size=1", "codec.batch_size=1")
-    run(TRAIN, *shared, "--save_dir", tmp_path / "one")
-    two, one = (metrics(tmp_path / name / "nano") for name in ("two", "one"))
-    assert [m["step"] for m in two] == [m["step"] for m in one]
+def test_the_published_command_on_two_gloo_processes(data, tmp_path):
+    """Two ranks train as one: the same first loss as one process with twice the batch, and equal weights."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--nnodes=1"]
+    shared = ["--steps", 2, "--cfg_path", NANO, "--data", data, "--iterations", 10, "stages=[gt]"]
+    run(*launch, TRAIN, *shared, "--save_dir", tmp_path / "two", "gt.batch_size=1", "gt.adversary.start=30")
+    assert main([str(a) for a in [*shared, "--save_dir", tmp_path / "one", "gt.adversary.start=30"]]) == 0
+    two, one = (lines(tmp_path / name / "nano", "metrics.jsonl") for name in ("two", "one"))
+    assert [m["step"] for m in two] == [m["step"] for m in one] == list(range(10))
     assert two[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-5)
-    last = [
-        checkpoints.read(tmp_path / n / "nano" / "ckpts" / "GT_vq_model_20.pth.tar")["state_dict"]
-        for n in ("two", "one")
-    ]
-    for key, value in last[1].items():
-        assert torch.allclose(last[0][key], value, atol=2e-3), key
+    folders = [tmp_path / name / "nano" for name in ("two", "one")]
+    ours, theirs = (checkpoints.read(folder / "checkpoints" / "gt_8.pth")["codec"]["autoencoder"] for folder in folders)
+    for key, value in theirs.items():
+        assert torch.allclose(ours[key], value, atol=2e-3), key
+    assert yaml.safe_load((folders[0] / "config.yaml").read_text())["networks"]["diffusion"]["steps"] == 2
 
 
 @pytest.mark.parametrize(
     "args, told",
     [
         (["--cfg_path", "nowhere.yaml"], "nowhere.yaml: no such configuration file"),
-        (["--cfg_path", NANO, "codec.learning_rate=1"], "unknown key learning_rate"),
-        (["--cfg_path", NANO, "codec.forward=backward"], "'backward' is none of published, decoder"),
-        (["--cfg_path", NANO, "codec.iterations=many"], "expected int"),
-        (["--cfg_path", NANO, "rubbish"], "key=value"),
-        (["--cfg_path", NANO, "--device", "cuda:99"], "--device cuda:99"),
-        (["--cfg_path", NANO, "--steps", 2, "networks.diffusion.steps=5"], "networks.diffusion.steps as well"),
-        (["--cfg_path", NANO, "--data", ROOT / "docs", "data.shards=x.tar"], "data.shards as well"),
-        (["--cfg_path", NANO, "codec.optim.lr"], "for instance codec.optim.lr=1e-4"),
-        (["--cfg_path", NANO, "gt.statistics=0"], "statistics 0: at least 1"),
-        (["--cfg_path", NANO, "gt.crop_size=16"], "the PatchGAN (adversary.weight) needs 32 pixels"),
-        (["--cfg_path", NANO, "codec.last_step_share=90"], "last_step_share 90.0: in [0, 1]"),
-        (["--cfg_path", NANO, "codec.commitment=-1"], "commitment -1.0: from 0 up"),
-        (["--cfg_path", NANO, "--data", "nowhere"], "nowhere: no such folder"),
-        (["--cfg_path", NANO, "networks.vq_base.codebook_size=300"], "power of two"),
-        (["--cfg_path", NANO, "networks.unet.latent_channels=4"], "must equal"),
+        (["codec.learning_rate=1"], "unknown key learning_rate"),
+        (["codec.forward=backward"], "'backward' is none of published, decoder"),
+        (["codec.iterations=many"], "expected int"),
+        (["rubbish"], "key=value"),
+        (["--device", "cuda:99"], "--device cuda:99"),
+        (["--steps", 2, "networks.diffusion.steps=5"], "networks.diffusion.steps as well"),
+        (["--data", ROOT / "docs", "data.shards=x.tar"], "data.shards as well"),
+        (["codec.optim.lr"], "for instance codec.optim.lr=1e-4"),
+        (["gt.statistics=0"], "statistics 0: at least 1"),
+        (["gt.minutes=0"], "minutes 0.0: above 0, or null"),
+        (["gt.microbatch=0"], "microbatch 0"),
+        (["keep_last=0"], "keep_last 0"),
+        (["gt.crop_size=16"], "the PatchGAN (adversary.weight) needs 32 pixels"),
+        (["codec.crop_size=16", "codec.adversary.weight=1"], "the PatchGAN (adversary.weight) needs 32 pixels"),
+        (["codec.last_step_share=90"], "last_step_share 90.0: in [0, 1]"),
+        (["codec.commitment=-1"], "commitment -1.0: from 0 up"),
+        (["--data", "nowhere"], "nowhere: no such folder"),
+        (["validation.folder=nowhere"], "nowhere: no such folder"),
+        (["validation.crop=100"], "multiple of 16"),
+        (["gt.perceptual.ms_ssim=1", "gt.crop_size=176", "validation.crop=160"], "above 160 pixels"),
+        (["networks.vq_base.codebook_size=300"], "power of two"),
+        (["networks.unet.latent_channels=4"], "must equal"),
+        (["release=weights/tiny-2", "unet=x.pth"], "release is a whole codec: leave out unet"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_wrong_input_is_one_line(args, told, tmp_path, capsys):
-    from main_diffusion_train_vq import main
-
-    status = main([str(a) for a in [*args, "--save_dir", tmp_path]])
-    error = capsys.readouterr().err
-    assert status == 1 and told in error, error
-    assert error.splitlines()[-1].startswith("error: ")
+    named = [] if "--cfg_path" in args else ["--cfg_path", NANO]
+    status = main([str(a) for a in [*named, *args, "--save_dir", tmp_path]])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert status == 1 and error.startswith("error: ") and told in error, error
 
 
 @pytest.mark.parametrize("folder", ["nowhere", ROOT / "weights" / "tiny-2"])
 def test_what_is_no_run_is_not_resumed(folder, capsys):
-    from main_diffusion_train_vq import main
-
     assert main(["--resume", str(folder)]) == 1
     assert f"{folder}: not a run folder" in capsys.readouterr().err
 
@@ -172,43 +150,27 @@ def test_what_is_no_run_is_not_resumed(folder, capsys):
 @pytest.mark.parametrize(
     "given, told", [(["--save_dir", "x"], "--save_dir"), (["--auto_resume"], "--auto_resume"), (["name=x"], "name=")]
 )
-def test_resuming_is_in_the_runs_own_folder(given, told, finished, capsys):
-    from main_diffusion_train_vq import main
-
+def test_resuming_is_in_the_runs_own_folder(given, told, capsys):
     with pytest.raises(SystemExit):
-        main(["--resume", str(finished), *given])
+        main(["--resume", "runs/nano", *given])
     assert f"leave out {told}" in capsys.readouterr().err
 
 
 def test_lpips_without_weights_stops_at_once(tmp_path, capsys, monkeypatch):
-    from main_diffusion_train_vq import main
-
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    status = main(["--cfg_path", str(NANO), "--save_dir", str(tmp_path), "gt.perceptual=lpips"])
+    status = main(["--cfg_path", str(NANO), "--save_dir", str(tmp_path), "gt.perceptual.lpips=1"])
     error = capsys.readouterr().err
     assert status == 1 and "reproduce.py weights" in error and "ms_ssim" in error
 
 
-def test_a_run_folder_is_not_overwritten(finished, capsys):
-    from main_diffusion_train_vq import main
-
-    assert main(["--cfg_path", str(NANO), "--save_dir", str(finished.parent)]) == 1
+def test_a_run_folder_is_not_overwritten(saved_run, capsys):
+    assert main(["--cfg_path", str(NANO), "--save_dir", str(saved_run.parent)]) == 1
     assert "--resume" in capsys.readouterr().err
 
 
-def test_a_validation_that_is_not_finite_stops_with_its_picture(data, tmp_path, capsys):
-    from main_diffusion_train_vq import main
-
-    args = ["--cfg_path", str(NANO), "--save_dir", str(tmp_path), "--data", str(data), "gt.optim.lr=1e30"]
-    assert main([*args, f"validation.folder={data}", "validation.every=1"]) == 1
-    told = capsys.readouterr().err.splitlines()[-1]
-    assert told.startswith("error: validation, the picture 0.png") and "failed_state.pth" in told
-    assert checkpoints.read(tmp_path / "nano" / "failed_state.pth")["step"] == 1
-
-
-def test_a_loss_that_is_not_finite_stops_with_its_name(data, tmp_path, capsys):
-    from main_diffusion_train_vq import main
-
-    args = ["--cfg_path", str(NANO), "--save_dir", str(tmp_path), "--data", str(data), "gt.optim.lr=1e30"]
-    assert main(args) == 1
-    assert "is not finite" in capsys.readouterr().err
+def test_pictures_too_small_to_validate_on_are_told_at_once(data, tmp_path: Path, capsys):
+    args = ["--cfg_path", str(NANO), "--save_dir", str(tmp_path), f"validation.folder={data}"]
+    assert main([*args, "validation.crop=80"]) == 1
+    assert "0.png: 90x70 pixels are less than validation.crop 80" in capsys.readouterr().err
+    assert main([*args, "gt.perceptual.ms_ssim=1", "gt.crop_size=176"]) == 1
+    assert "needs sides from 161" in capsys.readouterr().err

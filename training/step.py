@@ -143,7 +143,7 @@ class Step:
         """The averages take the trained weights' place for good, and the stage's last pass changes them."""
         self.averages.copy_to(self.stage.trained)
         self.stage.finish(batches)
-        self.averages = Ema(self.stage.trained, self.stage.params.ema)
+        self.averages.average = self.stage.trained.state_dict()  # one and the same from here on, and saved once
 
     # Passes whose result nobody wants: DDP's first, and memory by shapes alone ----------------------------------------
 

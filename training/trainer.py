@@ -30,7 +30,7 @@ from utils import checkpoints, distributed
 from utils.config import to_mapping
 from utils.errors import CheckpointError, ConfigError, DiffoError, NotFinite
 from utils.files import atomic_write, make_folder, require_writable
-from utils.logging import RunLog
+from utils.logging import RunLog, Unbroken
 from utils.stopping import StopRequest
 
 STOPPED = 128  # and the signal's number: the exit status that shells give to what a signal has ended
@@ -105,6 +105,7 @@ class Trainer:
         if stage.begins and not saved:
             with closing(self._batches(stage, 0, alone=True)) as batches:
                 self.log.say(stage.begin(itertools.islice(batches, -(-params.statistics // params.batch_size))))
+        torch.manual_seed(self.config.seed)  # of a discriminator, whatever this process has done before
         step = Step(stage)
         if self.best and self.best["stage"] != name:
             self.best = None
@@ -150,7 +151,7 @@ class Trainer:
             self.log.say(f"a step took {before:g} pictures before and takes {taken} from here on")
 
     def _bar(self, name: str, progress: Progress) -> tqdm:
-        shown = dict(desc=name, mininterval=1.0, disable=not distributed.is_main())
+        shown = dict(desc=name, mininterval=1.0, file=Unbroken(sys.stderr), disable=not distributed.is_main())
         if progress.minutes is None:
             return tqdm(total=progress.iterations, initial=progress.step, **shown)
         clock = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left{postfix}"
@@ -251,10 +252,10 @@ class Trainer:
         if distributed.is_main():
             point, content = Point(step.stage.name, progress.step), self._content(step, progress)
             try:
-                self.checkpoints.save(point, content | {"finished": finished})
-                if better or finished:
+                if better or finished:  # first: a run that is killed in between has no checkpoint without its averages
                     frozen = {"autoencoder": content["autoencoder"]} if "autoencoder" in content else {}
                     self.checkpoints.save_averages(point, content["averages"] | frozen, self.config.networks)
+                self.checkpoints.save(point, content | {"finished": finished})
                 self.checkpoints.keep(self.best)
                 self.log.say(f"stage {point.stage}: saved iteration {point.step}")
             except DiffoError as error:

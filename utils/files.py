@@ -89,6 +89,7 @@ def held(path: Path) -> Iterator[None]:
         yield
         return
     with open(path, "a") as file:
+        os.register_at_fork(after_in_child=file.close)  # processes that decode outlive a killed one by seconds
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
