@@ -8,7 +8,7 @@
 import argparse
 import itertools
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -101,13 +101,9 @@ def train(args: argparse.Namespace) -> int | None:
         return
     device = distributed.local_device(args.device)
     with deterministic(config.deterministic), distributed.process_group(device):
-        with alone_in(folder):
+        # No second run writes into the folder of one: its log is held.
+        with held(make_folder(folder) / LOG) if distributed.is_main() else nullcontext():
             return Trainer(config, folder, device).run()
-
-
-def alone_in(folder: Path) -> AbstractContextManager:
-    """No second run writes into the folder of one: held by the log, on the main process."""
-    return held(make_folder(folder) / LOG) if distributed.is_main() else nullcontext()
 
 
 def main(argv: list[str] | None = None) -> int:

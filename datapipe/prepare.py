@@ -9,14 +9,13 @@ python -m datapipe.prepare download kodak -o data/kodak         or clic2020: tes
 import argparse
 import os
 import sys
-from itertools import chain
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from datapipe.benchmarks import CROP, download_clic2020, download_kodak
-from datapipe.pictures import start_worker
 from datapipe.shards import find_shards, write_index, write_shards
 from datapipe.sources import read_list
 from utils.commandline import answer, positive
@@ -54,8 +53,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     sub = command(download, "download", "fetch a test set of the literature")
     sub.add_argument("set", choices=("kodak", "clic2020"), help=f"clic2020: whole pictures and {CROP}x{CROP} crops")
     sub.add_argument("-o", "--out", type=Path, metavar="DIR", help="default: data/kodak, data/clic2020")
-    sub.add_argument("--base_url", metavar="URL", help="a server of your own, with files of the same names")
-    sub.add_argument("--timeout", type=float, default=20, metavar="S", help="seconds to wait for the server (20)")
     return parser.parse_args(argv)
 
 
@@ -81,11 +78,9 @@ def make_shards(args: argparse.Namespace) -> None:
     if foreign:
         raise DiffoError(f"{foreign[0]}: no name of a picture, so readers of the shards would not find it")
     make_folder(args.out)
-    packed = write_shards(paths, args.out, args.name, args.max_count, args.max_mb * 10**6)
-    for _ in tqdm(packed, desc="packing", total=len(paths), disable=None):
-        pass
-    shards = find_shards([str(args.out)])
-    print(f"{args.out}: {len(paths)} pictures in {len(shards)} shards, indexed")
+    shown = tqdm(paths, desc="packing", disable=None)
+    write_shards(shown, args.out, args.name, args.max_count, args.max_mb * 10**6)
+    print(f"{args.out}: {len(paths)} pictures in {len(find_shards([str(args.out)]))} shards, indexed")
 
 
 def make_indexes(args: argparse.Namespace) -> None:
@@ -93,8 +88,6 @@ def make_indexes(args: argparse.Namespace) -> None:
     shards = find_shards(args.shards)
     for tar in tqdm(shards, desc="indexing", disable=None):
         found, others = write_index(tar)
-        if not found:
-            print(f"{tar}: no pictures in it", file=sys.stderr)
         pictures, without = pictures + found, without + others
     lacking = f"; {without} samples have none and are left out" if without else ""
     print(f"{len(shards)} shards indexed: {pictures} pictures{lacking}")
@@ -103,7 +96,7 @@ def make_indexes(args: argparse.Namespace) -> None:
 def download(args: argparse.Namespace) -> None:
     out = args.out or Path("data") / args.set
     get = download_kodak if args.set == "kodak" else download_clic2020
-    get(out, args.timeout, args.base_url, print)
+    get(out, print)
 
 
 def gather(places: list[str], check: bool) -> list[Path]:
@@ -112,29 +105,26 @@ def gather(places: list[str], check: bool) -> list[Path]:
     for place in places:
         paths += map(Path, read_list(place)) if place.endswith(".txt") else find_pictures(place, recursive=True)
     if check:
-        problems = _problems(paths)
-        for problem in filter(None, problems):
-            print(f"left out: {problem}", file=sys.stderr)
-        paths = [path for path, problem in zip(paths, problems, strict=True) if not problem]
+        paths = readable(paths)
     if not paths:
         raise DiffoError(f"{', '.join(places)}: no pictures there")
     return paths
 
 
-def _problems(paths: list[Path]) -> list[str | None]:
-    """The reason why each picture cannot be read, None where it can. Raises DiffoError if a process was killed."""
-    parts = DataLoader(paths, batch_size=16, num_workers=CHECKERS, collate_fn=_problems_of, worker_init_fn=start_worker)
-    try:
-        return list(tqdm(chain.from_iterable(parts), desc="checking", total=len(paths), disable=None))
-    except RuntimeError as error:
-        raise DiffoError(
-            f"--check: {error}. A process that reads pictures was killed; mostly memory is short. Without --check, "
-            "training replaces pictures that it cannot read"
-        ) from error
-
-
-def _problems_of(paths: list[Path]) -> list[str | None]:
-    return [_problem(path) for path in paths]
+def readable(paths: list[Path]) -> list[Path]:
+    """Those that can be read; the others are named. Raises DiffoError if a process was killed."""
+    with ProcessPoolExecutor(CHECKERS) as pool:
+        found = pool.map(_problem, paths, chunksize=16)
+        try:
+            problems = list(tqdm(found, desc="checking", total=len(paths), disable=None))
+        except BrokenProcessPool as error:
+            raise DiffoError(
+                "--check: a process that reads pictures was killed; mostly memory is short. Without --check, training "
+                "replaces pictures that it cannot read"
+            ) from error
+    for problem in filter(None, problems):
+        print(f"left out: {problem}", file=sys.stderr)
+    return [path for path, problem in zip(paths, problems, strict=True) if not problem]
 
 
 def _problem(path: Path) -> str | None:

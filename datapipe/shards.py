@@ -2,14 +2,14 @@
 
 A sample is what stands together under one key (the member's name up to the first dot of its last part); its picture is
 the member with a picture's suffix, one without a further dot before others. `<shard>.tar.index.npy` holds int64 rows:
-first (version, fingerprint of the tar), then (offset, length) of every picture's member, headers included.
+first (version, fingerprint of the tar), then (offset, length) of every picture.
 """
 
-import io
 import os
+import re
 import tarfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from glob import glob
 from itertools import groupby
 from pathlib import Path
@@ -22,8 +22,9 @@ from utils.errors import DiffoError, PictureError
 from utils.files import PICTURES, atomic_path
 from utils.images import decode_image
 
-VERSION = 1
+VERSION = 2
 COMMAND = "python -m datapipe.prepare index"
+_MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)  # key and suffix, as WebDataset parts them
 
 
 class ShardSource(Source):
@@ -50,24 +51,22 @@ class ShardSource(Source):
     def read(self, index: int) -> Tensor:
         tar = self.tars[int(np.searchsorted(self._starts, index, side="right")) - 1]
         offset, length = map(int, self._places[index])
-        where = f"{tar}: picture at byte {offset} cannot be read"
         try:
             # Opened anew each time: an open file's position would be shared by all processes that decode.
             with open(tar, "rb") as file:
                 file.seek(offset)
-                block = io.BytesIO(file.read(length))
-            with tarfile.open(fileobj=block, mode="r:") as member:
-                info = member.next()
-                data = member.extractfile(info).read() if info and info.isreg() else None
-        except (OSError, tarfile.TarError) as error:
-            raise PictureError(f"{where} ({error}); is the tar whole?") from error
-        if data is None:  # zeros read as the end of a tar
-            raise PictureError(f"{where} (no file starts there); is the tar whole?")
-        return decode_image(data, f"{tar}: {info.name}")
+                data = file.read(length)
+        except OSError as error:
+            raise PictureError(f"{tar}: cannot be read ({error.strerror})") from error
+        return decode_image(data, f"{tar}, picture at byte {offset}")
 
 
 def find_shards(patterns: Sequence[str]) -> list[Path]:
-    """The tar files that folders and patterns name, sorted within each. Raises DiffoError if one names none."""
+    """The tar files that folders and patterns name, sorted within each.
+
+    Raises:
+        DiffoError: a pattern that names none, or a compressed tar.
+    """
     from braceexpand import UnbalancedBracesError, braceexpand
 
     found: list[Path] = []
@@ -82,8 +81,11 @@ def find_shards(patterns: Sequence[str]) -> list[Path]:
             else:
                 tars = [Path(name)] if Path(name).is_file() else [Path(p) for p in sorted(glob(name))]
             if not tars:
-                raise DiffoError(f"{name}: no such shard" + ("" if name == str(pattern) else f" (from {pattern})"))
+                raise DiffoError(f"{name}: no such shard")
             found += tars
+    for tar in found:
+        if tar.suffix != ".tar":
+            raise DiffoError(f"{tar}: not a .tar; a compressed one cannot be read at random: unpack it (gunzip) first")
     return found
 
 
@@ -94,62 +96,54 @@ def index_path(tar: Path) -> Path:
 def load_index(tar: Path) -> np.ndarray:
     """Offset and length, int64 (n, 2), of the pictures in a tar, from the file beside it. Raises DiffoError."""
     path = index_path(tar)
-    _refuse_compressed(tar)
     try:
         rows = np.load(path, allow_pickle=False)
-        fingerprint = _fingerprint(tar)
+        if rows.dtype != np.int64 or rows[:1].tolist() != [[VERSION, _fingerprint(tar)]]:
+            raise ValueError("the tar has changed since, or it is of another version")
     except FileNotFoundError:
         raise DiffoError(f"{tar}: no index beside it; make one: {COMMAND} {tar}") from None
     except (OSError, ValueError, EOFError) as error:
-        raise DiffoError(f"{path}: not a readable index ({error}); make it anew: {COMMAND} {tar}") from error
-    if rows.dtype != np.int64 or rows.ndim != 2 or rows.shape[1] != 2 or len(rows) < 1 or rows[0, 0] != VERSION:
-        raise DiffoError(f"{path}: not an index of version {VERSION}; make it anew: {COMMAND} {tar}")
-    if rows[0, 1] != fingerprint:
-        raise DiffoError(f"{path}: the tar has changed since; make the index anew: {COMMAND} {tar}")
+        raise DiffoError(f"{path}: not an index of this tar ({error}); make it anew: {COMMAND} {tar}") from error
     return rows[1:]
 
 
 def write_index(tar: Path) -> tuple[int, int]:
     """Write the index of a tar beside it; the number of pictures and of samples without one.
 
-    Raises DiffoError: no tar, compressed, or cut short.
+    Raises:
+        DiffoError: no tar, or one that is cut short.
     """
-    _refuse_compressed(tar)
-    without = 0
     try:
-        rows = [(VERSION, _fingerprint(tar))]
+        rows, samples = [(VERSION, _fingerprint(tar))], 0
         with tarfile.open(tar, "r:") as file:
-            for _, members in groupby(_members(file), key=lambda member: _key(member.name)[0]):
-                picture = _picture(list(members))
-                if picture is None:
-                    without += 1
-                else:
-                    rows.append((picture.offset, picture.offset_data + picture.size - picture.offset))
+            for _, sample in groupby(_members(file), key=lambda member: member[0]):
+                samples += 1
+                pictures = [(suffix, info) for _, suffix, info in sample if f".{suffix}".endswith(PICTURES)]
+                if pictures:
+                    _, picture = min(pictures, key=lambda one: "." in one[0])
+                    rows.append((picture.offset_data, picture.size))
     except (OSError, tarfile.TarError) as error:
         raise DiffoError(f"{tar}: not a tar, damaged or cut short ({error})") from error
     with atomic_path(index_path(tar)) as temporary, temporary.open("wb") as output:
         np.save(output, np.array(rows, dtype=np.int64))
-    return len(rows) - 1, without
+    return len(rows) - 1, samples - len(rows) + 1
 
 
-def write_shards(paths: Sequence[Path], folder: Path, name: str, max_count: int, max_bytes: int) -> Iterator[Path]:
-    """Pack picture files, as they are and in this order, into `<folder>/<name>-<number>.tar`, each with its index.
+def write_shards(paths: Iterable[Path], folder: Path, name: str, max_count: int, max_bytes: int) -> None:
+    """Pack picture files, as they are and in this order, into `<folder>/<name>-<number>.tar`, then index the tars.
 
-    Yields each picture's path when it is packed. A key is the picture's number and name, its dots replaced: keys have
-    none. The same files give the same bytes. Raises DiffoError if a file cannot be read.
+    A key is the picture's number and name, its dots replaced: keys have none. The same files give the same bytes. A
+    file that cannot be read raises OSError; what is packed then has no index, and so is not read.
     """
-    from webdataset import TarWriter
+    from webdataset import ShardWriter
 
-    start = 0
-    for number, count in enumerate(_counts(paths, max_count, max_bytes)):
-        tar = folder / f"{name}-{number:06d}.tar"
-        with atomic_path(tar) as temporary, TarWriter(str(temporary), encoder=False, mtime=0) as writer:
-            for position, path in enumerate(paths[start : start + count], start):
-                key = f"{position:09d}_{path.stem.replace('.', '_')}"
-                writer.write({"__key__": key, path.suffix[1:].lower(): _content(path)})
-                yield path
+    pattern = f"{folder / name}-%06d.tar"
+    with ShardWriter(pattern, max_count, max_bytes, verbose=0, encoder=False, mtime=0) as writer:
+        for position, path in enumerate(paths):
+            key = f"{position:09d}_{path.stem.replace('.', '_')}"
+            writer.write({"__key__": key, path.suffix[1:].lower(): path.read_bytes()})
+    for tar in find_shards([str(folder)]):
         write_index(tar)
-        start += count
 
 
 def _fingerprint(tar: Path) -> int:
@@ -161,54 +155,9 @@ def _fingerprint(tar: Path) -> int:
         return zlib.crc32(b"%d " % size + first + file.read())
 
 
-def _counts(paths: Sequence[Path], max_count: int, max_bytes: int) -> Iterator[int]:
-    """How many pictures each shard takes: as many as both limits allow, but at least one."""
-    count = total = 0
-    for path in paths:
-        try:
-            size = path.stat().st_size
-        except OSError as error:
-            raise _unreadable(path, error) from error
-        if count and (count == max_count or total + size > max_bytes):
-            yield count
-            count = total = 0
-        count, total = count + 1, total + size
-    if count:
-        yield count
-
-
-def _content(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path, error: OSError) -> DiffoError:
-    return DiffoError(f"{path}: cannot be read ({error.strerror or error}); --check leaves such files out")
-
-
-def _members(file: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """The files of a tar that belong to samples: those with a name before the first dot."""
+def _members(file: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+    """Key, suffix and place of every file in a tar that belongs to a sample."""
     while member := file.next():
         file.members = []  # tarfile would keep them all
-        if member.isreg() and all(_key(member.name)):
-            yield member
-
-
-def _key(name: str) -> tuple[str, str]:
-    """Key and suffix of a member, as WebDataset has them: parted at the first dot of the last part of the name."""
-    folder, slash, last = name.rpartition("/")
-    stem, _, suffix = last.partition(".")
-    return (folder + slash + stem if stem else ""), suffix.lower()
-
-
-def _picture(members: list[tarfile.TarInfo]) -> tarfile.TarInfo | None:
-    pictures = [m for m in members if m.name.lower().endswith(PICTURES)]
-    plain = [m for m in pictures if "." not in _key(m.name)[1]]
-    return (plain or pictures or [None])[0]
-
-
-def _refuse_compressed(tar: Path) -> None:
-    if tar.suffix != ".tar":
-        raise DiffoError(f"{tar}: not a .tar; a compressed one cannot be read at random: unpack it (gunzip) first")
+        if member.isreg() and (parted := _MEMBER.fullmatch(member.name)):
+            yield parted[1], parted[2].lower(), member

@@ -57,11 +57,8 @@ class Source(ABC):
         self._told.update(new)
         if not new or not distributed.is_main():
             return []
-        lines = [f"skipped: {self._reason(index)}" for index in new]
-        return [
-            *lines,
-            f"unreadable so far: {len(self._told)} of {len(self)} pictures; the next in order replaces each",
-        ]
+        counted = f"unreadable so far: {len(self._told)} of {len(self)} pictures; the next in order replaces each"
+        return [*(f"skipped: {self._reason(index)}" for index in new), counted]
 
     def _reason(self, index: int) -> str:
         """Why a picture cannot be read, found out anew: the process that first met it has no way to tell."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from datapipe.shards import ShardSource
 from datapipe.source import Source
-from utils.errors import ConfigError, DiffoError
+from utils.errors import DiffoError
 from utils.files import PICTURES, scan
 from utils.images import read_image
 
@@ -75,15 +75,7 @@ def open_source(folder: Paths = None, txt_file_path: Paths = None, shards: Paths
         return FileSource([(os.path.dirname(name), read_list(name)) for name in lists], ", ".join(lists))
     if folder:
         folders = several(folder)
-        try:
-            return FileSource(((f, scan(f, PICTURES, recursive=True)) for f in folders), ", ".join(folders))
-        except ConfigError:
-            for tar in (tar for f in folders for tar in Path(f).rglob("*.tar")):
-                if tar.suffixes == [".tar"]:  # not a checkpoint, .pth.tar
-                    raise ConfigError(
-                        f"{', '.join(folders)}: no pictures there, but shards: --data {tar.parent}"
-                    ) from None
-            raise
+        return FileSource(((f, scan(f, PICTURES, recursive=True)) for f in folders), ", ".join(folders))
     demo = demo_photographs()
     return FileSource([("", map(str, demo))], "scikit-image's photographs (no data was named)")
 

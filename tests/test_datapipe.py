@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from datapipe.draws import DrawParams, draw
-from datapipe.pictures import Batch, DataParams, Pictures, Positions, enlarged_crop, epoch_order, stream
+from datapipe.pictures import DataParams, Pictures, Positions, enlarged_crop, epoch_order, stream
 from tests.commands import photograph
 from utils.images import find_pictures, read_image
 
@@ -70,39 +70,16 @@ def test_ranks_share_the_positions_of_a_step(world):
     assert sorted(taken) == list(range(steps * batch * world))
 
 
-def test_batches_cross_the_ends_of_epochs(folder):
-    pictures = dataset(folder)
-    found = batches(pictures, 5, 0, 1, 0, 3)  # 15 positions of 7 pictures
-    assert [b.position.tolist() for b in found] == [list(range(i, i + 5)) for i in (0, 5, 10)]
-    assert all(b.image.shape == (5, 3, SIZE, SIZE) and b.image.dtype == torch.float32 and not b.draws for b in found)
-
-
-@pytest.mark.parametrize("world", [2, 3])
-def test_the_crops_do_not_depend_on_the_world_size(folder, world):
-    def crops(world):
-        found = {}
-        for rank in range(world):
-            for part in batches(dataset(folder), 6 // world, rank, world, 0, 2):
-                found |= dict(zip(part.position.tolist(), part.image, strict=True))
-        return found
-
-    alone, shared = crops(1), crops(world)
-    assert sorted(alone) == sorted(shared) == list(range(12))
-    assert all(torch.equal(alone[p], shared[p]) for p in alone)
-
-
-def test_a_run_goes_on_where_it_stopped(folder):
-    whole = batches(dataset(folder), 3, 1, 2, 0, 5)
-    rest = batches(dataset(folder), 3, 1, 2, 3 * 3 * 2, 2)
-    for before, after in zip(whole[3:], rest, strict=True):
-        assert torch.equal(before.position, after.position) and torch.equal(before.image, after.image)
-
-
 def test_it_may_go_on_with_another_batch_and_world(folder):
-    """No position twice, none left out."""
-    before = [p for rank in (0, 1) for b in batches(dataset(folder), 3, rank, 2, 0, 2) for p in b.position]
-    after = [p for rank in range(3) for b in batches(dataset(folder), 1, rank, 3, 12, 4) for p in b.position]
-    assert sorted(map(int, before + after)) == list(range(24))
+    """No position twice, none left out; the crops are those of a run on one process that never stopped."""
+    shares = [(3, rank, 2, 0, 2) for rank in (0, 1)] + [(1, rank, 3, 12, 4) for rank in range(3)]
+    parts = [part for share in shares for part in batches(dataset(folder), *share)]
+    crops = {p: crop for part in parts for p, crop in zip(part.position.tolist(), part.image, strict=True)}
+    assert sum(map(len, parts)) == len(crops) == 24
+    for part in batches(dataset(folder), 5, 0, 1, 0, 5):  # crosses the ends of epochs of 7 pictures
+        assert part.image.shape == (5, 3, SIZE, SIZE) and part.image.dtype == torch.float32 and not part.draws
+        for p, crop in zip(part.position.tolist(), part.image, strict=True):
+            assert p == 24 or torch.equal(crops[p], crop)
 
 
 def test_workers_do_not_change_the_stream(folder):
@@ -118,17 +95,6 @@ def test_workers_do_not_change_the_stream(folder):
             assert single.position.tolist() == [position] and torch.equal(single.image[0], part.image[i])
             numbers = draw(params, 0, position)
             assert all(torch.equal(numbers[name], part.draws[name][i]) for name in numbers)
-
-
-def test_a_batch_is_cut_and_moved_as_one():
-    batch = Batch(torch.rand(5, 3, 2, 2), torch.arange(5), {"t": torch.arange(5) * 2})
-    part = batch[1:3]
-    assert (
-        len(batch) == 5 and len(part) == 2 and part.position.tolist() == [1, 2] and part.draws["t"].tolist() == [2, 4]
-    )
-    assert torch.equal(part.image, batch.image[1:3])
-    moved = batch.to("meta")
-    assert {moved.image.device.type, moved.position.device.type, moved.draws["t"].device.type} == {"meta"}
 
 
 def test_global_generators_do_not_matter_and_the_seed_does(folder):
@@ -244,14 +210,6 @@ def test_square_crops_hold_the_whole_short_side(coordinates):
         torch.testing.assert_close(columns[0], left + 1.5 + 4 * torch.arange(20.0), rtol=0, atol=1e-3)
         lefts.add(round(left))
     assert 0 <= min(lefts) and max(lefts) <= 40 and len(lefts) > 10
-
-
-def test_square_crops_average_what_a_pixel_covers(tmp_path):
-    levels = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
-    Image.fromarray(levels).save(tmp_path / "noise.png")
-    crop = dataset(tmp_path, flip=False, crop="square", size=10)[0]["image"]
-    means = levels.reshape(10, 4, 10, 4, 3).mean(axis=(1, 3)) / 127.5 - 1
-    torch.testing.assert_close(crop.double(), torch.from_numpy(means).permute(2, 0, 1), rtol=0, atol=1e-6)
 
 
 def test_the_place_of_a_crop_follows_from_seed_and_position(coordinates):

@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,10 +17,10 @@ import torch
 from PIL import Image
 
 from datapipe import benchmarks, prepare
-from datapipe.benchmarks import Remote, centre_crop
+from datapipe.benchmarks import Remote
 from datapipe.shards import ShardSource, find_shards
 from datapipe.sources import read_list
-from tests.commands import photograph, run
+from tests.commands import photograph
 from utils.download import fetch
 from utils.errors import DiffoError
 from utils.images import read_image
@@ -66,11 +65,7 @@ def test_check_leaves_unreadable_pictures_out(folder, tmp_path, capsys):
 def test_a_lost_process_of_check_is_one_line(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(prepare, "read_image", lambda path: os.kill(os.getpid(), signal.SIGKILL))
     said = told(capsys, "list", folder, "--check", "-o", tmp_path / "l.txt", status=1)
-    assert (
-        "--check: DataLoader worker" in said
-        and "was killed; mostly memory is short" in said
-        and not (tmp_path / "l.txt").exists()
-    )
+    assert "--check: a process that reads pictures was killed" in said and not (tmp_path / "l.txt").exists()
 
 
 def test_shards_keep_to_both_limits(folder, tmp_path, capsys):
@@ -95,18 +90,15 @@ def test_what_cannot_be_prepared_is_one_line(folder, tmp_path, capsys):
         ("list", folder, "-o", tmp_path / "l.txt"): "cannot stand in a list",
         ("shards", tmp_path / "none", "-o", tmp_path / "s"): "no such folder",
         ("shards", folder, "-o", tmp_path / "full"): "not an empty folder",
-        ("shards", tmp_path / "missing.txt", "-o", tmp_path / "s"): "none.png: cannot be read",
+        ("shards", tmp_path / "missing.txt", "-o", tmp_path / "s"): "none.png: No such file",
         ("shards", tmp_path / "odd.txt", "-o", tmp_path / "t"): "notes.xyz: no name of a picture",
         ("index", tmp_path / "empty"): "no such shard",
     }.items():
         error = told(capsys, *args, status=1)
         assert message in error and error.startswith("error: ") and error.count("\n") <= 2, error
-    assert not (tmp_path / "l.txt").exists() and not list((tmp_path / "s").glob("*"))
-
-
-def test_as_a_command(folder, tmp_path):
-    done = run("-m", "datapipe.prepare", "shards", folder, "-o", tmp_path / "s", "--check")
-    assert "3 pictures in 1 shards" in done.stdout and "%" not in done.stderr  # no bars where nobody looks
+    assert not (tmp_path / "l.txt").exists()
+    with pytest.raises(DiffoError, match="no index beside it"):  # what was packed is not taken for whole
+        ShardSource([str(tmp_path / "s")])
 
 
 # Downloads ------------------------------------------------------------------------------------------------------------
@@ -120,7 +112,7 @@ class Server(BaseHTTPRequestHandler):
 
     def do_GET(self):
         _, *kind, name = self.path.split("/")
-        body = self.server.files.get(name)
+        body = None if "none" in kind else self.server.files.get(name)
         self.server.asked.append(self.path)
         if "slow" in kind:
             self.server.released.wait(10)
@@ -154,6 +146,9 @@ def server(monkeypatch):
 
 def test_what_is_fetched_is_whole_or_not_there(server, tmp_path):
     path = tmp_path / "new" / "f.bin"
+    for way in ("/slow", "/none"):
+        with pytest.raises(DiffoError, match=f"cannot fetch .*{way}.*(timed out|404).*Is this machine online"):
+            fetch(f"{server.address}{way}/f.bin", path, SHA256, timeout=0.3)
     for way, sha256 in (("/cut", SHA256), ("", "0" * 64)):
         with pytest.raises(DiffoError, match=f"f.bin: cut short or changed, its SHA-256 does not begin with {sha256}"):
             fetch(f"{server.address}{way}/f.bin", path, sha256)
@@ -164,38 +159,21 @@ def test_what_is_fetched_is_whole_or_not_there(server, tmp_path):
         fetch(f"{server.address}/f.bin", path / "f.bin", SHA256)
 
 
-def test_a_server_that_does_not_answer_is_given_up(server, tmp_path, capsys):
-    began = time.monotonic()
-    out = tmp_path / "k"
-    error = told(
-        capsys, "download", "kodak", "-o", out, "--base_url", f"{server.address}/slow", "--timeout", 0.3, status=1
-    )
-    assert "timed out" in error and "kodim01.png" in error and str(out) in error
-    error = told(capsys, "download", "kodak", "-o", out, "--base_url", "http://127.0.0.1:9", "--timeout", 2, status=1)
-    assert "Is this machine online?" in error
-    assert "answers 404" in told(capsys, "download", "kodak", "-o", out, "--base_url", server.address, status=1)
-    assert "not an address" in told(capsys, "download", "kodak", "-o", out, "--base_url", "mirror", status=1)
-    assert time.monotonic() - began < 8 and not list(out.iterdir())
+def remotes(server, files: dict[str, bytes]) -> list[Remote]:
+    """Files that a server has, as entries of a test set."""
+    server.files |= files
+    return [Remote(f"{server.address}/{name}", hashlib.sha256(data).hexdigest()[:16]) for name, data in files.items()]
 
 
 def test_kodak_is_fetched_once_and_checked(server, tmp_path, monkeypatch, capsys):
     pictures = {f"kodim{i:02d}.png": png(i) for i in range(1, 4)}
-    server.files |= pictures
-    remotes = [Remote(f"https://example.org/{n}", hashlib.sha256(b).hexdigest()) for n, b in pictures.items()]
-    monkeypatch.setattr(benchmarks, "KODAK", remotes)
-    args = ["download", "kodak", "-o", tmp_path / "k", "--base_url", server.address + "/"]
+    monkeypatch.setattr(benchmarks, "KODAK", remotes(server, pictures))
+    args = ["download", "kodak", "-o", tmp_path / "k"]
     assert told(capsys, *args).count("fetched, SHA-256 agrees") == 3
     assert {p.name: p.read_bytes() for p in (tmp_path / "k").iterdir()} == pictures
     assert told(capsys, *args).count("already there, SHA-256 agrees") == 3 and len(server.asked) == 3
     (tmp_path / "k" / "kodim02.png").write_bytes(b"something else")
-    assert "kodim02.png: its SHA-256 is not" in told(capsys, *args, status=1)
-
-
-def test_the_known_checksums_are_whole():
-    remotes = [*benchmarks.KODAK, *benchmarks.CLIC2020]
-    assert len({remote.name for remote in remotes}) == len({remote.sha256 for remote in remotes}) == 26
-    assert all(len(bytes.fromhex(remote.sha256)) == 32 for remote in remotes)
-    assert sum(remote.pictures for remote in benchmarks.CLIC2020) == 428
+    assert "kodim02.png: its SHA-256 does not begin with" in told(capsys, *args, status=1)
 
 
 def test_kodak_here_has_the_known_checksums():
@@ -203,13 +181,28 @@ def test_kodak_here_has_the_known_checksums():
     if not folder.is_dir():
         pytest.skip(f"no Kodak pictures in {folder}")
     for remote in benchmarks.KODAK:
-        assert hashlib.sha256((folder / remote.name).read_bytes()).hexdigest() == remote.sha256
+        assert hashlib.sha256((folder / remote.name).read_bytes()).hexdigest()[:16] == remote.sha256
 
 
-def png(seed: int, width: int = 90, height: int = 60) -> bytes:
+def test_clic2020_is_unpacked_and_cropped(server, tmp_path, monkeypatch, capsys):
+    """The central square of a picture, its short side scaled to 768: of 192 and 256 columns, those from 32 to 223."""
+    archives = {"p.zip": archive({"test/a.png": png(1), "__MACOSX/._a.png": b"x"}), "m.zip": archive({"b.png": png(2)})}
+    monkeypatch.setattr(benchmarks, "CLIC2020", remotes(server, archives))
+    assert "2 pictures of the CLIC2020 test set" in told(capsys, "download", "clic2020", "-o", tmp_path / "clic")
+    for name, seed in (("test/a.png", 1), ("b.png", 2)):
+        assert (tmp_path / "clic" / "full" / name).read_bytes() == png(seed)
+        crop = read_image(tmp_path / "clic" / "768" / Path(name).name)
+        assert crop.shape == (3, 768, 768)
+        columns = (torch.arange(768.0) + 0.5) / 4 - 0.5 + 32
+        torch.testing.assert_close(crop[0, 384].float()[8:-8], columns[8:-8], rtol=0, atol=0.6)
+        assert (crop[1] == seed).all()
+
+
+def png(seed: int) -> bytes:
+    """192 rows and 256 columns: red is the column, green the seed."""
+    rows, columns = np.mgrid[:192, :256]
     data = io.BytesIO()
-    levels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    Image.fromarray(levels).save(data, "png")
+    Image.fromarray(np.stack([columns, 0 * rows + seed, rows], axis=-1).astype(np.uint8)).save(data, "png")
     return data.getvalue()
 
 
@@ -219,53 +212,3 @@ def archive(members: dict[str, bytes]) -> bytes:
         for name, content in members.items():
             file.writestr(name, content)
     return data.getvalue()
-
-
-@pytest.fixture
-def clic(server, monkeypatch):
-    """Two small archives in place of the real ones."""
-    put(server, monkeypatch, archive({"test/": b"", "test/a.png": png(1), "b.png": png(2), "__MACOSX/._a.png": b"x"}))
-    return server
-
-
-def put(server, monkeypatch, first: bytes) -> None:
-    server.files |= {"p.zip": first, "m.zip": archive({"c.png": png(3, 60, 90), "notes.txt": b"", "../d.png": png(4)})}
-    remotes = [
-        Remote(f"{server.address}/{name}", hashlib.sha256(server.files[name]).hexdigest(), 2)
-        for name in ("p.zip", "m.zip")
-    ]
-    monkeypatch.setattr(benchmarks, "CLIC2020", remotes)
-
-
-def test_clic2020_is_unpacked_and_cropped(clic, tmp_path, capsys):
-    args = ["download", "clic2020", "-o", tmp_path / "clic"]
-    assert told(capsys, *args).count("fetched, SHA-256 agrees") == 2
-    assert sorted(p.name for p in (tmp_path / "clic" / "full").iterdir()) == ["a.png", "b.png", "c.png", "d.png"]
-    for name in ("a.png", "b.png", "c.png", "d.png"):
-        whole, crop = (read_image(tmp_path / "clic" / folder / name) for folder in ("full", "768"))
-        assert crop.shape == (3, 768, 768) and torch.equal(crop, centre_crop(whole, 768))
-    assert told(capsys, *args).count("already there, SHA-256 agrees") == 2 and len(clic.asked) == 2
-
-
-@pytest.mark.parametrize(
-    "members, message",
-    [
-        ({"a.png": b"1"}, "holds 1 pictures"),
-        ({"c.png": b"1", "e.png": b"2"}, "picture of the same name"),
-        (None, "zip"),
-    ],
-)
-def test_archives_that_are_not_the_test_set(clic, monkeypatch, tmp_path, capsys, members, message):
-    put(clic, monkeypatch, archive(members) if members else b"no archive")
-    assert message in told(capsys, "download", "clic2020", "-o", tmp_path / "clic", status=1)
-
-
-def test_the_centre_is_cut_from_the_scaled_picture():
-    rows, columns = torch.meshgrid(torch.arange(120), torch.arange(200), indexing="ij")
-    picture = torch.stack([columns, rows * 2, torch.full_like(rows, 9)]).to(torch.uint8)
-    assert torch.equal(centre_crop(picture, 120), picture[:, :, 40:160])
-    assert torch.equal(centre_crop(picture.mT, 120), picture.mT[:, 40:160])
-    half = centre_crop(picture, 60).float()  # each level near the mean of two neighbours, the centre kept
-    assert half.shape == (3, 60, 60)
-    torch.testing.assert_close(half[0, 30], 40.5 + 2 * torch.arange(60.0), rtol=0, atol=1)
-    assert centre_crop(picture, 240).shape == (3, 240, 240)

@@ -1,7 +1,6 @@
 """Tar shards: ours and the webdataset library's, read through their indexes as folders are."""
 
 import io
-import itertools
 import os
 import shutil
 import sys
@@ -14,14 +13,14 @@ import webdataset
 from PIL import Image
 
 from datapipe import prepare
-from datapipe.pictures import DataParams, Pictures, Positions, epoch_order, stream
+from datapipe.pictures import DataParams, Pictures
 from datapipe.shards import ShardSource, find_shards, index_path, write_index
-from datapipe.sources import open_source
-from tests.commands import NANO, ROOT, photograph
+from tests.commands import NANO, photograph
 from utils.errors import DiffoError, PictureError
 from utils.images import find_pictures, read_image
 
 SIZE = 32
+LONG = "f/" * 40 + "n" * 160 + ".png"  # a tar holds it in a header of its own
 
 
 @pytest.fixture(scope="module")
@@ -59,11 +58,6 @@ def tar(path, members: dict[str, bytes], mode: str = "w"):
     return path
 
 
-def indexed(path, members: dict[str, bytes]):
-    write_index(tar(path, members))
-    return ShardSource([str(path)])
-
-
 # The same pictures, however they are stored ---------------------------------------------------------------------------
 
 
@@ -76,57 +70,11 @@ def test_shards_give_the_stream_of_their_folder(folder, shards):
         assert torch.equal(packed[position]["image"], whole[position]["image"])
 
 
-def test_a_run_on_shards_goes_on_where_it_stopped(shards):
-    whole = list(itertools.islice(stream(dataset(shards=shards), 3, 1, 2, 0), 5))
-    rest = list(itertools.islice(stream(dataset(2, shards=shards), 3, 1, 2, 3 * 3 * 2), 2))
-    for before, after in zip(whole[3:], rest, strict=True):
-        assert torch.equal(before.position, after.position) and torch.equal(before.image, after.image)
-
-
 def test_shards_are_told_apart_by_what_they_hold(folder, shards, tmp_path):
     moved = shutil.copytree(shards, tmp_path / "elsewhere")
     assert ShardSource([str(moved)]).digest() == ShardSource([str(shards)]).digest()
     names = sorted(str(path) for path in shards.glob("*.tar"))
     assert ShardSource(names[::-1]).digest() != ShardSource(names).digest()
-
-
-def test_a_folder_of_folders_of_shards_is_told(shards):
-    with pytest.raises(DiffoError, match=f"no pictures there, but shards: --data {shards}"):
-        open_source(folder=str(shards.parent))
-    with pytest.raises(DiffoError, match="weights/tiny-2: no pictures there$"):
-        open_source(folder=str(ROOT / "weights" / "tiny-2"))  # checkpoints are .pth.tar
-
-
-def test_a_hole_in_a_shard_is_a_picture_that_cannot_be_read(shards, tmp_path):
-    """Zeros, as an interrupted copy leaves them, read as the end of a tar."""
-    moved = shutil.copytree(shards, tmp_path / "elsewhere")
-    tar = sorted(moved.glob("*.tar"))[0]
-    offset, length = map(int, np.load(tar.with_name(tar.name + ".index.npy"))[2])
-    with tar.open("r+b") as file:
-        file.seek(offset)
-        file.write(bytes(length))
-    with pytest.raises(PictureError, match=f"picture at byte {offset} cannot be read .no file starts there"):
-        ShardSource([str(tar)]).read(1)
-
-
-def test_64_ranks_take_each_sample_once_an_epoch(tmp_path):
-    """48 pictures of one level each, 64 ranks with batches of 3: 4 steps are 16 epochs, which end inside batches."""
-    n, world, batch, steps = 48, 64, 3, 4
-    for shard in range(4):
-        members = {f"{i:03d}.png": png(5 * i) for i in range(12 * shard, 12 * shard + 12)}
-        write_index(tar(tmp_path / f"{shard}.tar", members))
-    pictures = Pictures(DataParams(shards=str(tmp_path), workers=0), 16, 0)
-    seen = {}
-    for rank in range(world):
-        for positions in itertools.islice(Positions(batch, rank, world, 0), steps):
-            assert len(positions) == batch
-            for position in positions:
-                assert position not in seen
-                seen[position] = round((pictures[position]["image"].mean().item() + 1) * 127.5 / 5)
-    assert sorted(seen) == list(range(world * batch * steps)) and len(seen) == 16 * n
-    for epoch in range(16):
-        taken = [seen[epoch * n + i] for i in range(n)]
-        assert sorted(taken) == list(range(n)) and taken == epoch_order(0, epoch, n).tolist()
 
 
 def test_training_takes_shards_and_lists(folder, shards, tmp_path, capsys):
@@ -195,28 +143,15 @@ def test_we_read_the_shards_of_the_library(folder, tmp_path):
 def test_the_picture_of_a_sample(tmp_path, capsys):
     """Members without a picture's suffix, folders, links and hidden files do not count; a plain suffix comes first."""
     members = {"a.seg.png": png(1), "a.png": png(2), "b.txt": b"text", "c.JSON": b"{}", "c.left.PNG": png(3)}
-    path = tar(tmp_path / "s.tar", members | {".hidden.png": png(4), "noname": b"", "d/.png": png(5)})
+    path = tar(tmp_path / "s.tar", members | {".hidden.png": png(4), "noname": b"", "d/.png": png(5), LONG: png(6)})
     with tarfile.open(path, "a") as file:
         link = tarfile.TarInfo("e.png")
         link.type, link.linkname = tarfile.SYMTYPE, "a.png"
         file.addfile(link)
     assert prepare.main(["index", str(path)]) == 0
-    assert "2 pictures; 1 samples have none" in capsys.readouterr().out
+    assert "3 pictures; 1 samples have none" in capsys.readouterr().out
     source = ShardSource([str(path)])
-    assert [source.read(i)[0, 0, 0].item() for i in range(2)] == [2, 3]
-
-
-@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_every_form_of_tar(tmp_path, form):
-    name = "f/" * 40 + "n" * 60 + ".png"
-    with tarfile.open(tmp_path / "s.tar", "w", format=form) as file:
-        for i in range(2):
-            info = tarfile.TarInfo(f"{i}/{name}")
-            info.size = len(png(i))
-            file.addfile(info, io.BytesIO(png(i)))
-    write_index(tmp_path / "s.tar")
-    source = ShardSource([str(tmp_path / "s.tar")])
-    assert [source.read(i)[0, 0, 0].item() for i in range(2)] == [0, 1]
+    assert [source.read(i)[0, 0, 0].item() for i in range(3)] == [2, 3, 6]
 
 
 def test_the_same_pictures_give_the_same_shards(folder, shards, tmp_path):
@@ -228,27 +163,19 @@ def test_the_same_pictures_give_the_same_shards(folder, shards, tmp_path):
 # Damage ---------------------------------------------------------------------------------------------------------------
 
 
-def test_unreadable_pictures_in_shards_are_named_with_their_member(tmp_path):
-    source = indexed(
-        tmp_path / "s.tar", {"a.png": png(), "b.png": b"rubbish", "c.png": b"", "d.png": png(side=400)[:80]}
-    )
-    for index, told in ((1, "s.tar: b.png: not a picture"), (2, "c.png: empty file"), (3, "d.png: ")):
-        with pytest.raises(PictureError, match=told):
-            source.read(index)
-
-
-def test_a_tar_damaged_after_indexing_is_an_unreadable_picture(tmp_path):
+def test_unreadable_pictures_in_shards_are_named_with_their_place(tmp_path):
+    """Damaged before or after the tar was indexed, or cut off with its end."""
     path = tmp_path / "s.tar"
-    source = indexed(path, {"a.png": png(), "b.png": png()})
-    data = bytearray(path.read_bytes())
-    data[:100] = b"\xff" * 100  # the first header
-    path.write_bytes(data)
-    with pytest.raises(PictureError, match="s.tar: picture at byte 0 cannot be read"):
+    write_index(tar(path, {"a.png": png(), "b.png": b"rubbish", "c.png": b"", "d.png": png(side=400)[:80]}))
+    source = ShardSource([str(path)])
+    assert source.read(0).shape == (3, 16, 16)
+    path.write_bytes(bytes(600))
+    for index, told in ((0, "512: not a picture"), (1, "1536: "), (2, "2560: empty file"), (3, "3072: ")):
+        with pytest.raises(PictureError, match=f"s.tar, picture at byte {told}"):
+            source.read(index)
+    path.unlink()
+    with pytest.raises(PictureError, match="s.tar: cannot be read"):
         source.read(0)
-    assert source.read(1).shape == (3, 16, 16)
-    path.write_bytes(data[:100])
-    with pytest.raises(PictureError, match="is the tar whole"):
-        source.read(1)
 
 
 def test_indexes_that_do_not_fit_are_refused_with_the_command(tmp_path):
@@ -257,17 +184,16 @@ def test_indexes_that_do_not_fit_are_refused_with_the_command(tmp_path):
         ShardSource([str(path)])
     write_index(path)
     tar(path, {"b.png": png(), "c.png": png(side=70)}, "a")
-    with pytest.raises(DiffoError, match="the tar has changed since"):
+    with pytest.raises(DiffoError, match="the tar has changed since.*make it anew"):
         ShardSource([str(path)])
     write_index(path)
     assert len(ShardSource([str(path)])) == 3
-    for content in (b"", b"rubbish"):
+    old = io.BytesIO()
+    np.save(old, np.zeros((2, 2), np.int64))
+    for content in (b"", b"rubbish", old.getvalue()):
         index_path(path).write_bytes(content)
-        with pytest.raises(DiffoError, match="not a readable index"):
+        with pytest.raises(DiffoError, match="not an index of this tar"):
             ShardSource([str(path)])
-    np.save(index_path(path), np.zeros((2, 2), np.int64))
-    with pytest.raises(DiffoError, match="not an index of version 1"):
-        ShardSource([str(path)])
 
 
 @pytest.mark.parametrize("kept", [300, 900, 1024])
@@ -280,7 +206,13 @@ def test_a_cut_tar_is_not_indexed(tmp_path, kept, capsys):
 
 
 @pytest.mark.parametrize(
-    "name, told", [("none.tar", "no such shard"), ("{0..2}.tar", "1.tar: no such shard"), ("0.tar.gz", "gunzip")]
+    "name, told",
+    [
+        ("none.tar", "no such shard"),
+        ("{0..2}.tar", "1.tar: no such shard"),
+        ("{0..2.tar", "braces"),
+        ("0.tar.gz", "gunzip"),
+    ],
 )
 def test_shards_that_cannot_be_used_are_named(tmp_path, name, told):
     tar(tmp_path / "0.tar", {"a.png": png()})

@@ -12,7 +12,7 @@ import torch
 import torch.multiprocessing
 
 from datapipe.pictures import TRIED, DataParams, Pictures, epoch_order, stream
-from datapipe.sources import FileSource, data_options, demo_photographs, open_source, read_list
+from datapipe.sources import FileSource, data_options, open_source, read_list
 from tests.commands import NANO, photograph
 from training.config import load_config
 from utils.errors import ConfigError, DiffoError
@@ -46,14 +46,6 @@ def test_lists_name_pictures_relative_to_themselves_or_absolutely(tmp_path):
     several = open_source(txt_file_path=(str(tmp_path / "a.txt"), str(tmp_path / "b.txt")))
     assert len(several) == 4 and torch.equal(several.read(0), several.read(3))
     assert torch.equal(several.read(2), read_image(absolute))
-
-
-def test_a_list_gives_the_stream_of_its_folder(folder, tmp_path):
-    (folder / "broken.png").unlink()
-    (tmp_path / "l.txt").write_text("".join(f"in/{i}.png\n" for i in range(3)))
-    listed, whole = dataset(txt_file_path=str(tmp_path / "l.txt")), dataset(folder=str(folder))
-    for position in range(6):
-        assert torch.equal(listed[position]["image"], whole[position]["image"])
 
 
 @pytest.mark.parametrize(
@@ -138,12 +130,6 @@ def test_what_all_ranks_found_is_told_by_the_main_one(folder):
     assert Path(f"{folder}.1").read_text() == ""
 
 
-def test_a_picture_that_can_be_read_again_is_said_to_be(folder):
-    source = open_source(folder=str(folder))
-    source.mark_unreadable(1)
-    assert "picture 1 could not be read at first" in source.unreadable_lines()[0]
-
-
 def test_a_source_without_readable_pictures_is_an_error(tmp_path):
     for i in range(2):
         (tmp_path / f"{i}.png").write_bytes(b"no picture")
@@ -184,13 +170,6 @@ def test_empty_and_missing_folders_are_named(tmp_path):
         dataset(folder=str(tmp_path))
     with pytest.raises(DiffoError, match="none: no such folder"):
         dataset(folder=str(tmp_path / "none"))
-
-
-def test_demo_photographs_exist():
-    found = demo_photographs()
-    assert len(found) == 5 and all(min(read_image(path).shape[1:]) >= 256 for path in found)
-    source = dataset().source
-    assert [source.path(i) for i in range(len(source))] == list(map(str, found))
 
 
 # Configuration --------------------------------------------------------------------------------------------------------

@@ -73,7 +73,7 @@ class Checkpoints:
         return None, refused
 
     def save(self, point: Point, content: dict) -> None:
-        """Write a checkpoint: tensors and plain values. Raises DiffoError and DiskFull; an older one stays whole then."""
+        """Write a checkpoint: tensors and plain values. Raises DiffoError; an older one stays whole then."""
         make_folder(self.folder / CHECKPOINTS)
         checkpoints.save(self.path(point), {"stage": point.stage, "step": point.step} | content)
 

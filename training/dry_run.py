@@ -28,24 +28,6 @@ forward pass on shapes alone. On top come temporaries of single operations, cuDN
 MiB and, with several processes, the gradients once more (DDP's buckets)."""
 
 
-class Kept:
-    """Counts the bytes that autograd keeps for a backward pass: every storage once, those of `known` not at all."""
-
-    def __init__(self, known: list[Tensor]):
-        self.known = {t.untyped_storage()._cdata for t in known}
-        self.storages: dict[int, torch.UntypedStorage] = {}  # held, so that no other takes the place of one
-
-    def pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self.known:
-            self.storages[storage._cdata] = storage
-        return tensor
-
-    @property
-    def bytes(self) -> int:
-        return sum(storage.nbytes() for storage in self.storages.values())
-
-
 def dry_run(config: TrainConfig) -> str:
     """The report. Raises DiffoError for sizes that do not fit together, and for what is named and not there."""
     sections = [yaml.safe_dump(to_mapping(config), sort_keys=False), surroundings(config)]
@@ -53,14 +35,14 @@ def dry_run(config: TrainConfig) -> str:
         codec = new_codec(config).to(META)
     for name in config.stages:
         with META:
-            step = Step(STAGES[name](without_perceptual(config, name), codec, META))
+            plain = replace(config, **{name: replace(getattr(config, name), perceptual={})})
+            step = Step(STAGES[name](plain, codec, META))
             step.stage.perceptual = perceptual_terms(getattr(config, name).perceptual, untrained=True)
         sections.append(f"stage {name}\n{counts(codec, step)}\n\n{memory(step)}\n")
     missing = [n for n in config.stages if getattr(config, n).perceptual.get("lpips") and not VGG16.is_there()]
-    told = (
-        [f"The VGG weights of LPIPS are not on disk: stage {' and '.join(missing)} would not start."] if missing else []
-    )
-    return "\n".join([*sections, NOTE, *told])
+    if missing:
+        sections.append(f"The VGG weights of LPIPS are not on disk: stage {' and '.join(missing)} would not start.")
+    return "\n".join([*sections, NOTE])
 
 
 def surroundings(config: TrainConfig) -> str:
@@ -79,10 +61,6 @@ def surroundings(config: TrainConfig) -> str:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows.append(f"precision and speed on this machine's {device}: {Speed(config.speed, device)}")
     return "\n".join(rows) + "\n"
-
-
-def without_perceptual(config: TrainConfig, name: str) -> TrainConfig:
-    return replace(config, **{name: replace(getattr(config, name), perceptual={})})
 
 
 def counts(codec: Codec, step: Step) -> str:
@@ -122,10 +100,17 @@ def memory(step: Step) -> str:
 
 def activations(step: Step, batch: Batch, weights: list[Tensor]) -> int:
     """Bytes that the backward pass of a micro-batch needs beside the weights, on any device."""
-    kept = Kept([*weights, *step.stage.codec.buffers()])
-    with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda tensor: tensor):
+    known = {tensor.untyped_storage()._cdata for tensor in (*weights, *step.stage.codec.buffers())}
+    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no other takes the place of one
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         step.rehearse(batch)
-    return kept.bytes
+    return sum(storage.nbytes() for key, storage in kept.items() if key not in known)
 
 
 def size(tensors) -> int:

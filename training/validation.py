@@ -3,10 +3,10 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from measuring.metrics import MS_SSIM_MIN_SIDE, ms_ssim, psnr
 from models.records import CELL
@@ -15,6 +15,9 @@ from utils import distributed
 from utils.ema import Ema
 from utils.errors import ConfigError, NotFinite, PictureError
 from utils.images import find_pictures, read_image, to_signed, to_uint8
+
+if TYPE_CHECKING:  # a stage gives what is evaluated here
+    from training.stage import Stage
 
 SHOWN = 4  # pictures in the grid
 
@@ -31,14 +34,6 @@ class Evaluated:
 
     loss: float
     results: dict[str, tuple[Tensor, float | None]]
-
-
-class Evaluates(Protocol):
-    """The part of a stage that validation needs."""
-
-    trained: nn.Module
-
-    def evaluate(self, image: Tensor, position: int) -> Evaluated: ...
 
 
 class Validation:
@@ -68,7 +63,7 @@ class Validation:
             raise PictureError(f"{path}: {width}x{height} pixels are less than validation.crop {self.params.crop}")
         return centre(picture, self.params.crop)
 
-    def run(self, stage: Evaluates, averages: Ema) -> tuple[dict[str, float], list[Tensor]]:
+    def run(self, stage: "Stage", averages: Ema) -> tuple[dict[str, float], list[Tensor]]:
         """Mean scores over all pictures, and rows for a grid: originals, then each of the results.
 
         `loss`, `psnr` (dB, RGB, 8 bits), `ms_ssim` (luma; only where no picture is too small for it) and `bpp`.
@@ -77,7 +72,7 @@ class Validation:
             NotFinite: the loss or the result of a picture is not, on every rank alike.
         """
         rank, world = distributed.rank(), distributed.world_size()
-        totals: dict[str, list[float]] = {}
+        found: list[dict[str, float]] = []
         shown: list[list[Tensor]] = []
         broken: list[str] = []
         with averages.applied(stage.trained):
@@ -87,20 +82,14 @@ class Validation:
                 if not finite(made):
                     broken.append(self.files[index].name)
                     continue
-                for name, value in scores(picture, made).items():
-                    totals.setdefault(name, []).append(value)
+                found.append(scores(picture, made))
                 if len(shown) < SHOWN:
                     shown.append([to_signed(picture), *(image[0].cpu() for image, _ in made.results.values())])
         if names := [name for part in distributed.gather_objects(broken) for name in part]:
             raise NotFinite(f"validation, the picture {names[0]} ({len(names)} such): loss or result is not finite")
-        return self._means(totals), grid(shown)
-
-    def _means(self, totals: dict[str, list[float]]) -> dict[str, float]:
-        """Over all ranks; a score that some picture does not have is left out."""
-        parts = distributed.gather_objects(totals)
-        names = [name for part in parts for name in part]
-        values = {name: [v for part in parts for v in part.get(name, [])] for name in dict.fromkeys(names)}
-        return {name: sum(v) / len(v) for name, v in values.items() if len(v) == len(self.files)}
+        every = [one for part in distributed.gather_objects(found) for one in part]
+        names = [name for name in every[0] if all(name in one for one in every)]
+        return {name: sum(one[name] for one in every) / len(every) for name in names}, grid(shown)
 
 
 def finite(made: Evaluated) -> bool:

@@ -17,7 +17,7 @@ SHOWN = 4  # differing keys that an error names
 
 
 def save(path: str | Path, content: dict) -> None:
-    """torch.save to a temporary name, then rename. Raises DiffoError and DiskFull as `atomic_path`."""
+    """torch.save to a temporary name, then rename. Raises DiffoError as `atomic_path`."""
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         try:
             torch.save(content, file)

@@ -3,18 +3,14 @@
 import http.client
 import os
 import socket
-import ssl
 import sys
 import tempfile
-import urllib.error
 from pathlib import Path
 
 import torch
 
 from utils.errors import DiffoError
 from utils.files import make_folder
-
-_NETWORK_ERRORS = (urllib.error.URLError, ssl.SSLError, TimeoutError, ConnectionError, http.client.HTTPException)
 
 
 def fetch(url: str, path: Path, sha256: str, timeout: float = 20.0) -> None:
@@ -35,18 +31,12 @@ def fetch(url: str, path: Path, sha256: str, timeout: float = 20.0) -> None:
             temporary = os.path.join(folder, path.name)
             torch.hub.download_url_to_file(url, temporary, sha256, progress=sys.stderr.isatty())
             os.replace(temporary, path)
-    except urllib.error.HTTPError as error:
-        raise DiffoError(f"cannot fetch {url}: the server answers {error.code} {error.reason}") from error
-    except _NETWORK_ERRORS as error:
-        raise DiffoError(
-            f"cannot fetch {url} ({getattr(error, 'reason', None) or error}). Is this machine online? The file can also "
-            f"be fetched elsewhere and put into {path.parent}"
-        ) from error
     except RuntimeError as error:  # the hash
         raise DiffoError(f"{url}: cut short or changed, its SHA-256 does not begin with {sha256}") from error
-    except ValueError as error:
-        raise DiffoError(f"cannot fetch {url}: not an address ({error})") from error
-    except OSError as error:
-        raise DiffoError(f"cannot write {path}: {error.strerror or error}") from error
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise DiffoError(
+            f"cannot fetch {url} ({error}). Is this machine online? The file can also "
+            f"be fetched elsewhere and put into {path.parent}"
+        ) from error
     finally:
         socket.setdefaulttimeout(before)

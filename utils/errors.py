@@ -13,10 +13,6 @@ class DiffoError(Exception):
     """Something the user can mend: a file, an option, a checkpoint. The message names it and says what to do."""
 
 
-class DiskFull(DiffoError):
-    """A file that could not be written for want of room: disk, quota or largest size of a file."""
-
-
 class NotFinite(DiffoError):
     """A loss, gradient or result that is NaN or infinite; nothing was updated with it."""
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from utils.errors import DiffoError, DiskFull
+from utils.errors import DiffoError
 
 try:
     import fcntl
@@ -17,7 +17,6 @@ except ImportError:  # Windows
 # What the disk, not the caller's code, can answer while a file is being written.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _DISK_ERRORS = _FULL | {errno.EROFS, errno.EIO}
-
 
 PICTURES = (
     *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".jp2", ".gif", ".bmp", ".tif", ".tiff"),
@@ -66,17 +65,18 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        kind = DiskFull if disk_is_full(error) else DiffoError
-        raise kind(f"{path}: this folder cannot be made ({error.strerror})") from error
+        raise DiffoError(f"{path}: this folder cannot be made ({error.strerror})") from error
     return Path(path)
 
 
 def require_writable(folder: Path) -> None:
     """Raise DiffoError, before any work, if no file can be written into a folder."""
     probe = folder / f".{os.getpid()}.{secrets.token_hex(4)}.tmp"
-    with _as_write_error(probe, folder):
+    try:
         probe.touch(exist_ok=False)
         probe.unlink()
+    except OSError as error:
+        raise _write_error(probe, folder, error) from error
 
 
 @contextmanager
@@ -113,7 +113,7 @@ def remove_leftovers(folder: str | os.PathLike[str]) -> None:
 def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
     """Write `data` to `path`, replacing what is there; a reader sees the old file or the new one, never a part.
 
-    Raises DiffoError if the folder cannot be written (missing, no permission), DiskFull if there is no room.
+    Raises DiffoError if the folder cannot be written: missing, no permission, no room.
     """
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
@@ -128,9 +128,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     block. On any error, an interrupt included, it is removed and `path` keeps its old content. A symbolic link at
     `path` stays one: the file that it names is replaced.
 
-    Raises DiffoError, naming the folder, if it is missing or cannot be written, and if `path` is a folder or a device;
-    DiskFull if there is no room.
-    The block's own errors pass unchanged, except those of the disk and of the temporary file.
+    Raises DiffoError, naming the folder, if it is missing, full or cannot be written, and if `path` is a folder or a
+    device. The block's own errors pass unchanged, except those of the disk and of the temporary file.
     """
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():
@@ -139,20 +138,17 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     # Only the start of the name: a name of the greatest length would leave no room for the rest.
     temporary = target.parent / f".{target.name[:40]}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
     try:
-        with _as_write_error(path, target.parent):
-            temporary.touch(exist_ok=False)
-        try:
-            yield temporary
-        except OSError as error:
-            if error.errno in _DISK_ERRORS or error.filename in (temporary, str(temporary)):
-                raise _write_error(path, target.parent, error) from error
-            raise
-        with _as_write_error(path, target.parent):
-            _sync(temporary)
-            os.replace(temporary, target)
-            if os.name == "posix":
-                # The rename itself must survive a power cut; only POSIX can sync a folder.
-                _sync(target.parent)
+        temporary.touch(exist_ok=False)
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, target)
+        if os.name == "posix":
+            # The rename itself must survive a power cut; only POSIX can sync a folder.
+            _sync(target.parent)
+    except OSError as error:
+        if error.errno in _DISK_ERRORS or error.filename in (temporary, str(temporary)):
+            raise _write_error(path, target.parent, error) from error
+        raise
     finally:
         with suppress(OSError):
             temporary.unlink()
@@ -167,16 +163,5 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-@contextmanager
-def _as_write_error(path: str | os.PathLike[str], folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise _write_error(path, folder, error) from error
-
-
 def _write_error(path: str | os.PathLike[str], folder: Path, error: OSError) -> DiffoError:
-    if not folder.is_dir():
-        return DiffoError(f"cannot write {path}: there is no folder {folder}")
-    kind = DiskFull if disk_is_full(error) else DiffoError
-    return kind(f"cannot write {path} in the folder {folder}: {error.strerror or error}")
+    return DiffoError(f"cannot write {path} in the folder {folder}: {error.strerror or error}")
