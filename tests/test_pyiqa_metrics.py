@@ -220,7 +220,7 @@ def test_download_fetches_once(address, one_file, capsys):
 @pytest.mark.parametrize(
     "page, message",
     [
-        ("none", "answers 404"),
+        ("none", "404"),
         ("good", "does not begin with 00000000"),
         ("cut", "cut short|IncompleteRead"),
         ("slow", "timed out"),

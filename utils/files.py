@@ -164,4 +164,6 @@ def _sync(path: Path) -> None:
 
 
 def _write_error(path: str | os.PathLike[str], folder: Path, error: OSError) -> DiffoError:
+    if not folder.is_dir():
+        return DiffoError(f"cannot write {path}: there is no folder {folder}")
     return DiffoError(f"cannot write {path} in the folder {folder}: {error.strerror or error}")
