@@ -8,7 +8,7 @@ from torch import nn
 
 from tests.stages import batch_of, new_stage, pictures
 from training.adversary import Adversary
-from training.config import AdversaryParams, CodecStageParams, GtParams
+from training.config import AdversaryParams
 from training.progress import Progress
 from training.step import Step
 
@@ -95,17 +95,6 @@ def test_it_joins_at_its_start_in_both_stages(name):
     assert {"adversarial_factor", "discriminator_grad_norm"} <= done.numbers.keys()
     assert not torch.equal(step.adversary.discriminator.state_dict()["main.0.weight"], before["main.0.weight"])
     assert not step.adversary.joins(2.99) and step.adversary.joins(3)
-
-
-@pytest.mark.parametrize("name", ["gt", "codec"])
-def test_without_a_weight_there_is_none(name):
-    step = Step(new_stage(name, f"{name}.adversary.weight=0"))
-    assert step.adversary is None and "adversary" not in step.state_dict()
-
-
-def test_the_papers_setting():
-    """In stage `codec` none unless it is asked for."""
-    assert CodecStageParams().adversary.weight == 0 and GtParams().adversary == AdversaryParams(0.8, 10_000, True)
 
 
 @pytest.mark.parametrize("name", ["gt", "codec"])

@@ -8,8 +8,6 @@ import pytest
 import torch
 
 from main_diffusion_train_vq import main
-from models.released import load_codec
-from release.__main__ import main as release
 from tests.commands import NANO
 from tests.small_runs import lines
 from training.gt_stage import GtStage
@@ -97,15 +95,3 @@ def test_files_hold_the_averages(stopped_run):
     for key, value in gt["averages"]["autoencoder"].items():
         assert torch.equal(value, frozen[key]) and torch.equal(value, written["state_dict"][key])
         assert torch.equal(value, gt["codec"]["autoencoder"][key])
-
-
-def test_it_is_released(stopped_run, data, tmp_path):
-    """With the averages, which decode."""
-    folder, _ = stopped_run
-    assert release([str(folder), str(tmp_path / "mine"), "--data", str(data), "--crops", "8"]) == 0
-    codec = load_codec(tmp_path / "mine")
-    averages = newest(folder, "codec")["averages"]["unet"]
-    for key, value in codec.unet.state_dict().items():
-        assert (value - averages[key]).abs().max() <= 1e-3 * max(1, averages[key].abs().max()), key
-    image = torch.randint(0, 256, (3, 40, 56), dtype=torch.uint8)
-    assert codec.decompress(codec.compress(image)).shape == image.shape

@@ -4,7 +4,7 @@ In float64, to 1e-9 of each tensor's largest entry.
 """
 
 import copy
-from functools import cache, partial
+from functools import cache
 
 import pytest
 import torch
@@ -15,7 +15,6 @@ from models.released import NETWORKS
 from tests.commands import NANO
 from tests.small_runs import ALL_PARTS, ranks
 from training.config import load_config
-from training.perceptual import perceptual_terms
 from training.progress import Progress
 from training.stages import STAGES
 from training.step import Step
@@ -112,27 +111,6 @@ def test_two_processes_train_as_one(processes, tmp_path):
             assert_equal(ours, alone(name, *overrides))
     revived = [logs["revived"] for logs in alone("codec")[1]]
     assert revived[1] == 0 < revived[2] < revived[0] == 16
-
-
-@pytest.mark.parametrize("name", STAGES)
-def test_micro_batches_train_as_the_whole(name):
-    """Of unequal sizes: three and one."""
-    assert_equal(train(name, 1, 0, *PIECES[name], f"{name}.microbatch=3"), alone(name, *PIECES[name]))
-
-
-@pytest.mark.parametrize("perceptual, size", [("ms_ssim", 176), ("lpips", 48)])
-def test_micro_batches_train_as_the_whole_with_a_perceptual_term(perceptual, size, monkeypatch):
-    """In float64 too; LPIPS with random weights."""
-    monkeypatch.setattr("training.stage.perceptual_terms", partial(perceptual_terms, untrained=True))
-    found = []
-    for microbatch in ("null", "1"):
-        torch.manual_seed(3)  # of the untrained LPIPS
-        options = (f"codec.crop_size={size}", f"codec.perceptual.{perceptual}=0.2", "codec.adversary.start=9")
-        step = new_step("codec", *options, f"codec.microbatch={microbatch}")
-        logs = step.logs(step(batch_of(step, range(2), size), Progress(step.stage.params)))
-        assert logs[perceptual] > 1e-3
-        found.append((state_of(step), [logs]))
-    assert_equal(found[1], found[0])
 
 
 def go_on(rank: int, path: str) -> None:

@@ -93,11 +93,6 @@ def test_the_quantisation_noise_is_uniform_and_centred():
         assert_mean(element, 0, 1 / 12)
 
 
-def test_without_a_residual_codec_there_is_nothing_for_it():
-    assert set(drawn(count=1)) == {"t", "spread", "decoder_input", "noise"}
-    assert set(drawn(count=1, levels=3)) == {"t", "spread", "decoder_input", "noise", "level", "uniform"}
-
-
 def test_a_draw_is_a_function_of_seed_and_position():
     params = DrawParams(LATENT, 1000, levels=9, uniforms=3)
     torch.manual_seed(1)

@@ -143,26 +143,3 @@ def test_a_step_down_a_term_lowers_what_it_stands_for(term):
         for parameter in parameters:
             parameter -= 1e-3 * parameter.grad / norm
     assert measured()[0] < before
-
-
-def test_the_adversarial_term_moves_pictures_to_higher_scores(both):
-    adversary = both["gt"].adversary
-    picture = batch_of(both["gt"].stage).image.requires_grad_()
-    (gradient,) = torch.autograd.grad(adversary.generator_term(picture), picture)
-    with torch.no_grad():
-        before, after = (adversary.discriminator(p).mean() for p in (picture, picture - gradient / gradient.norm()))
-    assert after > before
-
-
-def test_the_discriminator_learns_to_tell_originals_from_restored_pictures():
-    everything = Everything("gt", "gt.optim.lr=1e-5", "gt.optim.lr_end=null")
-    real, fake = batch_of(everything.stage).image, batch_of(everything.stage, seed=1).image
-
-    def apart() -> float:
-        with torch.no_grad():
-            return (everything.discriminator(real).mean() - everything.discriminator(fake).mean()).item()
-
-    before = apart()
-    everything.adversary.judge(real, fake, [slice(0, 1), slice(1, 2)])
-    everything.adversary.optimiser.update(0)
-    assert apart() > before

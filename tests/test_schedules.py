@@ -97,17 +97,6 @@ def test_clipping(clip, factor):
     assert gradients == pytest.approx([3 * factor, 0, 0, -4 * factor, 100], rel=1e-5)
 
 
-def test_a_step_clips_its_gradient_and_tells_the_norm_before():
-    step = Step(new_stage("gt", "gt.optim.clip=0.01", "gt.adversary.weight=0"))
-    batch, parameters = batch_of(step.stage), step.optimiser.parameters
-    _, terms = step.losses(batch)
-    norm = torch.stack([g.norm() for g in torch.autograd.grad(terms["loss"], parameters)]).norm().item()
-    done = step(batch, Progress(step.stage.params))
-    assert norm > 0.02 and done.numbers["grad_norm"].item() == pytest.approx(norm, rel=1e-5)
-    after = torch.stack([p.grad.norm() for p in parameters]).norm().item()
-    assert after == pytest.approx(0.01, rel=1e-3)
-
-
 def test_a_step_updates_with_the_rate_of_its_place():
     """Every step of AdamW, and of the discriminator's, takes lr(k) at step k: 1/2 and 1 in the warm-up, then the cosine."""
     options = ("gt.iterations=6", "gt.adversary.start=0", "gt.optim.warmup=2")

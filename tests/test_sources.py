@@ -3,9 +3,7 @@
 import itertools
 import os
 import shutil
-import socket
 import tracemalloc
-from pathlib import Path
 
 import pytest
 import torch
@@ -111,23 +109,15 @@ def test_unreadable_pictures_are_replaced_counted_and_named_once(folder, workers
     assert "broken" not in capfd.readouterr().err  # the processes that decode say nothing themselves
 
 
-def rank_worker(rank: int, folder: str, port: int) -> None:
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    source = open_source(folder=folder)
-    source.mark_unreadable((0, 3)[rank])
-    Path(f"{folder}.{rank}").write_text("\n".join(source.unreadable_lines()))
-    torch.distributed.destroy_process_group()
-
-
-def test_what_all_ranks_found_is_told_by_the_main_one(folder):
+def test_what_all_ranks_found_is_told_by_the_main_one(folder, monkeypatch):
     (folder / "0.png").write_bytes(b"")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(rank_worker, (str(folder), port), nprocs=2, start_method="fork")
-    first, second, total = Path(f"{folder}.0").read_text().splitlines()
+    source = open_source(folder=str(folder))
+    source.mark_unreadable(3)
+    monkeypatch.setattr("utils.distributed.gather_objects", lambda found: [found, [0]])
+    first, second, total = source.unreadable_lines()
     assert "0.png: empty file" in first and "broken.png" in second and "2 of 4" in total
-    assert Path(f"{folder}.1").read_text() == ""
+    monkeypatch.setattr("utils.distributed.is_main", lambda: False)
+    assert open_source(folder=str(folder)).unreadable_lines() == []
 
 
 def test_a_source_without_readable_pictures_is_an_error(tmp_path):

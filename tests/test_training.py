@@ -66,6 +66,9 @@ def released(saved_run, data, tmp_path_factory):
 def test_release_and_code_with_it(released, data):
     about = json.loads((released / "release.json").read_text())
     codec = load_codec(released)
+    averages = checkpoints.read(released.parent / "run" / "checkpoints" / "codec_6.pth")["averages"]["unet"]
+    for key, value in codec.unet.state_dict().items():  # as half-precision numbers
+        assert (value - averages[key]).abs().max() <= 1e-3 * max(1, averages[key].abs().max()), key
     assert codec.fingerprint.hex() == about["fingerprint"]
     assert codec.base_table.sum() == 2**16 and (codec.base_table > 0).all()
     image = torch.randint(0, 256, (3, 40, 56), dtype=torch.uint8)
