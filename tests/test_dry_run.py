@@ -56,38 +56,26 @@ def test_counts_and_activations_are_those_of_real_networks(name):
     assert 0.9 * real < estimated < 1.25 * real
 
 
-def test_what_is_found_here_is_told(tmp_path, capsys):
+def test_training_needs_neither_pyiqa_nor_transformers():
+    run("-c", "import sys, main_diffusion_train_vq; sys.exit(bool({'pyiqa', 'transformers'} & set(sys.modules)))")
+
+
+def test_what_is_found_here_is_told(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     photograph(tmp_path / "in" / "0.png", 90, 70)
     args = ["--cfg_path", str(NANO), "--dry_run"]
-    assert main([*args, f"validation.folder={tmp_path / 'in'}", "speed.precision=bfloat16"]) == 0
+    assert (
+        main([*args, f"validation.folder={tmp_path / 'in'}", "speed.precision=bfloat16", "codec.perceptual.lpips=1"])
+        == 0
+    )
     out = capsys.readouterr().out
     assert "training pictures: 5 from scikit-image's photographs (no data was named)" in out
     assert f"validation pictures: 1 from {tmp_path / 'in'}" in out
     assert re.search(r"precision and speed on this machine's \w+: bfloat16", out)
+    assert "VGG weights of LPIPS are not on disk: stage codec would not start" in out
     assert main([*args, "--data", "nowhere"]) == 1 and "nowhere: no such folder" in capsys.readouterr().err
     assert main([*args, "stages=[codec]", "autoencoder=nothing.pth.tar"]) == 1
     assert "nothing.pth.tar: no such checkpoint" in capsys.readouterr().err
-
-
-def test_missing_weights_are_told(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    assert main(["--cfg_path", str(NANO), "--dry_run", "codec.perceptual.lpips=1"]) == 0
-    out = capsys.readouterr().out
-    assert "VGG weights of LPIPS are not on disk: stage codec would not start" in out
-
-
-def test_training_needs_neither_pyiqa_nor_transformers(tmp_path):
-    photograph(tmp_path / "data" / "0.png", 90, 70)
-    code = """
-import sys
-from main_diffusion_train_vq import main
-status = main(sys.argv[1:])
-sys.exit(" ".join({"pyiqa", "transformers"} & set(sys.modules)) or status)
-"""
-    data = tmp_path / "data"
-    args = ["--cfg_path", NANO, "--save_dir", tmp_path, "--data", data, "--iterations", 1, f"validation.folder={data}"]
-    run("-c", code, *args, "gt.statistics=2", *ALL_PARTS)
-    assert (tmp_path / "nano" / "checkpoints" / "codec_1.pth").is_file()
 
 
 def test_deterministic_sets_what_cublas_reads_or_refuses_it(monkeypatch, capsys, tmp_path):

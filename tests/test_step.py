@@ -71,17 +71,26 @@ def broken_term(stage, name: str, value):
     stage.terms = lambda out, batch: (terms := plain(out, batch)) | {name: value(out, terms[name])}
 
 
+def assert_refused(step: Step, progress: Progress, told: str) -> None:
+    """The step raises, and changes nothing."""
+    before, at = whole(step), progress.step
+    with pytest.raises(NotFinite, match=told):
+        step(batch_of(step.stage), progress)
+    assert not differing(whole(step), before) and progress.step == at
+
+
+def rooted(out, term: torch.Tensor) -> torch.Tensor:
+    """A term with 0 more, whose slope is infinite."""
+    return term + (out.image * 0).abs().sqrt().sum()
+
+
 @pytest.mark.parametrize(
     "told, name, value",
     [
         ("commitment", "commitment", lambda out, term: term * float("nan")),
         ("distortion", "distortion", lambda out, term: term + float("inf")),
         ("auxiliary", "auxiliary", lambda out, term: term * float("nan")),
-        (
-            "grad_norm",
-            "distortion",
-            lambda out, term: term + (out.image * 0).abs().sqrt().sum(),
-        ),  # 0, its slope infinite
+        ("grad_norm", "distortion", rooted),
     ],
 )
 def test_nothing_is_updated_with_what_is_not_finite(told, name, value):
@@ -89,30 +98,18 @@ def test_nothing_is_updated_with_what_is_not_finite(told, name, value):
     step(batch_of(step.stage), progress)
     step.stage.codec.vq_base.quantize.embedding.cluster_size[3] = 0  # a dead code stays dead as well
     broken_term(step.stage, name, value)
-    before = whole(step)
-    with pytest.raises(NotFinite, match=f"stage codec, step 2: the term {told} is not finite"):
-        step(batch_of(step.stage), progress)
-    assert not differing(whole(step), before) and progress.step == 2
+    assert_refused(step, progress, f"stage codec, step 2: the term {told} is not finite")
 
 
-def test_nothing_is_updated_where_the_discriminator_is_not_finite():
+def test_the_discriminators_loss_and_other_ranks_terms_must_be_finite_too(monkeypatch):
     step = Step(new_stage("gt", "gt.adversary.start=0"))
+    progress, judge = Progress(step.stage.params), step.adversary.judge
     step.adversary.judge = lambda *_: torch.tensor(float("nan"))
-    before = whole(step)
-    with pytest.raises(NotFinite, match="discriminator"):
-        step(batch_of(step.stage), Progress(step.stage.params))
-    assert not differing(whole(step), before)
-
-
-def test_another_ranks_broken_term_stops_this_one(monkeypatch):
-    step = Step(new_stage("gt", "gt.adversary.weight=0"))
-    monkeypatch.setattr(
-        "utils.distributed.all_reduce_sum", lambda t: t + torch.tensor([float("nan")] + [0.0] * (len(t) - 1))
-    )
-    before = whole(step)
-    with pytest.raises(NotFinite, match="distortion"):
-        step(batch_of(step.stage), Progress(step.stage.params))
-    assert not differing(whole(step), before)
+    assert_refused(step, progress, "discriminator")
+    step.adversary.judge = judge
+    of_another = torch.zeros(4).index_fill(0, torch.tensor(0), float("nan"))  # distortion, discriminator, stop, seconds
+    monkeypatch.setattr("utils.distributed.all_reduce_sum", lambda own: own + of_another[: len(own)])
+    assert_refused(step, progress, "distortion")
 
 
 def test_the_wish_to_stop_is_everybodys(monkeypatch):
@@ -179,9 +176,11 @@ def used(step: Step, batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return counts, sums, z
 
 
-@pytest.mark.parametrize("micro", [1, 3])
-def test_the_code_book_moves_by_the_whole_batch(micro):
-    """n <- 0.99 n + 0.01 counts, m <- 0.99 m + 0.01 sums, once a step; codes are m / n but for the smoothing."""
+@pytest.mark.parametrize("micro, ranks", [(1, 1), (3, 1), (3, 2)])
+def test_the_code_book_moves_by_the_whole_batch(micro, ranks, monkeypatch):
+    """n <- 0.99 n + 0.01 counts, m <- 0.99 m + 0.01 sums, once a step; codes are m / n but for the smoothing. A second
+    rank has seen the same vectors."""
+    monkeypatch.setattr("utils.distributed.all_reduce_sum", lambda t: t * ranks if t.ndim == 2 else t)
     step, progress = codec_step(f"codec.microbatch={micro}")
     book = step.stage.codec.vq_base.quantize.embedding
     batch = batch_of(step.stage, 3)
@@ -189,24 +188,12 @@ def test_the_code_book_moves_by_the_whole_batch(micro):
     n, m = book.cluster_size.clone(), book.embed_avg.clone()
     assert counts.sum() == 12 and counts.count_nonzero() > 1
     done = step(batch, progress)
-    torch.testing.assert_close(book.cluster_size, 0.99 * n + 0.01 * counts, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(book.embed_avg, 0.99 * m + 0.01 * sums, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(book.cluster_size, 0.99 * n + 0.01 * ranks * counts, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(book.embed_avg, 0.99 * m + 0.01 * ranks * sums, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(book.weight, book.embed_avg / book.cluster_size[:, None], rtol=1e-3, atol=1e-3)
     share = counts[counts > 0] / 12
     assert done.numbers["perplexity"].item() == pytest.approx((-(share * share.log()).sum()).exp().item(), rel=1e-4)
     assert done.numbers["revived"] == 0 and not done.flags.dead
-
-
-def test_the_code_book_moves_by_all_ranks_batches(monkeypatch):
-    """Another rank that saw the same vectors: counts are twice as large, and so is their share of the sizes."""
-    step, progress = codec_step()
-    book, batch = step.stage.codec.vq_base.quantize.embedding, batch_of(step.stage)
-    counts, sums, _ = used(step, batch)
-    n, m = book.cluster_size.clone(), book.embed_avg.clone()
-    monkeypatch.setattr("utils.distributed.all_reduce_sum", lambda t: t * 2 if t.ndim == 2 else t)
-    step(batch, progress)
-    torch.testing.assert_close(book.cluster_size, 0.99 * n + 0.02 * counts, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(book.embed_avg, 0.99 * m + 0.02 * sums, rtol=1e-4, atol=1e-5)
 
 
 def test_a_dead_code_starts_anew_and_its_average_with_it():

@@ -53,10 +53,6 @@ class SpeedParams:
     keep_memory: Switch = "auto"
 
 
-def has_avx512(device: torch.device) -> bool:
-    return device.type == "cpu" and bool(torch.cpu.get_capabilities().get("avx512_f"))
-
-
 def _decided(switch: Switch, auto: bool) -> bool:
     return auto if switch == "auto" else switch
 
@@ -75,7 +71,8 @@ class Speed:
         auto = cuda and params.precision == "auto" and torch.cuda.is_bf16_supported(including_emulation=False)
         self.bfloat16 = real and (auto or params.precision == "bfloat16")
         self.compile = real and params.compile
-        self.channels_last = _decided(params.channels_last, cuda or has_avx512(device))
+        avx512 = device.type == "cpu" and bool(torch.cpu.get_capabilities().get("avx512_f"))
+        self.channels_last = _decided(params.channels_last, cuda or avx512)
         self.fused_adamw = real and _decided(params.fused_adamw, cuda)
         self.keep_memory = _decided(params.keep_memory, not cuda) and platform.libc_ver()[0] == "glibc"
 

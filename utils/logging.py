@@ -6,6 +6,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -82,25 +83,17 @@ class RunLog:
 
     def keep_until(self, stage: str, step: int, stages: list[str]) -> None:
         """Drop what the files say of iterations after `step`, those done, of a stage: a resumed run writes it again."""
-        if not self.main:
-            return
-        self._keep(METRICS, (stage, step - 1), stages)  # iterations are counted from 0, validations by those done
-        self._keep(VALIDATION, (stage, step), stages)
-
-    def _keep(self, name: str, last: tuple[str, int], stages: list[str]) -> None:
-        path = self.folder / name
-        if not path.exists():
-            return
         order = {stage: i for i, stage in enumerate(stages)}  # a stage that is no longer run comes first
-        kept = []
-        for line in path.read_text().splitlines():
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:  # a line cut by the crash
+        for name, last in ((METRICS, step - 1), (VALIDATION, step)):  # counted from 0, and by iterations done
+            if not self.main or not (path := self.folder / name).exists():
                 continue
-            if (order.get(entry["stage"], -1), entry["step"]) <= (order[last[0]], last[1]):
-                kept.append(line)
-        atomic_write(path, "".join(f"{line}\n" for line in kept).encode())
+            kept = []
+            for line in path.read_text().splitlines():
+                with suppress(json.JSONDecodeError):  # a line cut by the crash
+                    entry = json.loads(line)
+                    if (order.get(entry["stage"], -1), entry["step"]) <= (order[stage], last):
+                        kept.append(line)
+            atomic_write(path, "".join(f"{line}\n" for line in kept).encode())
 
     def step(self, stage: str, step: int, values: dict[str, float]) -> None:
         """One line `{"stage", "step", "loss", ...}` in metrics.jsonl, and the same scalars for TensorBoard."""
