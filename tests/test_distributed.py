@@ -163,20 +163,6 @@ def test_three_processes_go_on_bit_for_bit(processes, tmp_path):
             assert [key for key, value in state.items() if not torch.equal(again[key], value)] == [], name
 
 
-def test_options_of_the_optimiser_are_the_present_ones_after_resuming():
-    """Moments come back, what the configuration has changed does not."""
-    first = new_step("codec", "codec.optim.weight_decay=0.1")
-    first(batch_of(first, range(2)), Progress(first.stage.params))
-    second = new_step("codec", "codec.optim.betas=[0.1,0.2]", "speed.fused_adamw=true")
-    second.load_state_dict(copy.deepcopy(first.state_dict()), first.averages.average)
-    groups = second.optimiser.adamw.param_groups
-    assert groups[0]["betas"] == (0.1, 0.2) and not any(group["weight_decay"] for group in groups)
-    assert groups[0]["fused"] and groups[-1]["lr"] == second.optimiser.QUANTILE_LR
-    moments = [step.optimiser.adamw.state_dict()["state"] for step in (first, second)]
-    assert all(torch.equal(moments[1][i][key], value) for i, s in moments[0].items() for key, value in s.items())
-    second(batch_of(second, range(2, 4)), Progress(second.stage.params, 1))
-
-
 @pytest.mark.parametrize("name", STAGES)
 def test_every_trainable_tensor_is_in_one_group_gets_a_gradient_and_is_averaged(name):
     step = new_step(name, f"{name}.adversary.start=0")
