@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from coding import report
-from coding.plan import STREAM, Job, inputs, outputs, plan
+from coding.plan import STREAM, Job, inputs, plan
 from utils.errors import DiffoError
 from utils.files import make_folder, require_writable
 
@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> int:
     jobs, tables = _planned(args)
     if args.mode == "inspect":
         return _inspect(jobs, args)
-    written = [path for job in jobs for path in outputs(job, WRITTEN[args.mode])]
+    written = [job.output(suffix) for job in jobs for suffix in WRITTEN[args.mode]]
     there = [path for path in written + [args.out_path / name for name in tables] if path.exists()]
     if there and not args.overwrite:
         raise DiffoError(f"{there[0]} is there already ({len(there)} such outputs); --overwrite replaces them")
@@ -68,7 +68,7 @@ def _planned(args: argparse.Namespace) -> tuple[list[Job], list[str]]:
 def _inspect(jobs: list[Job], args: argparse.Namespace) -> int:
     """Print header, ledger and, where the weights are named or ship, the estimated cost of every file."""
     from coding import ledger
-    from coding.run import describe, read_bytes
+    from coding.run import read_bytes
     from coding.weights import Weights
     from models.bitstream import VERSION, unpack
     from models.released import release_named
@@ -79,7 +79,7 @@ def _inspect(jobs: list[Job], args: argparse.Namespace) -> int:
             data = read_bytes(job.source, args.max_pixels)
             file = unpack(data, args.preview)
             release = release_named(file.fingerprint)
-            facts = {"file": str(job.source), "version": VERSION} | describe(file)
+            facts = {"file": str(job.source), "version": VERSION} | ledger.ledger(file)
             if release or weights.named:
                 codec = weights.codec(file.fingerprint)
                 facts |= ledger.beside(codec, codec.read(data, args.preview))

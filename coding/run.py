@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from coding import budget, ledger, report
-from coding.plan import Job
+from coding.plan import STREAM, Job
 from coding.weights import Weights
 from measuring.contact_sheets import contact_sheet
-from measuring.metrics import bpp, colour_shift, ms_ssim, psnr
+from measuring.metrics import colour_shift, ms_ssim, psnr
 from measuring.pyiqa_metrics import score_with_pyiqa, unavailable
-from models.bitstream import CodedPicture, unpack
+from models.bitstream import unpack
 from models.codec import Codec
 from models.records import Analysed, Sampling
 from utils.errors import BitstreamError, PictureError, out_of_memory
@@ -51,26 +51,29 @@ class Run:
         original = read_image(job.reference, args.max_pixels) if job.reference else picture
         if picture is not None:
             row |= self._encode(job, picture)
-        data = read_bytes(job.source if picture is None else job.stream, args.max_pixels)
+        data = read_bytes(job.source if picture is None else job.output(STREAM), args.max_pixels)
         file = unpack(data, args.preview)
-        if original is not None:
-            require_size(original, file, job.reference or job.source)
+        if original is not None and original.shape[1:] != (file.height, file.width):
+            theirs = f"{original.shape[2]}x{original.shape[1]}"
+            ours = f"the decoded {file.width}x{file.height}"
+            raise PictureError(f"{job.reference or job.source}: {theirs} cannot be compared with {ours}")
         codec = self.weights.codec(file.fingerprint)
         self._fits(codec, job.source, file.height, file.width)
         contents, reading = self._timed(lambda: codec.read(data, args.preview))
-        row |= describe(file) | ledger.beside(codec, contents)
+        row |= ledger.ledger(file) | ledger.beside(codec, contents)
         if args.mode != "compress":
             trained = codec.params.diffusion.steps
             steps = None if args.one_step else min(args.infer_steps or trained, trained)
             sampling = Sampling(steps, args.ddim, args.eta, args.seed)
             decoded, networks = self._timed(lambda: codec.render(contents, sampling))
-            write_image(job.picture, decoded.image)
+            write_image(job.output(".png"), decoded.image)
             row |= {"eta": decoded.eta, "steps": steps or 1}
             row |= {"decode_s": reading + networks, "read_s": reading}
             row |= {"note": "preview: the base alone"} if args.preview else {}
             if original is not None:
-                row |= score(original, decoded.image)
-                self.pairs.append((job.reference or job.source, job.picture, row))
+                row |= {"psnr": psnr(original, decoded.image), "ms_ssim": ms_ssim(original, decoded.image)}
+                row |= zip(("error_r", "error_g", "error_b"), colour_shift(original, decoded.image), strict=True)
+                self.pairs.append((job.reference or job.source, job.output(".png"), row))
         self.rows.append(row)
 
     def _encode(self, job: Job, picture: Tensor) -> report.Row:
@@ -78,7 +81,7 @@ class Run:
         self._fits(codec, job.source, *picture.shape[1:])
         analysed, networks = self._timed(lambda: codec.analyse(picture))
         fitted, writing = self._timed(lambda: self._fitted(codec, analysed))
-        atomic_write(job.stream, fitted.data)
+        atomic_write(job.output(STREAM), fitted.data)
         return {"encode_s": networks + writing, "write_s": writing, "note": fitted.note}
 
     def _fitted(self, codec: Codec, analysed: Analysed) -> budget.Fitted:
@@ -165,29 +168,3 @@ def read_bytes(path: Path, max_pixels: int) -> bytes:
     if len(data) > limit:
         raise BitstreamError(f"{path}: more than the {limit:,} bytes that a picture of --max_pixels could need")
     return data
-
-
-def describe(file: CodedPicture) -> report.Row:
-    """Sizes of a file, with the ledger, whose bits add up to 8 x its bytes.
-
-    Of a preview, the bytes are those that it was made from: header, base and their checksum.
-    """
-    bits = ledger.ledger(file)
-    size = sum(bits.values()) // 8
-    row = {"width": file.width, "height": file.height, "bytes": size, "bpp": bpp(size, file.height, file.width)}
-    return row | {"level": file.residual.level if file.residual else 0} | bits
-
-
-def require_size(original: Tensor, picture: CodedPicture, path: Path) -> None:
-    """Raise PictureError, before anything is decoded, where an original (3, H, W) is not of the file's size."""
-    height, width = original.shape[1:]
-    if (height, width) != (picture.height, picture.width):
-        raise PictureError(
-            f"{path}: {width}x{height} cannot be compared with the decoded {picture.width}x{picture.height}"
-        )
-
-
-def score(original: Tensor, decoded: Tensor) -> report.Row:
-    """PSNR, MS-SSIM and mean error per channel of two pictures, uint8 (3, H, W)."""
-    shift = dict(zip(("error_r", "error_g", "error_b"), colour_shift(original, decoded), strict=True))
-    return {"psnr": psnr(original, decoded), "ms_ssim": ms_ssim(original, decoded)} | shift
