@@ -4,27 +4,17 @@ import io
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageFile
+from PIL import Image, ImageFile, ImageOps
 
 from utils.errors import PictureError
 from utils.files import PICTURES, atomic_path, find_files
 from utils.limits import MAX_PIXELS, MIN_SIDE
-
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 def read_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> torch.Tensor:
@@ -40,12 +30,8 @@ def read_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> to
     try:
         with open(path, "rb") as file, _strict_pillow():
             return _read_open_file(file, path, max_pixels)
-    except FileNotFoundError:
-        raise PictureError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise PictureError(f"{path}: is a folder, not a picture") from None
     except OSError as error:
-        raise PictureError(f"{path}: cannot be read ({_one_line(error)})") from error
+        raise PictureError(f"{path}: cannot be read ({error.strerror or _one_line(error)})") from error
 
 
 def decode_image(data: bytes, name: str) -> torch.Tensor:
@@ -80,8 +66,6 @@ def to_uint8(signed: torch.Tensor) -> torch.Tensor:
 
     Raises ValueError if there is a NaN, which no grey value can stand for.
     """
-    if not signed.is_floating_point():
-        raise ValueError(f"expected a floating-point tensor, got {signed.dtype}")
     if torch.isnan(signed).any():
         raise ValueError("a picture holds NaN: the network that made it, or its weights, are broken")
     return ((signed.float() * 0.5 + 0.5) * 255).clamp(0, 255).round().to(torch.uint8)
@@ -125,17 +109,10 @@ def _read_open_file(file: BinaryIO, path: str | os.PathLike[str], max_pixels: in
         image.load()
     except Exception as error:
         raise PictureError(f"{path}: damaged or cut short ({_one_line(error)})") from error
-    values = _to_rgb(_upright(image), path)
+    with suppress(Exception):  # a damaged EXIF block counts as none, the picture is still good
+        ImageOps.exif_transpose(image, in_place=True)
+    values = _to_rgb(image, path)
     return torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)))
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation of a loaded image; a damaged EXIF block counts as none, the picture is still good."""
-    try:
-        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:
-        turn = None
-    return image if turn is None else image.transpose(turn)
 
 
 def _to_rgb(image: Image.Image, path: str | os.PathLike[str]) -> np.ndarray:
