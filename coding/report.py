@@ -5,6 +5,7 @@ import io
 import json
 import math
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 from utils.files import atomic_write
@@ -42,13 +43,13 @@ TABLES = ["metrics.csv", "metrics.json"]
 Row = dict[str, str | int | float | None]
 
 
-def columns_of(rows: list[Row]) -> list[str]:
+def columns_of(rows: Sequence[Row]) -> list[str]:
     """Columns that any row fills, in their order; extra metrics last."""
     extra = [name for row in rows for name in row if name not in COLUMNS]
     return [name for name in [*COLUMNS, *dict.fromkeys(extra)] if any(row.get(name) is not None for row in rows)]
 
 
-def mean_row(rows: list[Row]) -> Row:
+def mean_row(rows: Sequence[Row]) -> Row:
     """Means of the numeric columns. A mean is over all rows or not there: a score that some lack, or not finite, has none."""
     mean: Row = {"picture": f"mean of {len(rows)}"}
     for name in columns_of(rows):

@@ -54,9 +54,8 @@ class Run:
         data = read_bytes(job.source if picture is None else job.output(STREAM), args.max_pixels)
         file = unpack(data, args.preview)
         if original is not None and original.shape[1:] != (file.height, file.width):
-            theirs = f"{original.shape[2]}x{original.shape[1]}"
-            ours = f"the decoded {file.width}x{file.height}"
-            raise PictureError(f"{job.reference or job.source}: {theirs} cannot be compared with {ours}")
+            theirs, ours = f"{original.shape[2]}x{original.shape[1]}", f"{file.width}x{file.height}"
+            raise PictureError(f"{job.reference or job.source}: {theirs} cannot be compared with the decoded {ours}")
         codec = self.weights.codec(file.fingerprint)
         self._fits(codec, job.source, file.height, file.width)
         contents, reading = self._timed(lambda: codec.read(data, args.preview))
@@ -67,8 +66,7 @@ class Run:
             sampling = Sampling(steps, args.ddim, args.eta, args.seed)
             decoded, networks = self._timed(lambda: codec.render(contents, sampling))
             write_image(job.output(".png"), decoded.image)
-            row |= {"eta": decoded.eta, "steps": steps or 1}
-            row |= {"decode_s": reading + networks, "read_s": reading}
+            row |= {"eta": decoded.eta, "steps": steps or 1, "decode_s": reading + networks, "read_s": reading}
             row |= {"note": "preview: the base alone"} if args.preview else {}
             if original is not None:
                 row |= {"psnr": psnr(original, decoded.image), "ms_ssim": ms_ssim(original, decoded.image)}
@@ -87,10 +85,10 @@ class Run:
     def _fitted(self, codec: Codec, analysed: Analysed) -> budget.Fitted:
         """The file of the quality or the budget that was asked for."""
         args, file = self.args, analysed.file
-        if args.target_bpp is not None:
+        if args.target_bpp:
             allowed = budget.bytes_of_bpp(args.target_bpp, file.height, file.width)
             return budget.fit(codec, analysed, allowed, at_most=False)
-        if args.max_bytes is not None:
+        if args.max_bytes:
             return budget.fit(codec, analysed, args.max_bytes)
         level = codec.level_code(args.quality)
         return budget.Fitted(codec.write(analysed, level), level)
@@ -124,8 +122,7 @@ class Run:
             print(f"skipped: {reason}", file=sys.stderr)
         names = [name for name, reason in self.unavailable.items() if reason is None]
         if names and self.pairs:
-            pictures = (self._pair(*paths) for *paths, _ in self.pairs)
-            scores = score_with_pyiqa(names, pictures, self.device)
+            scores = score_with_pyiqa(names, (self._pair(*paths) for *paths, _ in self.pairs), self.device)
             for (_, _, row), values in zip(self.pairs, scores, strict=True):
                 row |= values
 

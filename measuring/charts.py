@@ -25,10 +25,8 @@ def chart(
     Args:
         x, y: names of the axes, with units.
     Raises:
-        ValueError: no curves. DiffoError: the folder of `path` cannot be written.
+        DiffoError: the folder of `path` cannot be written.
     """
-    if not curves:
-        raise ValueError("a chart needs at least one curve")
     import matplotlib
     import numpy as np
     from matplotlib.figure import Figure

@@ -191,8 +191,7 @@ def test_a_base_and_what_a_file_changes_in_it(tmp_path):
         ({"a": "base: none.yaml"}, "none.yaml: no such configuration file (the base of "),
         ({"a": "base: b.yaml", "b": "- 1"}, "b.yaml: a configuration is a mapping"),
         ({"a": "base: b.yaml", "b": "x: [1"}, "b.yaml: "),
-        ({"a": "base: [b.yaml]", "b": ""}, "a.yaml: base: expected the path of a configuration file"),
-        ({"a": "base: 7"}, "a.yaml: base: expected the path of a configuration file, found 7"),
+        ({"a": "base: 7"}, "7: no such configuration file (the base of "),
     ],
     ids=str,
 )

@@ -243,9 +243,6 @@ def test_written_picture_is_read_back(tmp_path):
 
 def test_write_refuses_what_it_cannot_keep(tmp_path):
     picture = torch.zeros(3, 16, 16, dtype=torch.uint8)
-    for wrong in (picture.float(), picture[0], picture[:2], picture[None]):
-        with pytest.raises(ValueError, match="expected a uint8 tensor"):
-            write_image(tmp_path / "a.png", wrong)
     with pytest.raises(PictureError, match="ends in .png"):
         write_image(tmp_path / "a.jpg", picture)
     with pytest.raises(DiffoError, match="no folder"):

@@ -35,7 +35,7 @@ def test_c_is_found_where_the_best_eta_falls_as_the_rate_rises():
     assert found.identifies_c
     rate = fit(found, RateParams())
     assert rate.c == pytest.approx(0.013, rel=0.03)
-    assert found.of_rule(rate) < found.of_constants().min() / 10
+    assert found.of_rule(rate) < found.costs.mean(0).min() / 10
 
 
 @pytest.mark.parametrize("best", [0.001, 100.0])
@@ -48,8 +48,8 @@ def test_a_monotone_sweep_identifies_nothing(best):
 
 def test_the_rule_is_interpolated_in_log_eta():
     found = parabola(lambda b: 0.1)
-    np.testing.assert_allclose(found.at([0.1] * 4), 0, atol=5e-3)
-    assert found.of_rule(RateParams(c=1e-9)) == pytest.approx(found.of_constants()[0])  # clipped at eta_min
+    assert found.of_rule(RateParams(c=0.1, eta_min=0.1, eta_max=0.1)) == pytest.approx(0, abs=5e-3)
+    assert found.of_rule(RateParams(c=1e-9)) == pytest.approx(found.costs.mean(0)[0])  # clipped at eta_min
 
 
 @pytest.fixture(scope="module")

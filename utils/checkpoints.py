@@ -28,11 +28,9 @@ def save(path: str | Path, content: dict) -> None:
 class Placeholder:
     """Stands for an object that a checkpoint names and nobody needs: takes whatever is given to it, keeps nothing."""
 
-    def __init__(self, *args, **kwargs):
-        pass
+    def __init__(self, *args, **kwargs): ...
 
-    def __setstate__(self, state):
-        pass
+    def __setstate__(self, state): ...
 
 
 def read(path: str | Path, inert: Sequence[str] = ()) -> dict:

@@ -20,12 +20,11 @@ from utils.limits import MAX_PIXELS, MIN_SIDE
 def read_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> torch.Tensor:
     """Read a picture of any usual kind as a uint8 tensor (3, H, W), RGB, grey values 0..255.
 
-    Alpha, palette transparency included, is composited on white; 16-bit grey is scaled to 8 bits with rounding; an EXIF
-    orientation is applied; of an animation the first frame is taken; colour profiles are ignored. Pillow reads colour
-    of 16 bits by its high byte, which is within one of the rounded value.
+    Alpha, palette transparency included, is composited on white; 16-bit grey is rounded to 8 bits (16-bit colour within
+    one of that, by Pillow); an EXIF orientation is applied; the first frame is taken; colour profiles are ignored.
 
-    Raises PictureError, in one line with the file's name: missing, not a picture, damaged or cut short, more than
-    `max_pixels` pixels, a side under 16, or a kind without a defined 8-bit range (floating point, 32-bit integers).
+    Raises PictureError: missing, not a picture, damaged or cut short, more than `max_pixels` pixels, a side under 16,
+    or a kind without a defined 8-bit range (floating point, 32-bit integers).
     """
     try:
         with open(path, "rb") as file, _strict_pillow():
@@ -43,11 +42,8 @@ def decode_image(data: bytes, name: str) -> torch.Tensor:
 def write_image(path: str | os.PathLike[str], picture: torch.Tensor) -> None:
     """Write a uint8 tensor (3, H, W), RGB, as a PNG file, complete or not at all.
 
-    Raises ValueError for another type or shape, PictureError if the name does not end in .png, DiffoError if the folder
-    cannot be written.
+    Raises PictureError if the name does not end in .png, DiffoError if the folder cannot be written.
     """
-    if picture.dtype != torch.uint8 or picture.ndim != 3 or picture.shape[0] != 3:
-        raise ValueError(f"expected a uint8 tensor (3, H, W), got {picture.dtype} {tuple(picture.shape)}")
     if Path(path).suffix.lower() != ".png":
         raise PictureError(f"{path}: pictures are written as PNG; give a name that ends in .png")
     with atomic_path(path) as temporary:
