@@ -99,11 +99,9 @@ def altered(files: list[bytes], random: Random) -> bytes:
 
 
 def mutate(data: bytes, others: list[bytes], random: Random) -> bytes:
-    """One to three parts replaced by nothing, noise, one byte again and again, themselves twice or with a bit flipped,
-    or by the rest of another string.
+    """One to three parts replaced by nothing, noise, one byte, themselves twice or with flipped bits, or another string.
 
-    A part may be short or empty, lie in the header, begin with the string or end with it: so strings are cut at either
-    end, extended, and spliced.
+    A part may be empty, lie in the header, begin with the string or end with it: strings are cut, extended and spliced.
     """
     for _ in range(random.integers(1, 4)):
         reach = min(len(data), _one((HEADER, len(data), len(data)), random))

@@ -71,8 +71,7 @@ def _each(jobs: list[Job], work: Callable[[Job], None], args: argparse.Namespace
 def _inspection(args: argparse.Namespace) -> Callable[[Job], None]:
     """Prints header, ledger and, where the weights are named or ship, the estimated cost of a file."""
     from coding import ledger
-    from coding.run import read_bytes
-    from coding.weights import Weights
+    from coding.run import Weights, read_bytes
     from models.bitstream import VERSION, unpack
     from models.released import release_named
 

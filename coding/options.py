@@ -9,7 +9,6 @@ from utils.commandline import number, positive
 from utils.limits import MAX_PIXELS
 
 MODES = ("roundtrip", "compress", "decompress", "inspect")
-CHOP_SIZE = 2048
 
 quality = number(float, lambda value: 0 <= value <= 100, "in 0 to 100")
 rate = number(float, lambda value: 0 < value < float("inf"), "a rate above 0")
@@ -69,7 +68,7 @@ def _add_coding(parser: argparse.ArgumentParser) -> None:
     add("--preview", action="store_true", help="the base alone, also of a file that was cut after it")
     add("--max_pixels", type=positive, default=MAX_PIXELS, metavar="N", help="refuse files that claim more pixels")
     add("--scale", type=int, choices=[1], default=1, help="kept for the published command; a codec does not enlarge")
-    add("--chop_size", type=positive, default=CHOP_SIZE, metavar="PX", help="largest side (default %(default)s)")
+    add("--chop_size", type=positive, default=2048, metavar="PX", help="largest side (default %(default)s)")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
     add("--precision", choices=["float32", "bfloat16"], default="float32", help="of the networks")
 

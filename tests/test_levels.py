@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 
@@ -14,13 +12,11 @@ import torch
 from coding import budget, ledger
 from coding.compressai_view import CompressAIView
 from models import bitstream
-from models.records import CodecParams
 from models.released import Triple, load_codec, load_triple, save_triple
 from models.residual_hyperprior import LEVEL_CODES, node_of
 from release.tables import Counts, gaussian_pmf
-from tests.commands import ROOT, call, photograph
+from tests.commands import call, photograph
 from tests.residual import new_codec, picture
-from utils.config import to_mapping
 from utils.errors import BitstreamError, BudgetError, CheckpointError
 from utils.images import write_image
 
@@ -86,22 +82,18 @@ def test_files_with_a_residual_need_the_residual_codec(codec, analysed):
     assert torch.equal(without.decode(data, preview=True).image, without.decompress(codec.write(analysed, 0)))
 
 
-@pytest.mark.parametrize("share", [0.001, 0.1, 0.37, 0.5, 0.83, 1.0])
-def test_a_budget_is_used_and_kept(codec, analysed, share):
+@pytest.mark.parametrize("share", [0.001, 0.37, 1.0])
+def test_a_budget_is_used_kept_and_searched_without_the_image_encoder(codec, analysed, monkeypatch, share):
     smallest, largest = (len(codec.write(analysed, level)) for level in (1, LEVEL_CODES))
     allowed = smallest + math.ceil(share * (largest - smallest))
-    fitted = budget.fit(codec, analysed, allowed)
-    assert 0.97 * allowed <= len(fitted.data) <= allowed and fitted.note is None
-    assert fitted.data == codec.write(analysed, fitted.level)
-
-
-def test_a_budget_is_searched_without_the_image_encoder(codec, analysed, monkeypatch):
     monkeypatch.setattr(codec, "to_latent", lambda image: pytest.fail("the encoder ran again"))
     monkeypatch.setattr(codec.residual.analysis, "forward", lambda *a: pytest.fail("g_a ran again"))
     written = []
     write = codec.write
     monkeypatch.setattr(codec, "write", lambda picture, level: written.append(level) or write(picture, level))
-    budget.fit(codec, analysed, 6000)
+    fitted = budget.fit(codec, analysed, allowed)
+    assert 0.97 * allowed <= len(fitted.data) <= allowed and fitted.note is None
+    assert fitted.data == write(analysed, fitted.level)
     assert len(written) == len(set(written)) <= 2 + 8 + 2 * budget.NEIGHBOURS
 
 
@@ -161,6 +153,7 @@ def test_the_ledger_adds_up(codec, analysed, level):
     parts = ("header", "base", *(("hyper", "residual") if level else ()), "check")
     assert [name for name in bits if name.endswith("_bits")] == [f"{part}_bits" for part in parts]
     assert sum(bits[f"{part}_bits"] for part in parts) == 8 * len(data) == 8 * bits["bytes"]
+    assert bits["header_bits"] + bits["check_bits"] <= 8 * (28 if level else 19)  # what the README says
     beside = ledger.beside(codec, contents)
     assert abs(beside["estimated_bits"] - 8 * len(data)) < 0.02 * 8 * len(data) + 128
     assert beside["fixed_length_base_bits"] == 32 * 32 * 4
@@ -171,19 +164,6 @@ def test_eta_follows_from_all_sections(codec, analysed):
     etas = [codec.render(contents).eta for contents in files]
     assert etas == [codec.rate.eta(8 * sum(c.file.section_bytes.values()) / 512**2) for c in files]
     assert etas == sorted(etas, reverse=True)
-
-
-def test_a_release_keeps_the_residual_codec(codec, release, analysed):
-    loaded = load_codec(release)
-    assert loaded.has_levels
-    for level in (0, 1, 255):
-        theirs = loaded.write(replace_fingerprint(loaded, analysed), level)
-        assert len(theirs) == len(codec.write(analysed, level))
-        assert torch.equal(loaded.decode(theirs).image, codec.decode(codec.write(analysed, level)).image)
-
-
-def replace_fingerprint(codec, analysed):
-    return replace(analysed, file=replace(analysed.file, fingerprint=codec.fingerprint))
 
 
 def test_every_part_of_the_residual_codec_is_in_the_fingerprint(codec, release, tmp_path):
@@ -197,16 +177,6 @@ def test_every_part_of_the_residual_codec_is_in_the_fingerprint(codec, release, 
         triple.unet.parent.mkdir()
         save_triple(triple, parts, codec.params, codec.base_table, residual_tables)
         assert load_triple(triple).fingerprint != before
-
-
-def test_a_configuration_with_another_residual_codec_is_refused(release, codec, tmp_path):
-    config = tmp_path / "other.yaml"
-    networks = to_mapping(codec.params)
-    networks["residual"]["levels"] = 5
-    config.write_text(json.dumps({"networks": networks}))
-    with pytest.raises(CheckpointError, match="residual"):
-        load_triple(Triple.in_folder(release), config)
-    assert CodecParams().residual is None
 
 
 def test_tables_from_counts(codec, analysed):
@@ -248,42 +218,23 @@ def test_compressai_view(codec, quality):
     assert abs(bits - written) < 2 * 24
 
 
-EVALUATE = """
-import sys
-from pathlib import Path
-from compressai.utils.eval_model.__main__ import eval_model
-from coding.compressai_view import CompressAIView
-from release import load_codec
+def test_compressai_evaluates_it(codec, tmp_path, monkeypatch):
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", torch.backends.cudnn.deterministic)
+    from compressai.utils.eval_model.__main__ import eval_model  # which sets threads and determinism
 
-release, folder = sys.argv[1:]
-files = sorted(Path(folder).glob("*.png"))
-view = CompressAIView(load_codec(release), quality=50)
-for estimation in (False, True):
-    found = eval_model(view, folder, folder, files, estimation, architecture="diffo", half=False, per_image=False)
-    print("bpp", found["bpp"], found["psnr-rgb"])
-"""
-
-
-def test_compressai_evaluates_it(release, tmp_path):
-    """In a process of its own: importing the evaluator sets torch to one thread."""
+    torch.set_num_threads(threads)
     for i in range(2):
         write_image(tmp_path / f"{i}.png", picture(192, 256, i))
-    done = subprocess.run(
-        [sys.executable, "-c", EVALUATE, str(release), str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+    files, view = sorted(tmp_path.glob("*.png")), CompressAIView(codec, 50)
+    coded, estimated = (
+        eval_model(view, tmp_path, tmp_path, files, entropy, architecture="diffo", half=False, per_image=False)
+        for entropy in (False, True)
     )
-    assert done.returncode == 0, done.stderr
-    coded, estimated = (list(map(float, line.split()[1:])) for line in done.stdout.splitlines() if line[:3] == "bpp")
-    codec = load_codec(release)
     sizes = [len(codec.compress(picture(192, 256, i), 50)) for i in range(2)]
-    assert coded[0] == pytest.approx(8 * sum(sizes) / 2 / (192 * 256), rel=1e-9)
-    assert abs(estimated[0] - coded[0]) < 0.02 * coded[0] + 128 / (192 * 256)
-    assert estimated[1] == pytest.approx(coded[1], abs=1e-4)
-
-
-def test_bytes_beside_the_sections(codec):
-    file = codec.read(codec.write(codec.analyse(picture(512, 768)), 255)).file
-    assert file.header_bytes + file.check_bytes <= 28
-    assert bitstream.unpack(bitstream.pack(file)) == file
+    assert coded["bpp"] == pytest.approx(8 * sum(sizes) / 2 / (192 * 256), rel=1e-9)
+    assert abs(estimated["bpp"] - coded["bpp"]) < 0.02 * coded["bpp"] + 128 / (192 * 256)
+    assert estimated["psnr-rgb"] == pytest.approx(coded["psnr-rgb"], abs=1e-4)
 
 
 def test_inference_writes_budgets_and_previews(release, tmp_path, capsys):

@@ -89,7 +89,7 @@ def test_pairs_that_do_not_fit_are_refused(score):
 def test_simple_scores_import_no_metric_library():
     code = (
         "import sys, torch\n"
-        "from measuring import charts, contact_sheets, metrics, pyiqa_metrics\n"
+        "from measuring import charts, metrics, pyiqa_metrics\n"
         "a = torch.zeros(3, 161, 161, dtype=torch.uint8)\n"
         "metrics.psnr(a, a), metrics.ms_ssim(a, a), list(map(pyiqa_metrics.unavailable, pyiqa_metrics.METRICS))\n"
         "print([m for m in ('pyiqa', 'transformers', 'lpips', 'torchvision', 'matplotlib') if m in sys.modules])\n"
