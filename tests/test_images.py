@@ -197,19 +197,13 @@ def test_truncated_files_are_refused_even_if_pillow_was_told_otherwise(tmp_path,
 def test_too_small_and_too_large(tmp_path, recwarn):
     assert_refused(saved(tmp_path, Image.new("RGB", (15, 40))), "15x40 is too small, both sides must be 16 or more")
     exact = saved(tmp_path, Image.new("RGB", (16, 16)))
-    assert read(exact).shape == (16, 16, 3)
     assert read_image(exact, max_pixels=256).shape == (3, 16, 16)
     assert_refused(exact, "more than the 255 pixels", max_pixels=255)
-    assert not recwarn.list
-
-
-def test_decompression_bomb_is_refused_without_a_warning(tmp_path, recwarn):
     limit = Image.MAX_IMAGE_PIXELS
     for side in (10_001, 60_000):
         bomb = png(tmp_path, noise(1, 1, 3), 2, side=side)
         assert_refused(bomb, f"{side}x{side} is more than the 100000000 pixels")
-    assert not recwarn.list
-    assert Image.MAX_IMAGE_PIXELS == limit
+    assert not recwarn.list and Image.MAX_IMAGE_PIXELS == limit
 
 
 def test_written_picture_is_read_back(tmp_path):

@@ -3,7 +3,6 @@
 import json
 import math
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ import torch
 from coding import budget, ledger
 from coding.compressai_view import CompressAIView
 from models import bitstream
-from models.released import Triple, load_codec, load_triple, save_triple
+from models.released import Triple, load_codec, load_triple, save_triple, states_of
 from models.residual_hyperprior import LEVEL_CODES, node_of
 from release.tables import Counts, gaussian_pmf
 from tests.commands import call, photograph
@@ -40,8 +39,7 @@ def analysed(codec, image):
 def release(codec, tmp_path_factory):
     """The codec as a release folder."""
     folder = tmp_path_factory.mktemp("release")
-    states = {name: getattr(codec, name).state_dict() for name in ("unet", "vq_base", "autoencoder", "residual")}
-    save_triple(Triple.of(folder, 1), states, codec.params, codec.base_table, codec.residual.tables)
+    save_triple(Triple.of(folder, 1), states_of(codec), codec.params, codec.base_table, codec.residual.tables)
     return folder
 
 
@@ -168,7 +166,7 @@ def test_eta_follows_from_all_sections(codec, analysed):
 
 def test_every_part_of_the_residual_codec_is_in_the_fingerprint(codec, release, tmp_path):
     before = load_codec(release).fingerprint
-    states = {name: getattr(codec, name).state_dict() for name in ("unet", "vq_base", "autoencoder", "residual")}
+    states = states_of(codec)
     tables = codec.residual.tables
     other = replace(tables, symbols=np.roll(tables.symbols, 1, axis=0))
     changed = {**states, "residual": states["residual"] | {"log_gain": states["residual"]["log_gain"] + 0.1}}
@@ -238,31 +236,30 @@ def test_compressai_evaluates_it(codec, tmp_path, monkeypatch):
 
 
 def test_inference_writes_budgets_and_previews(release, tmp_path, capsys):
-    call_main = partial(call, capsys)
     source = photograph(tmp_path / "in" / "a.png", 512, 512)
     flags = ["--weights", release, "--one_step", "--ddim"]
-    status, out, _ = call_main("-i", source, "-o", tmp_path / "o", "--max_bytes", 4000, *flags)
+    status, _, _ = call(capsys, "-i", source, "-o", tmp_path / "o", "--max_bytes", 4000, *flags)
     row = json.loads((tmp_path / "o" / "metrics.json").read_text())["pictures"][0]
     data = (tmp_path / "o" / "a.dfo").read_bytes()
     assert status == 0 and row["bytes"] == len(data) <= 4000 and row["level"] == bitstream.unpack(data).residual.level
     parts = ("header", "base", "hyper", "residual", "check")
     assert sum(row[f"{part}_bits"] for part in parts) == 8 * len(data)
-    status, out, _ = call_main("--mode", "inspect", "-i", tmp_path / "o", "--json", "--weights", release)
+    status, out, _ = call(capsys, "--mode", "inspect", "-i", tmp_path / "o", "--json", "--weights", release)
     told = json.loads(out)
     assert status == 0 and sum(told[f"{part}_bits"] for part in parts) == 8 * len(data)
     assert all(told[name] == row[name] for name in ("level", "estimated_bits", "fixed_length_base_bits"))
     (tmp_path / "cut.dfo").write_bytes(data[: len(data) * 2 // 3])
     inspect = ["--mode", "inspect", "-i", tmp_path / "cut.dfo", "--json"]
-    status, _, err = call_main(*inspect)
+    status, _, err = call(capsys, *inspect)
     assert status == 1 and "--preview" in err
-    status, out, _ = call_main(*inspect, "--preview")
+    status, out, _ = call(capsys, *inspect, "--preview")
     assert status == 0 and json.loads(out)["bytes"] < len(data) / 2
     decode = ["--mode", "decompress", "-i", tmp_path / "cut.dfo", "-o", tmp_path / "p", *flags]
-    status, _, err = call_main(*decode)
+    status, _, err = call(capsys, *decode)
     assert status == 1 and "--preview" in err and not list((tmp_path / "p").glob("*.png"))
-    status, out, _ = call_main(*decode, "--preview")
+    status, out, _ = call(capsys, *decode, "--preview")
     assert status == 0 and "preview: the base alone" in out and (tmp_path / "p" / "cut.png").is_file()
-    status, _, err = call_main("-i", source, "-o", tmp_path / "x", "--target_bpp", 9, *flags)
+    status, _, err = call(capsys, "-i", source, "-o", tmp_path / "x", "--target_bpp", 9, *flags)
     assert status == 1 and " to " in err and not list((tmp_path / "x").glob("*.dfo"))
-    status, _, err = call_main(*decode, "--preview", "--overwrite", "--max_pixels", 1000)
+    status, _, err = call(capsys, *decode, "--preview", "--overwrite", "--max_pixels", 1000)
     assert status == 1 and "--max_pixels" in err
