@@ -48,13 +48,7 @@ ERRORS = {error.__name__ for error in DiffoError.__subclasses__()}
 
 @dataclass
 class Set:
-    """One set of files.
-
-    Attributes:
-        outcomes: seconds of processor time that the files of each outcome took.
-        violations: a line for each file that did what none may.
-        largest: (height, width) of the largest picture that was decoded.
-    """
+    """Seconds of processor time by outcome, a line per violation, and (height, width) of the largest decoded picture."""
 
     outcomes: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     violations: list[str] = field(default_factory=list)

@@ -79,7 +79,6 @@ def _mistakes(args: argparse.Namespace) -> list[tuple[bool, str]]:
     encodes, decodes = mode in ("roundtrip", "compress"), mode in ("roundtrip", "decompress")
     compares = bool(args.metrics or args.overview)
     sized = args.quality or args.target_bpp or args.max_bytes
-    contradiction = f"--one_step and --infer_steps {args.infer_steps} contradict each other"
     nothing = f"--mode {mode} decodes nothing: leave out --ref_path, --metrics and --overview"
     originals = "--metrics and --overview compare with originals: name them with --ref_path"
     return [
@@ -89,7 +88,7 @@ def _mistakes(args: argparse.Namespace) -> list[tuple[bool, str]]:
         (any(triple) and not all(triple), "--ckpt, --vqckpt and --GT_vqckpt belong together: name all three or none"),
         (any(triple) and args.weights, "--weights names a whole release: leave out --ckpt, --vqckpt and --GT_vqckpt"),
         (args.config and not any(triple), "--config goes with --ckpt, --vqckpt and --GT_vqckpt"),
-        (args.one_step and args.infer_steps not in (None, 1), contradiction),
+        (args.one_step and args.infer_steps not in (None, 1), "--one_step and --infer_steps contradict each other"),
         ((args.ref_path or compares) and not decodes, nothing),
         (compares and mode == "decompress" and not args.ref_path, originals),
         (args.json and mode != "inspect", "--json goes with --mode inspect; the other modes write metrics.json"),

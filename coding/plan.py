@@ -87,12 +87,11 @@ def _reference(references: Path | None, relative: Path) -> Path | None:
     """The picture of the same name, or, where there is exactly one, of the same stem."""
     if references is None or references.is_file():
         return references
-    same = references / relative
-    if same.is_file() and same.suffix.lower() in PICTURES:
-        return same
     if not references.is_dir():
         raise DiffoError(f"{references}: no such file or folder (--ref_path)")
-    alike = [p for p in find_files(same.parent, PICTURES) if p.stem == relative.stem] if same.parent.is_dir() else []
+    folder = (references / relative).parent
+    alike = [p for p in find_files(folder, PICTURES) if p.stem == relative.stem] if folder.is_dir() else []
+    alike = [p for p in alike if p.name == relative.name] or alike
     if len(alike) != 1:
         count = f"{len(alike) or 'no'} picture{'s' * (len(alike) > 1)}"
         raise DiffoError(f"{references}: {count} named {relative.stem} to compare {relative} with (--ref_path)")

@@ -27,13 +27,7 @@ MIN_LIMIT = 1 << 20  # bytes; small pictures may take more than that per pixel
 
 
 class Weights:
-    """Codecs by the fingerprint of a file, loaded when first asked for.
-
-    Attributes:
-        device: where they compute.
-        fixed: the same weights for every input, whatever it needs.
-        codecs: those loaded so far.
-    """
+    """Codecs by the fingerprint of a file, loaded when first asked for; `fixed`: the same for every input."""
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.device = args, local_device(args.device)

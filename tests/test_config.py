@@ -169,13 +169,9 @@ def test_files_and_bases_that_cannot_be_followed_are_named(files, message, tmp_p
 # The configurations that ship -----------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def paper() -> TrainConfig:
-    return load_config(str(PAPER))
-
-
-def test_the_papers_numbers(paper):
+def test_the_papers_numbers():
     """DiffO, section 4; the rest as published."""
+    paper = load_config(str(PAPER))
     codec = paper.codec
     assert (codec.distortion_weight, codec.perceptual, codec.commitment) == (0.8, {"lpips": 0.2}, 0.25)
     assert (codec.optim.lr, codec.optim.lr_end, codec.optim.warmup, codec.ema) == (5e-5, None, 0, 0.999)
