@@ -100,25 +100,21 @@ def test_computed_without_tf32_whatever_was_set(monkeypatch):
     assert seen == [(False, "highest", torch.float32)]
 
 
-def test_unavailable_tells_file_folder_and_command(hub):
-    for name in WITHOUT_WEIGHTS:
-        assert metrics.unavailable(name) is None
-    line = metrics.unavailable("lpips-vgg")
-    for part in ("vgg16-397923af.pth", "LPIPS_v0.1_vgg-a78928a0.pth", "python reproduce.py weights"):
-        assert part in line
-    assert f"looked in {hub / 'checkpoints'}" in line and f"looked in {hub / 'pyiqa'}" in line
-    assert "\n" not in line and not hub.exists()
-    assert "alexnet-owt-7be5be79.pth" in metrics.unavailable("lpips-alex")
-    assert "DISTS_weights-f5e65c96.pth" in metrics.unavailable("dists")
-
-
-def test_missing_weights_and_packages_and_unknown_names_are_refused_at_once(hub, monkeypatch):
-    with pytest.raises(DiffoError, match="python reproduce.py weights"):
+def test_missing_weights_and_packages_and_unknown_names_are_told_at_once(hub, monkeypatch):
+    assert not any(map(metrics.unavailable, WITHOUT_WEIGHTS))
+    for name, files in {
+        "lpips-vgg": ("vgg16-397923af.pth", "LPIPS_v0.1_vgg-a78928a0.pth"),
+        "lpips-alex": ("alexnet-owt-7be5be79.pth", "LPIPS_v0.1_alex-df73285e.pth"),
+        "dists": ("vgg16-397923af.pth", "DISTS_weights-f5e65c96.pth"),
+    }.items():
+        told = f"{files[0]} (looked in {hub / 'checkpoints'}) and {files[1]} (looked in {hub / 'pyiqa'})"
+        assert metrics.unavailable(name) == f"{name} lacks {told}; fetch with: python reproduce.py weights"
+    with pytest.raises(DiffoError, match="lpips-vgg lacks"):
         metrics.score_with_pyiqa(["psnr", "lpips-vgg"], [])
     with pytest.raises(DiffoError, match="unknown metric lpips; known are"):
         metrics.unavailable("lpips")
     monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda _: None)
-    assert "pip install pyiqa" in metrics.unavailable("fsim")
+    assert "pip install pyiqa" in metrics.unavailable("fsim") and not hub.exists()
 
 
 def test_weight_files_are_those_that_the_packages_load(hub):

@@ -46,10 +46,10 @@ def test_a_monotone_sweep_identifies_nothing(best):
     assert fit(found, RateParams(c=0.02)).c == 0.02
 
 
-def test_the_rule_is_interpolated_in_log_eta():
-    found = parabola(lambda b: 0.1)
-    assert found.of_rule(RateParams(c=0.1, eta_min=0.1, eta_max=0.1)) == pytest.approx(0, abs=5e-3)
-    assert found.of_rule(RateParams(c=1e-9)) == pytest.approx(found.costs.mean(0)[0])  # clipped at eta_min
+def test_the_rule_is_interpolated_in_log_eta_and_clipped():
+    found = Sweep(np.array([0.01, 1.0]), np.array([0.1, 0.1]), np.array([[0.0, 1.0], [2.0, 4.0]]))
+    assert found.of_rule(RateParams(c=0.01, eta_min=0.01)) == pytest.approx((0.5 + 3) / 2)  # eta = 0.1
+    assert found.of_rule(RateParams(c=1e-9, eta_min=0.01)) == 1 and found.of_rule(RateParams(c=9)) == 2.5
 
 
 @pytest.fixture(scope="module")
@@ -117,11 +117,9 @@ def test_two_layers_against_a_base_alone_at_its_bytes(release, tmp_path, capsys)
     assert main([str(a) for a in [*command, "--device", "cpu"]]) == 0
     rows = list(csv.DictReader((tmp_path / "out" / "equal_bytes.csv").read_text().splitlines()))
     assert [row["picture"] for row in rows] == ["0.png", "0.png", "1.png", "1.png"]
-    theirs, ours = rows[::2], rows[1::2]
-    won = 0
-    for their, our in zip(theirs, ours, strict=True):
-        assert their["weights"] == "k2048" and int(our["bytes"]) <= int(their["bytes"])
-        won += float(our["ms_ssim"]) > float(their["ms_ssim"])
+    pairs = list(zip(rows[::2], rows[1::2], strict=True))
+    assert all(their["weights"] == "k2048" and int(our["bytes"]) <= int(their["bytes"]) for their, our in pairs)
+    won = sum(float(our["ms_ssim"]) > float(their["ms_ssim"]) for their, our in pairs)
     table = capsys.readouterr().out
     assert f"{won} of 2" in table and f"{2 - won} of 2" in table
     photograph(data / "small.png", 96, 96, seed=3)
