@@ -52,32 +52,17 @@ def test_quality_is_continuous(codec, analysed):
             codec.level_code(quality)
 
 
-def test_a_base_only_file_does_not_depend_on_the_residual_codec(codec, image):
-    """Level 0, and the same weights with the residual codec switched off, give identical bytes."""
+def test_a_base_does_not_depend_on_the_residual_codec(codec, image, analysed):
+    """Level 0, and the same weights with the residual codec switched off, give identical bytes and pictures."""
     without = new_codec()
     without.residual = None
-    assert without.compress(image) == codec.compress(image) == codec.compress(image, quality=0)
+    base, layered = codec.write(analysed, 0), codec.write(analysed, 9)
+    assert without.compress(image) == codec.compress(image) == base
+    assert torch.equal(without.decode(layered, preview=True).image, without.decompress(base))
     with pytest.raises(CheckpointError, match="base alone"):
         without.compress(image, quality=1)
-
-
-def test_a_file_decodes_to_the_symbols_that_were_sent(codec, analysed):
-    residual = codec.residual
-    for level in (1, 100, 255):
-        contents = codec.read(codec.write(analysed, level))
-        sent = residual.symbols(analysed.s, analysed.y, analysed.k, level, residual.tables)
-        assert contents.file.residual.level == level and torch.equal(contents.k, analysed.k)
-        for name in ("hyper", "residual", "index"):
-            assert np.array_equal(getattr(contents.symbols, name), getattr(sent, name)), name
-
-
-def test_files_with_a_residual_need_the_residual_codec(codec, analysed):
-    data = codec.write(analysed, 9)
-    without = new_codec()
-    without.residual = None
     with pytest.raises(BitstreamError, match="no residual codec"):
-        without.read(data)
-    assert torch.equal(without.decode(data, preview=True).image, without.decompress(codec.write(analysed, 0)))
+        without.read(layered)
 
 
 @pytest.mark.parametrize("share", [0.001, 0.37, 1.0])
@@ -86,8 +71,7 @@ def test_a_budget_is_used_kept_and_searched_without_the_image_encoder(codec, ana
     allowed = smallest + math.ceil(share * (largest - smallest))
     monkeypatch.setattr(codec, "to_latent", lambda image: pytest.fail("the encoder ran again"))
     monkeypatch.setattr(codec.residual.analysis, "forward", lambda *a: pytest.fail("g_a ran again"))
-    written = []
-    write = codec.write
+    written, write = [], codec.write
     monkeypatch.setattr(codec, "write", lambda picture, level: written.append(level) or write(picture, level))
     fitted = budget.fit(codec, analysed, allowed)
     assert 0.97 * allowed <= len(fitted.data) <= allowed and fitted.note is None
@@ -166,8 +150,7 @@ def test_eta_follows_from_all_sections(codec, analysed):
 
 def test_every_part_of_the_residual_codec_is_in_the_fingerprint(codec, release, tmp_path):
     before = load_codec(release).fingerprint
-    states = states_of(codec)
-    tables = codec.residual.tables
+    states, tables = states_of(codec), codec.residual.tables
     other = replace(tables, symbols=np.roll(tables.symbols, 1, axis=0))
     changed = {**states, "residual": states["residual"] | {"log_gain": states["residual"]["log_gain"] + 0.1}}
     for i, (parts, residual_tables) in enumerate([(states, other), (changed, tables)]):
@@ -179,9 +162,7 @@ def test_every_part_of_the_residual_codec_is_in_the_fingerprint(codec, release, 
 
 def test_tables_from_counts(codec, analysed):
     """The release's own tables cost less than tables of Gaussians, on what they were counted on."""
-    counts = Counts.none(codec)
-    residual = codec.residual
-    found = {}
+    counts, residual, found = Counts.none(codec), codec.residual, {}
     for level in range(5, 256, 25):
         found[level] = residual.symbols(analysed.s, analysed.y, analysed.k, level)
         counts.add(found[level], node_of(level, residual.params))

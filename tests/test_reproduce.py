@@ -141,9 +141,7 @@ def test_two_layers_against_a_base_alone_at_its_bytes(release, tmp_path, capsys)
     ],
     ids=" ".join,
 )
-def test_every_option_is_checked_before_a_picture_is_coded(
-    flags, told, release, pictures, tmp_path, capsys, monkeypatch
-):
+def test_options_are_checked_before_pictures(flags, told, release, pictures, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Codec, "analyse", lambda *_: pytest.fail("a picture was coded"))
     flags = [{"PICTURES": str(pictures), "RELEASE": str(release)}.get(flag, flag) for flag in flags]
