@@ -34,7 +34,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     eta.add_argument("--held_out", type=Path, required=True, metavar="DIR", help="photographs to compare on")
     eta.add_argument("--limit", type=positive, metavar="N", help="at most so many photographs of each folder")
     eta.add_argument("--points", type=positive, default=12, metavar="N", help="noise levels in the sweep (default 12)")
-    eta.add_argument("--metric", metavar="NAME", help="default: lpips-vgg, or nlpd where its weights are not here")
+    eta.add_argument("--metric", default="lpips-vgg", metavar="NAME", help="to fit by (default %(default)s)")
     eta.add_argument("--store", type=Path, metavar="DIR", help="write a release with the fitted c, in a new folder")
     rates = commands.add_parser("rates", parents=[common], help="code pictures at several qualities of one model")
     rates.add_argument("--qualities", nargs="+", default=QUALITIES, metavar="Q", help="default: " + " ".join(QUALITIES))

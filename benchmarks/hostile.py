@@ -3,8 +3,8 @@
 python -m benchmarks.hostile --weights weights/tiny-2 --pictures photos/
 
 Two sets, both seeded. Of the first, 10,000 mutations of valid files, every one must be refused with BitstreamError. The
-second, 1,000, has its checksums recomputed, and a quarter of it are random symbols written as the encoder would: a file
-may decode to nonsense or be refused with an error of the project.
+second, 1,000, has checksums that match: layers with any bytes changed, other sizes, levels and sections, and random
+symbols written as the encoder would; a file may decode to nonsense or be refused with an error of the project.
 Refusals must stay under 1 s of processor time and 200 MB beyond the model, decoding under what a picture of the size
 that the file states may take. Prints counts, times and memory; the exit status is 1 after any violation.
 """
@@ -14,20 +14,20 @@ import math
 import resource
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterable
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from benchmarks import mutations
 from datapipe.sources import demo_photographs
 from experiments.inputs import photographs
-from models.bitstream import CodedResidual, pack, unpack
+from models.bitstream import MAX_SIDE, MIN_SIDE, CodedResidual, pack, unpack
 from models.codec import Codec
 from models.entropy_coding import encode_indices, encode_symbols
 from models.released import SMALL, load_codec
@@ -36,6 +36,9 @@ from utils.commandline import answer, positive
 from utils.errors import BitstreamError, DiffoError
 from utils.images import read_image
 
+SIDE = 256  # pixels of each picture, from its corner, that are coded
+HEADER, CRC_BYTES = 24, 4  # bytes where the header is; of a checksum
+Random = np.random.Generator
 SECONDS, MEGABYTES = 1.0, 200
 SLOWER = 5  # times the processor time per pixel of the valid files: what nonsense may take
 QUALITIES = (0, 1, 20, 60, 100)
@@ -45,22 +48,14 @@ ERRORS = {error.__name__ for error in DiffoError.__subclasses__()}
 
 @dataclass
 class Set:
-    """The outcomes of one set of files.
+    """Seconds of processor time by outcome, a line per violation, and (height, width) of the largest decoded picture."""
 
-    Attributes:
-        outcomes: how many files had each. slowest: seconds of processor time to each, at most.
-        violations: a line for each file that did what none may.
-        largest: (height, width) of the largest picture that was decoded.
-    """
-
-    outcomes: Counter = field(default_factory=Counter)
-    slowest: dict[str, float] = field(default_factory=dict)
+    outcomes: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     violations: list[str] = field(default_factory=list)
     largest: tuple[int, int] = (0, 0)
 
     def add(self, name: str, outcome: str, seconds: float, allowed: bool, limit: float = SECONDS) -> None:
-        self.outcomes[outcome] += 1
-        self.slowest[outcome] = max(seconds, self.slowest.get(outcome, 0.0))
+        self.outcomes[outcome].append(seconds)
         if not allowed or seconds > limit:
             self.violations.append(f"{name}: {outcome} after {seconds:.2f} s of {limit:.2f} s")
 
@@ -68,8 +63,8 @@ class Set:
         """Print counts, times and memory beyond the model, in megabytes."""
         if beyond > limit:
             self.violations.append(f"{name} files: {beyond:.0f} MB beyond the model, more than {limit:.0f}")
-        for outcome, count in sorted(self.outcomes.items()):
-            print(f"{name:10} {outcome:28} {count:7,d}   slowest {self.slowest[outcome]:7.3f} s")
+        for outcome, seconds in sorted(self.outcomes.items()):
+            print(f"{name:10} {outcome:28} {len(seconds):7,d}   slowest {max(seconds):7.3f} s")
         print(f"{name:10} {'memory beyond the model':28} {beyond:7.0f} MB")
 
 
@@ -79,11 +74,87 @@ def valid_files(codec: Codec, pictures: Iterable[torch.Tensor]) -> list[bytes]:
     return [codec.compress(picture, quality) for picture in pictures for quality in qualities]
 
 
+def drawn(draw: Callable[[list[bytes], Random], bytes], files: list[bytes], count: int, seed: int) -> Iterator[bytes]:
+    """`count` files that `draw` makes of valid `files`, none of them one of these."""
+    random = np.random.default_rng(seed)
+    while count:
+        try:
+            data = draw(files, random)
+        except BitstreamError:  # such as an empty section, which cannot be written: another one
+            continue
+        if data not in files:
+            count -= 1
+            yield data
+
+
+def altered(files: list[bytes], random: Random) -> bytes:
+    """A valid file, mutated, with checksums as they then are."""
+    return mutate(_one(files, random), files, random)
+
+
+def mutate(data: bytes, others: list[bytes], random: Random) -> bytes:
+    """One to three parts replaced by nothing, noise, one byte, themselves twice or with flipped bits, or another string.
+
+    A part may be empty, lie in the header, begin with the string or end with it: strings are cut, extended and spliced.
+    """
+    for _ in range(random.integers(1, 4)):
+        reach = min(len(data), _one((HEADER, len(data), len(data)), random))
+        start, end = sorted(random.integers(0, reach + 1, 2).tolist())
+        ends = ((start, end), (start, min(end, start + 2)), (start, start), (0, end), (start, len(data)))
+        start, end = _one(ends, random)
+        part, bit = data[start:end], 1 << int(random.integers(8))
+        fillings = (
+            b"",
+            random.bytes(random.integers(1, 9)),
+            random.bytes(len(part)),
+            bytes([_one((0x00, 0x01, 0x7F, 0x80, 0xFF), random)]) * len(part),
+            part + part,
+            bytes(byte ^ bit for byte in part),
+            _one(others, random)[start:],
+        )
+        data = data[:start] + _one(fillings, random) + data[end:]
+    return data
+
+
+def resealed(files: list[bytes], random: Random) -> bytes:
+    """One layer of a valid file mutated, or both, and the checksums recomputed, each over everything before it."""
+    data = _one(files, random)
+    end = len(pack(replace(unpack(data), residual=None)))
+    file = b""
+    for layer in filter(None, (data[: end - CRC_BYTES], data[end:-CRC_BYTES])):
+        file += mutate(layer, files, random) if random.integers(3) else layer
+        file += zlib.crc32(file).to_bytes(CRC_BYTES, "big")
+    return file
+
+
+def refilled(files: list[bytes], random: Random) -> bytes:
+    """A valid file, written with another size, level or section."""
+    picture, other = unpack(_one(files, random)), unpack(_one(files, random))
+    sides = 2 ** random.uniform(np.log2(MIN_SIDE), np.log2(MAX_SIDE), 2)
+    changes = [
+        {"height": int(sides[0])},
+        {"height": picture.height + int(random.integers(1, 41)), "width": int(sides[1])},
+        {"base": mutate(picture.base, [other.base], random)},
+        {"fixed_length": not picture.fixed_length},
+        {"fingerprint": random.bytes(4)},
+        {"residual": other.residual},
+    ]
+    if residual := picture.residual:
+        fields = {"level": int(random.integers(1, 256))}
+        fields |= {name: mutate(getattr(residual, name), files, random) for name in ("hyper", "symbols")}
+        changes += [{"residual": replace(residual, **{name: value})} for name, value in fields.items()]
+    return pack(replace(picture, **_one(changes, random)))
+
+
+def _one(things, random: Random):
+    return things[random.integers(len(things))]
+
+
 def read_altered(codec: Codec, files: list[bytes], count: int, seed: int = 0) -> Set:
     """The first set: nothing but BitstreamError will do; a preview shows a base that is whole, or nothing."""
     found = Set()
     whole = {unpack(data, preview=True) for data in files}
-    for number, data in enumerate(mutations.altered(files, count, seed)):
+    for number, data in enumerate(drawn(altered, files, count, seed)):
         name = f"altered file {number}"
         outcome, seconds, _ = attempt(lambda data=data: codec.read(data))
         found.add(name, outcome, seconds, outcome == REFUSED)
@@ -92,9 +163,9 @@ def read_altered(codec: Codec, files: list[bytes], count: int, seed: int = 0) ->
     return found
 
 
-def nonsense(codec: Codec, files: list[bytes], random: np.random.Generator) -> bytes:
+def nonsense(codec: Codec, files: list[bytes], random: Random) -> bytes:
     """A file of random symbols, each as likely as any other that the tables can code, up to the largest."""
-    file = unpack(files[random.integers(len(files))])
+    file = unpack(_one(files, random))
     h, w = file.latent_size
     k = random.integers(0, codec.params.vq_base.codebook_size, h * w)
     base, fixed = encode_indices(k, codec.params.vq_base.codebook_size, codec.base_table)
@@ -109,20 +180,21 @@ def nonsense(codec: Codec, files: list[bytes], random: np.random.Generator) -> b
     return pack(replace(file, residual=CodedResidual(level, hyper, symbols)))
 
 
-def _random_symbols(groups: np.ndarray, tables: np.ndarray, random: np.random.Generator) -> tuple[np.ndarray, bytes]:
+def _random_symbols(groups: np.ndarray, tables: np.ndarray, random: Random) -> tuple[np.ndarray, bytes]:
     reach = (np.count_nonzero(tables, axis=1) // 2)[groups]
     symbols = random.integers(-reach, reach + 1)
     return symbols, encode_symbols(symbols, groups, tables)
 
 
 def decode_resealed(codec: Codec, files: list[bytes], count: int, seed: int = 0) -> Set:
-    """The second set, a quarter of it nonsense: any error of the project, or a picture of the size that was stated."""
+    """The second set, of three kinds: any error of the project, or a picture of the size that was stated."""
     found = Set()
     codec.decompress(files[0])  # the first call is slower
     _, seconds, image = attempt(lambda: codec.decompress(files[0]))
     pace = SLOWER * seconds / image[0].numel()
-    drawn = (nonsense(codec, files, np.random.default_rng([seed, number])) for number in range(count // 4))
-    for number, data in enumerate(chain(drawn, mutations.resealed(files, count - count // 4, seed))):
+    kinds = (partial(nonsense, codec), resealed, refilled)
+    draws = drawn(lambda files, random: _one(kinds, random)(files, random), files, count, seed)
+    for number, data in enumerate(draws):
         name, limit, size = f"resealed file {number}", SECONDS, None
         outcome, seconds, contents = attempt(lambda data=data: codec.read(data))
         if contents:
@@ -164,18 +236,11 @@ class Memory:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
-def middle(picture: torch.Tensor, side: int) -> torch.Tensor:
-    """The middle of a picture, at most side x side."""
-    top, left = ((size - side) // 2 if size > side else 0 for size in picture.shape[1:])
-    return picture[:, top : top + side, left : left + side]
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--weights", type=Path, default=SMALL, metavar="DIR", help="release folder (default: the small one that ships)")
     add("--pictures", type=Path, metavar="DIR", help="pictures (default: demo photographs)")
-    add("--side", type=positive, default=256, metavar="PX", help="code the middle of each, this large (default 256)")
     add("--mutations", type=positive, default=10_000, metavar="N", help="size of the first set (default 10000)")
     add("--resealed", type=positive, default=1000, metavar="N", help="size of the second set (default 1000)")
     add("--seed", type=int, default=0, metavar="N", help="of both sets (default 0)")
@@ -186,15 +251,15 @@ def run(args: argparse.Namespace) -> int:
     torch.set_num_threads(1)  # threads that wait for each other would count as processor time
     codec = load_codec(args.weights)
     paths = photographs(args.pictures) if args.pictures else demo_photographs()
-    files = valid_files(codec, (middle(read_image(path), args.side) for path in paths))
+    files = valid_files(codec, (read_image(path)[:, :SIDE, :SIDE] for path in paths))
     print(f"{len(files)} valid files of {len(paths)} pictures, {min(map(len, files))} to {max(map(len, files))} bytes")
     codec.decompress(files[0])  # what libraries allocate once
     memory = Memory()
-    altered = read_altered(codec, files, args.mutations, args.seed)
-    altered.close("altered", memory.beyond(), MEGABYTES)
+    broken = read_altered(codec, files, args.mutations, args.seed)
+    broken.close("altered", memory.beyond(), MEGABYTES)
     sealed = decode_resealed(codec, files, args.resealed, args.seed)
     sealed.close("resealed", memory.beyond(), MEGABYTES + codec.memory(*sealed.largest) / 1e6)
-    violations = altered.violations + sealed.violations
+    violations = broken.violations + sealed.violations
     print("\n".join(violations[:20] + [f"{len(violations)} violations"]))
     return 1 if violations else 0
 

@@ -1,20 +1,20 @@
-"""Seconds for each part of coding a picture: file I/O, networks, entropy coding.
+"""Milliseconds for each part of coding a picture: file I/O, networks, entropy coding.
 
     python -m benchmarks.parts --pictures kodak --quality 40
 
 Every picture is read, coded, written, read back, decoded and written as PNG, `--rounds` times after one round of warm-up,
-with one step. Printed are medians over pictures and rounds, in milliseconds, and shares of the total. On CUDA every part
-waits for the device.
+with one step. Printed are medians over pictures and rounds, and shares of the total. On CUDA every part waits for the
+device.
 """
 
 import argparse
-import statistics
 import sys
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch import nn
@@ -78,9 +78,9 @@ class Stopwatch:
         return time.perf_counter()
 
 
-def code(codec: Codec, stopwatch: Stopwatch, path: Path, folder: Path, level: int) -> dict[str, dict[str, float]]:
-    """Seconds by part of one picture's way there and back."""
-    stream, found = folder / "a.dfo", {}
+def code(codec: Codec, stopwatch: Stopwatch, path: Path, folder: Path, level: int) -> list[dict[str, float]]:
+    """Seconds by part of one picture's way there, and back."""
+    stream, found = folder / "a.dfo", []
 
     def there() -> None:
         image = stopwatch.time("read the picture", read_image, path)
@@ -91,25 +91,20 @@ def code(codec: Codec, stopwatch: Stopwatch, path: Path, folder: Path, level: in
         decoded = codec.decode(stopwatch.time("read the file", stream.read_bytes))
         stopwatch.time("write the PNG", write_image, folder / "a.png", decoded.image)
 
-    for name, work in (("encode", there), ("decode", back)):
+    for work in (there, back):
         stopwatch.seconds.clear()
         stopwatch.time(REST, work)
-        found[name] = dict(stopwatch.seconds)
+        found.append(dict(stopwatch.seconds))
     return found
 
 
-def table(found: list[dict[str, dict[str, float]]]) -> str:
+def table(name: str, runs: list[dict[str, float]]) -> str:
     """Medians of the parts, and of their sums, in milliseconds."""
-    lines = []
-    for name in found[0]:
-        runs = [run[name] for run in found]
-        total = statistics.median(sum(run.values()) for run in runs)
-        lines.append(f"{name:24}{'ms':>9}{'share':>8}")
-        for part in sorted(dict.fromkeys(part for run in runs for part in run), key=lambda part: part == REST):
-            median = statistics.median(run.get(part, 0.0) for run in runs)
-            lines.append(f"  {part:22}{1e3 * median:9.2f}{median / total:8.1%}")
-        lines.append(f"  {'together':22}{1e3 * total:9.2f}{1:8.0%}")
-    return "\n".join(lines)
+    total = median(sum(run.values()) for run in runs)
+    parts = sorted(dict.fromkeys(part for run in runs for part in run), key=lambda part: part == REST)
+    medians = {part: median(run.get(part, 0.0) for run in runs) for part in parts} | {"together": total}
+    lines = [f"  {part:22}{1e3 * seconds:9.2f}{seconds / total:8.1%}" for part, seconds in medians.items()]
+    return "\n".join([f"{name:24}{'ms':>9}{'share':>8}", *lines])
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -136,13 +131,14 @@ def bench(args: argparse.Namespace) -> None:
         stopwatch.watch(entropy_coding, name, "range coder")
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bfloat16")
     with tempfile.TemporaryDirectory() as folder, autocast:
-        code(codec, stopwatch, paths[0], Path(folder), level)
-        again = tqdm(paths * args.rounds, unit="picture", leave=False)
-        found = [code(codec, stopwatch, path, Path(folder), level) for path in again]
+        order = tqdm([paths[0], *paths * args.rounds], unit="picture", leave=False)  # the first warms up
+        runs = [code(codec, stopwatch, path, Path(folder), level) for path in order]
+    encoded, decoded = zip(*runs[1:], strict=True)
     print(
         f"{args.weights.name}, quality {args.quality:g}, {len(paths)} pictures, {args.rounds} rounds, {device}, "
-        f"{args.precision}, {torch.get_num_threads()} threads: medians\n{table(found)}"
+        f"{args.precision}, {torch.get_num_threads()} threads: medians"
     )
+    print(table("encode", encoded), table("decode", decoded), sep="\n")
 
 
 if __name__ == "__main__":

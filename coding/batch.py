@@ -3,14 +3,17 @@
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+from tqdm import tqdm
+
 from coding import report
-from coding.plan import STREAM, Job, inputs, outputs, plan
+from coding.plan import STREAM, Job, inputs, plan
 from utils.errors import DiffoError
 from utils.files import make_folder, require_writable
 
-WRITTEN = {"roundtrip": [STREAM, ".png"], "compress": [STREAM], "decompress": [".png"], "inspect": []}
+WRITTEN = {"roundtrip": [STREAM, ".png"], "compress": [STREAM], "decompress": [".png"]}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -19,26 +22,19 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         DiffoError: nothing can be done; before any work, and nothing was written.
     """
-    jobs, tables = _planned(args)
     if args.mode == "inspect":
-        return _inspect(jobs, args)
-    written = [path for job in jobs for path in outputs(job, WRITTEN[args.mode])]
+        return _each(plan(_inputs(args), None, None, [], []), _inspection(args), args)
+    tables = [*report.TABLES, *(["overview.png"] if args.overview else [])]
+    jobs = plan(_inputs(args), args.out_path, args.ref_path, WRITTEN[args.mode], tables)
+    written = [job.output(suffix) for job in jobs for suffix in WRITTEN[args.mode]]
     there = [path for path in written + [args.out_path / name for name in tables] if path.exists()]
     if there and not args.overwrite:
         raise DiffoError(f"{there[0]} is there already ({len(there)} such outputs); --overwrite replaces them")
     require_writable(make_folder(args.out_path))
-    from tqdm import tqdm
-
     from coding.run import Run  # torch takes seconds: wrong usage is answered before
 
     work = Run(args)
-    failed = 0
-    for job in tqdm(jobs, desc=args.mode, unit="picture", disable=len(jobs) < 2):
-        try:
-            work.job(job)
-        except DiffoError as error:
-            failed += 1
-            tqdm.write(f"error: {_with_path(job.source, error)}", file=sys.stderr)
+    status = _each(jobs, work.job, args)
     if work.rows:
         report.write_tables(work.rows, args.out_path, work.about())  # before metrics that may take long
         work.extra_metrics()
@@ -46,55 +42,52 @@ def run(args: argparse.Namespace) -> int:
         if args.overview and work.pairs:
             work.overview()
         print(report.aligned_table([*work.rows, report.mean_row(work.rows)]))
+    return status
+
+
+def _inputs(args: argparse.Namespace) -> list[tuple[Path, Path]]:
+    if not args.demo:
+        return inputs(args.in_path, args.mode in ("decompress", "inspect"), args.recursive)
+    from datapipe.sources import demo_photographs
+
+    return [(path, Path(path.name)) for path in demo_photographs()]
+
+
+def _each(jobs: list[Job], work: Callable[[Job], None], args: argparse.Namespace) -> int:
+    """The exit status after every job was tried; errors are printed with the input's path."""
+    failed = 0
+    for job in tqdm(jobs, desc=args.mode, unit="picture", disable=len(jobs) < 2 or args.mode == "inspect"):
+        try:
+            work(job)
+        except DiffoError as error:
+            failed += 1
+            told = str(error) if str(job.source) in str(error) else f"{job.source}: {error}"
+            tqdm.write(f"error: {told}", file=sys.stderr)
     if failed and len(jobs) > 1:
         print(f"error: {failed} of {len(jobs)} inputs could not be done", file=sys.stderr)
     return 1 if failed else 0
 
 
-def _planned(args: argparse.Namespace) -> tuple[list[Job], list[str]]:
-    """The jobs, and the names of the files that are written beside their outputs."""
-    if args.demo:
-        from datapipe.sources import demo_photographs
-
-        files = [(path, Path(path.name)) for path in demo_photographs()]
-    else:
-        files = inputs(args.in_path, args.mode in ("decompress", "inspect"), args.recursive)
-    if args.mode == "inspect":
-        return plan(files, None, args.ref_path, [], []), []
-    tables = [*report.TABLES, *(["overview.png"] if args.overview else [])]
-    return plan(files, args.out_path, args.ref_path, WRITTEN[args.mode], tables), tables
-
-
-def _inspect(jobs: list[Job], args: argparse.Namespace) -> int:
-    """Print header, ledger and, where the weights are named or ship, the estimated cost of every file."""
+def _inspection(args: argparse.Namespace) -> Callable[[Job], None]:
+    """Prints header, ledger and, where the weights are named or ship, the estimated cost of a file."""
     from coding import ledger
-    from coding.run import describe, read_bytes
-    from coding.weights import Weights
+    from coding.run import Weights, read_bytes
     from models.bitstream import VERSION, unpack
     from models.released import release_named
 
-    weights, failed = Weights(args), 0
-    for job in jobs:
-        try:
-            data = read_bytes(job.source, args.max_pixels)
-            file = unpack(data, args.preview)
-            release = release_named(file.fingerprint)
-            facts = {"file": str(job.source), "version": VERSION} | describe(file)
-            if release or weights.named:
-                codec = weights.codec(file.fingerprint)
-                facts |= ledger.beside(codec, codec.read(data, args.preview))
-        except DiffoError as error:
-            failed += 1
-            print(f"error: {_with_path(job.source, error)}", file=sys.stderr)
-            continue
+    weights = Weights(args)
+
+    def inspect(job: Job) -> None:
+        data = read_bytes(job.source, args.max_pixels)
+        file = unpack(data, args.preview)
+        release = release_named(file.fingerprint)
+        facts = {"file": str(job.source), "version": VERSION} | ledger.ledger(file)
+        if release or weights.named:
+            codec = weights.codec(file.fingerprint)
+            facts |= ledger.beside(codec, codec.read(data, args.preview))
         facts["base_coding"] = "fixed length" if file.fixed_length else "range coder"
         facts |= {"weights": file.fingerprint.hex(), "release": release}
-        if args.json:
-            print(json.dumps(facts))
-        else:
-            print("\n".join(f"{name:22} {value}" for name, value in facts.items()), end="\n\n")
-    return 1 if failed else 0
+        lines = [f"{name:22} {value}" for name, value in facts.items()]
+        print(json.dumps(facts) if args.json else "\n".join([*lines, ""]))
 
-
-def _with_path(path: Path, error: Exception) -> str:
-    return str(error) if str(path) in str(error) else f"{path}: {error}"
+    return inspect

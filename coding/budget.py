@@ -1,7 +1,10 @@
 """The largest file that is not over a budget: the level is searched, the image encoder runs once."""
 
 import math
+from bisect import bisect_right
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 
 from models.codec import Codec
 from models.records import Analysed
@@ -39,37 +42,32 @@ def fit(codec: Codec, picture: Analysed, max_bytes: int, at_most: bool = True) -
     Raises:
         BudgetError: the range of the picture's files does not hold the budget; says the range.
     """
-    files = _Files(codec, picture)
+    write = cache(lambda level: codec.write(picture, level))
+
+    def size(level: int) -> int:
+        return len(write(level))
+
+    def best(levels: Iterable[int]) -> int:
+        return max((level for level in levels if size(level) <= max_bytes), key=size)
+
     highest = LEVEL_CODES if codec.has_levels else 0
-    if max_bytes < len(files[0]) or (max_bytes > len(files[highest]) and not at_most):
-        raise BudgetError(_outside(max_bytes, len(files[0]), len(files[highest]), picture))
-    if max_bytes >= len(files[highest]):
+    if max_bytes < size(0) or (max_bytes > size(highest) and not at_most):
+        raise BudgetError(_outside(max_bytes, size(0), size(highest), picture))
+    if max_bytes >= size(highest):
         note = "the largest file of this picture" if codec.has_levels else "base alone, all that these weights have"
-        return Fitted(files[highest], highest, note if max_bytes > len(files[highest]) else None)
-    level = _by_bisection(files, max_bytes)
-    if level == 0 or len(files[level]) < ENOUGH * max_bytes:
-        level = files.largest(range(LEVEL_CODES + 1), max_bytes)
-    return Fitted(files[level], level, _shortfall(files, level, max_bytes))
-
-
-def _by_bisection(files: "_Files", max_bytes: int) -> int:
-    """Level of a file within the budget, the largest if sizes rise with the level; 0, the base alone, always fits."""
-    low, high = 0, LEVEL_CODES  # low fits, high does not
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if len(files[middle]) <= max_bytes else (low, middle)
-    return files.largest(range(max(0, low - NEIGHBOURS), min(LEVEL_CODES, low + NEIGHBOURS) + 1), max_bytes)
-
-
-def _shortfall(files: "_Files", level: int, max_bytes: int) -> str | None:
-    """A note on the base alone, or on a file that leaves much of its budget; every level was written then."""
-    used = len(files[level])
+        return Fitted(write(highest), highest, note if max_bytes > size(highest) else None)
+    found = bisect_right(range(1, highest), max_bytes, key=size)  # the level, if sizes rise with it; 0 fits always
+    level = best(range(max(0, found - NEIGHBOURS), min(highest, found + NEIGHBOURS) + 1))
+    if level == 0 or size(level) < ENOUGH * max_bytes:
+        level = best(range(highest + 1))
+    used = size(level)
     if used == max_bytes or (level and used >= ENOUGH * max_bytes):
-        return None
-    above = min(len(data) for data in files.values() if len(data) > max_bytes)
+        return Fitted(write(level), level)
+    above = min(other for other in map(size, range(highest + 1)) if other > max_bytes)
     if level == 0:
-        return f"base alone; the smallest file with a residual has {above:,} bytes"
-    return f"{used / max_bytes:.0%} of the budget; the next larger file has {above:,} bytes"
+        return Fitted(write(0), 0, f"base alone; the smallest file with a residual has {above:,} bytes")
+    note = f"{used / max_bytes:.0%} of the budget; the next larger file has {above:,} bytes"
+    return Fitted(write(level), level, note)
 
 
 def _outside(max_bytes: int, smallest: int, largest: int, picture: Analysed) -> str:
@@ -80,19 +78,3 @@ def _outside(max_bytes: int, smallest: int, largest: int, picture: Analysed) -> 
         f"{max_bytes:,} bytes ({max_bytes * per_byte / 1e4:.4f} bpp) are outside what these weights can do for this "
         f"picture: {smallest:,} to {largest:,} bytes ({low:.4f} to {high:.4f} bpp)"
     )
-
-
-class _Files(dict):
-    """Files of a picture by level, written when first asked for."""
-
-    def __init__(self, codec: Codec, picture: Analysed):
-        super().__init__()
-        self.codec, self.picture = codec, picture
-
-    def __missing__(self, level: int) -> bytes:
-        self[level] = self.codec.write(self.picture, level)
-        return self[level]
-
-    def largest(self, levels: range, max_bytes: int) -> int:
-        """The level of the largest file within the budget, among levels of which at least one fits."""
-        return max((g for g in levels if len(self[g]) <= max_bytes), key=lambda g: len(self[g]))

@@ -38,10 +38,7 @@ class CompressAIView(nn.Module):
         contents = [self.codec.read(data) for data in self._files(x)]
         parts = [self._likelihoods(one) for one in contents]
         likelihoods = {name: torch.stack([p[name] for p in parts]).to(x.device) for name in parts[0]}
-        return {
-            "x_hat": self._pictures([self.codec.render(one).image for one in contents], x),
-            "likelihoods": likelihoods,
-        }
+        return self._pictures(contents) | {"likelihoods": likelihoods}
 
     @torch.inference_mode()
     def compress(self, x: Tensor) -> dict[str, list[list[bytes]] | tuple[int, int]]:
@@ -54,26 +51,20 @@ class CompressAIView(nn.Module):
         """Files as `compress` gives them -> {"x_hat": N x 3 x H x W in [0, 1]}. `shape` stands in the files, too.
 
         Raises:
-            ValueError: a shape that is not the files'. BitstreamError, CheckpointError: as the codec's `read`.
+            BitstreamError, CheckpointError: as the codec's `read`.
         """
-        contents = [self.codec.read(data) for data in strings[0]]
-        for one in contents:
-            if tuple(shape) != one.file.latent_size:
-                raise ValueError(f"shape {tuple(shape)} is not the files' {one.file.latent_size}")
-        like = next(self.codec.parameters())
-        return {"x_hat": self._pictures([self.codec.render(one).image for one in contents], like)}
+        return self._pictures([self.codec.read(data) for data in strings[0]])
 
     def _files(self, x: Tensor) -> list[bytes]:
         pictures = to_uint8(x.float().cpu() * 2 - 1)
         return [self.codec.write(self.codec.analyse(picture), self.level) for picture in pictures]
 
-    @staticmethod
-    def _pictures(images: list[Tensor], like: Tensor) -> Tensor:
-        return (torch.stack(images).float() / 255).to(like.device)
+    def _pictures(self, contents: list[Contents]) -> dict[str, Tensor]:
+        images = torch.stack([self.codec.render(one).image for one in contents])
+        return {"x_hat": images.to(self.codec.device).float() / 255}
 
     def _likelihoods(self, contents: Contents) -> dict[str, Tensor]:
-        file, found = contents.file, contents.symbols
-        k = contents.k.numpy()
+        file, found, k = contents.file, contents.symbols, contents.k.numpy()
         size = self.codec.params.vq_base.codebook_size
         base = np.full(k.shape, 1 / size) if file.fixed_length else self.codec.base_table[k] / TOTAL
         likelihoods = {"header": np.array([2.0 ** (-8 * (file.header_bytes + file.check_bytes))]), "base": base}

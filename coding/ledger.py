@@ -2,23 +2,29 @@
 
 import math
 
-import numpy as np
-
+from measuring.metrics import bpp
 from models.bitstream import CodedPicture
 from models.codec import Codec
 from models.entropy_coding import symbol_bits, table_cost_bits
 from models.records import Contents
 
-Bits = dict[str, float | int | None]
+Facts = dict[str, float | int]
 
 
-def ledger(file: CodedPicture) -> Bits:
-    """Bits of every part, in the file's order; they add up to 8 x the file's bytes."""
-    sections = {f"{name}_bits": 8 * size for name, size in file.section_bytes.items()}
-    return {"header_bits": 8 * file.header_bytes} | sections | {"check_bits": 8 * file.check_bytes}
+def ledger(file: CodedPicture) -> Facts:
+    """Sizes of a file, and the bits of every part in its order, which add up to 8 x the bytes.
+
+    Of a preview, the bytes are those that it was made from: header, base and their checksum.
+    """
+    bits = {"header_bits": 8 * file.header_bytes}
+    bits |= {f"{name}_bits": 8 * size for name, size in file.section_bytes.items()}
+    bits |= {"check_bits": 8 * file.check_bytes}
+    size = sum(bits.values()) // 8
+    facts = {"width": file.width, "height": file.height, "bytes": size, "bpp": bpp(size, file.height, file.width)}
+    return facts | {"level": file.residual.level if file.residual else 0} | bits
 
 
-def beside(codec: Codec, contents: Contents) -> Bits:
+def beside(codec: Codec, contents: Contents) -> Facts:
     """Beside the ledger: the ideal cost of the whole file with the integer tables, and the base at fixed length.
 
     Ideal is the sum of -log2 p over the symbols; header and checks count as they are.
@@ -29,5 +35,5 @@ def beside(codec: Codec, contents: Contents) -> Bits:
     bits += fixed if file.fixed_length else table_cost_bits(k, codec.base_table)
     if contents.symbols is not None:
         coded = codec.residual.coded(contents.symbols, file.residual.level)
-        bits += sum(float(np.sum(symbol_bits(*section))) for section in coded.values())
+        bits += sum(float(symbol_bits(*section).sum()) for section in coded.values())
     return {"estimated_bits": round(float(bits), 1), "fixed_length_base_bits": fixed}

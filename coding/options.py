@@ -9,7 +9,6 @@ from utils.commandline import number, positive
 from utils.limits import MAX_PIXELS
 
 MODES = ("roundtrip", "compress", "decompress", "inspect")
-CHOP_SIZE = 2048
 
 quality = number(float, lambda value: 0 <= value <= 100, "in 0 to 100")
 rate = number(float, lambda value: 0 < value < float("inf"), "a rate above 0")
@@ -69,7 +68,7 @@ def _add_coding(parser: argparse.ArgumentParser) -> None:
     add("--preview", action="store_true", help="the base alone, also of a file that was cut after it")
     add("--max_pixels", type=positive, default=MAX_PIXELS, metavar="N", help="refuse files that claim more pixels")
     add("--scale", type=int, choices=[1], default=1, help="kept for the published command; a codec does not enlarge")
-    add("--chop_size", type=positive, default=CHOP_SIZE, metavar="PX", help="largest side (default %(default)s)")
+    add("--chop_size", type=positive, default=2048, metavar="PX", help="largest side (default %(default)s)")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
     add("--precision", choices=["float32", "bfloat16"], default="float32", help="of the networks")
 
@@ -80,7 +79,6 @@ def _mistakes(args: argparse.Namespace) -> list[tuple[bool, str]]:
     encodes, decodes = mode in ("roundtrip", "compress"), mode in ("roundtrip", "decompress")
     compares = bool(args.metrics or args.overview)
     sized = args.quality or args.target_bpp or args.max_bytes
-    contradiction = f"--one_step and --infer_steps {args.infer_steps} contradict each other"
     nothing = f"--mode {mode} decodes nothing: leave out --ref_path, --metrics and --overview"
     originals = "--metrics and --overview compare with originals: name them with --ref_path"
     return [
@@ -90,7 +88,7 @@ def _mistakes(args: argparse.Namespace) -> list[tuple[bool, str]]:
         (any(triple) and not all(triple), "--ckpt, --vqckpt and --GT_vqckpt belong together: name all three or none"),
         (any(triple) and args.weights, "--weights names a whole release: leave out --ckpt, --vqckpt and --GT_vqckpt"),
         (args.config and not any(triple), "--config goes with --ckpt, --vqckpt and --GT_vqckpt"),
-        (args.one_step and args.infer_steps not in (None, 1), contradiction),
+        (args.one_step and args.infer_steps not in (None, 1), "--one_step and --infer_steps contradict each other"),
         ((args.ref_path or compares) and not decodes, nothing),
         (compares and mode == "decompress" and not args.ref_path, originals),
         (args.json and mode != "inspect", "--json goes with --mode inspect; the other modes write metrics.json"),

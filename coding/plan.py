@@ -25,13 +25,8 @@ class Job:
     target: Path | None
     reference: Path | None = None
 
-    @property
-    def stream(self) -> Path:
-        return self.target.with_name(self.target.name + STREAM)
-
-    @property
-    def picture(self) -> Path:
-        return self.target.with_name(self.target.name + ".png")
+    def output(self, suffix: str) -> Path:
+        return self.target.with_name(self.target.name + suffix)
 
 
 def inputs(paths: list[Path], streams: bool, recursive: bool) -> list[tuple[Path, Path]]:
@@ -40,20 +35,18 @@ def inputs(paths: list[Path], streams: bool, recursive: bool) -> list[tuple[Path
     Raises:
         DiffoError: a path that is not there, or a folder with nothing to do in it.
     """
-    kind = f"{STREAM} files" if streams else "pictures"
-    suffixes = (STREAM,) if streams else PICTURES
     found = []
     for path in paths:
         if path.is_dir():
-            files = [(file, file.relative_to(path)) for file in find_files(path, suffixes, recursive)]
+            files = find_files(path, (STREAM,) if streams else PICTURES, recursive)
             if not files:
                 deeper = "" if recursive else "; --recursive looks into its sub-folders"
-                raise DiffoError(f"{path}: no {kind} in this folder{deeper}")
-            found += files
+                raise DiffoError(f"{path}: no {f'{STREAM} files' if streams else 'pictures'} in this folder{deeper}")
+            found += [(file, file.relative_to(path)) for file in files]
         elif path.is_file():
             found.append((path, Path(path.name)))
         else:
-            raise DiffoError(f"{path}: " + ("not a file" if path.exists() else "no such file or folder"))
+            raise DiffoError(f"{path}: no such file or folder")
     return found
 
 
@@ -66,8 +59,8 @@ def plan(
         suffixes: of the outputs that will be written, for instance [".dfo", ".png"].
         tables: names of the further files that will be written into `out`.
     Raises:
-        DiffoError: two inputs with one stem, an output that would overwrite an input, a reference or a table, or a
-        missing reference.
+        DiffoError: two inputs with one stem, an output that would overwrite an input or a reference, two outputs of
+            one name, or a missing reference.
     """
     jobs = []
     for source, relative in files:
@@ -75,43 +68,31 @@ def plan(
         jobs.append(Job(source, str(relative), target, _reference(references, relative)))
     if out is None:
         return jobs
-    taken = {(out / name).resolve(): f"the table {name}" for name in tables}
-    taken |= {job.reference.resolve(): "a reference" for job in jobs if job.reference}
-    taken |= {job.source.resolve(): "an input" for job in jobs}
-    for name in tables:
-        if (owner := taken[(out / name).resolve()]) != f"the table {name}":
-            raise DiffoError(f"{out / name}: this table would overwrite {owner}; choose another -o")
     stems: dict[Path, Path] = {}
+    taken = {job.reference.resolve(): "a reference" for job in jobs if job.reference}
+    taken |= {job.source.resolve(): "an input" for job in jobs}
+    written = [(out / name, f"the table {name}") for name in tables]
     for job in jobs:
-        if job.target in stems:
-            raise DiffoError(
-                f"{stems[job.target]} and {job.source} would both become {job.target.name}{suffixes[0]}; rename one"
-            )
+        if other := stems.get(job.target):
+            raise DiffoError(f"{other} and {job.source} would both become {job.output(suffixes[0]).name}; rename one")
         stems[job.target] = job.source
-        for path in outputs(job, suffixes):
-            if path.resolve() in taken:
-                raise DiffoError(f"{path}: this output would overwrite {taken[path.resolve()]}; choose another -o")
+        written += [(job.output(suffix), "another output") for suffix in suffixes]
+    for path, kind in written:
+        if (owner := taken.setdefault(path.resolve(), kind)) != kind:
+            raise DiffoError(f"{path}: this output would overwrite {owner}; choose another -o")
     return jobs
-
-
-def outputs(job: Job, suffixes: list[str]) -> list[Path]:
-    """Files that a job writes."""
-    return [job.target.with_name(job.target.name + suffix) for suffix in suffixes]
 
 
 def _reference(references: Path | None, relative: Path) -> Path | None:
     """The picture of the same name, or, where there is exactly one, of the same stem."""
-    if references is None:
-        return None
-    if references.is_file():
+    if references is None or references.is_file():
         return references
-    same = references / relative
-    if same.is_file() and same.suffix.lower() in PICTURES:
-        return same
     if not references.is_dir():
         raise DiffoError(f"{references}: no such file or folder (--ref_path)")
-    alike = [p for p in find_files(same.parent, PICTURES) if p.stem == relative.stem] if same.parent.is_dir() else []
+    folder = (references / relative).parent
+    alike = [p for p in find_files(folder, PICTURES) if p.stem == relative.stem] if folder.is_dir() else []
+    alike = [p for p in alike if p.name == relative.name] or alike
     if len(alike) != 1:
-        count = "no picture" if not alike else f"{len(alike)} pictures"
+        count = f"{len(alike) or 'no'} picture{'s' * (len(alike) > 1)}"
         raise DiffoError(f"{references}: {count} named {relative.stem} to compare {relative} with (--ref_path)")
     return alike[0]

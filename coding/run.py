@@ -9,20 +9,52 @@ import torch
 from torch import Tensor
 
 from coding import budget, ledger, report
-from coding.plan import Job
-from coding.weights import Weights
-from measuring.contact_sheets import contact_sheet
-from measuring.metrics import bpp, colour_shift, ms_ssim, psnr
+from coding.plan import STREAM, Job
+from measuring.charts import contact_sheet
+from measuring.metrics import colour_shift, ms_ssim, psnr
 from measuring.pyiqa_metrics import score_with_pyiqa, unavailable
-from models.bitstream import CodedPicture, unpack
+from models.bitstream import unpack
 from models.codec import Codec
 from models.records import Analysed, Sampling
-from utils.errors import BitstreamError, PictureError, out_of_memory
+from models.released import SMALL, Triple, load_codec, load_triple, release_of
+from utils.distributed import local_device
+from utils.errors import BitstreamError, DiffoError, PictureError, out_of_memory
 from utils.files import atomic_write, make_folder
 from utils.images import read_image, write_image
 
 LARGEST_BPP = 2  # ten times what the largest files have
 MIN_LIMIT = 1 << 20  # bytes; small pictures may take more than that per pixel
+
+
+class Weights:
+    """Codecs by the fingerprint of a file, loaded when first asked for; `fixed`: the same for every input."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.device = args, local_device(args.device)
+        self.named = bool(args.ckpt or args.weights)
+        self.fixed = self.named or args.mode in ("roundtrip", "compress")
+        self.codecs: dict[bytes | None, Codec] = {}
+
+    def codec(self, fingerprint: bytes | None = None) -> Codec:
+        """The weights named on the command line, the small ones that ship, or the release that a file needs.
+
+        Raises:
+            CheckpointError: they are not there, or do not fit. DiffoError: they were trained with other --steps.
+        """
+        key = None if self.fixed else fingerprint
+        if key in self.codecs:
+            return self.codecs[key]
+        args = self.args
+        if args.ckpt:
+            codec = load_triple(Triple(args.ckpt, args.vqckpt, args.GT_vqckpt), args.config, self.device)
+        else:
+            codec = load_codec(args.weights or (SMALL if self.fixed else release_of(fingerprint)), self.device)
+        trained = codec.params.diffusion.steps
+        if args.steps not in (None, trained):
+            raise DiffoError(f"--steps {args.steps}: these weights were trained with a schedule of {trained} steps")
+        codec.max_pixels = args.max_pixels
+        self.codecs[key] = codec
+        return codec
 
 
 class Run:
@@ -51,26 +83,27 @@ class Run:
         original = read_image(job.reference, args.max_pixels) if job.reference else picture
         if picture is not None:
             row |= self._encode(job, picture)
-        data = read_bytes(job.source if picture is None else job.stream, args.max_pixels)
+        data = read_bytes(job.source if picture is None else job.output(STREAM), args.max_pixels)
         file = unpack(data, args.preview)
-        if original is not None:
-            require_size(original, file, job.reference or job.source)
+        if original is not None and original.shape[1:] != (file.height, file.width):
+            theirs, ours = f"{original.shape[2]}x{original.shape[1]}", f"{file.width}x{file.height}"
+            raise PictureError(f"{job.reference or job.source}: {theirs} cannot be compared with the decoded {ours}")
         codec = self.weights.codec(file.fingerprint)
         self._fits(codec, job.source, file.height, file.width)
         contents, reading = self._timed(lambda: codec.read(data, args.preview))
-        row |= describe(file) | ledger.beside(codec, contents)
+        row |= ledger.ledger(file) | ledger.beside(codec, contents)
         if args.mode != "compress":
             trained = codec.params.diffusion.steps
             steps = None if args.one_step else min(args.infer_steps or trained, trained)
             sampling = Sampling(steps, args.ddim, args.eta, args.seed)
             decoded, networks = self._timed(lambda: codec.render(contents, sampling))
-            write_image(job.picture, decoded.image)
-            row |= {"eta": decoded.eta, "steps": steps or 1}
-            row |= {"decode_s": reading + networks, "read_s": reading}
+            write_image(job.output(".png"), decoded.image)
+            row |= {"eta": decoded.eta, "steps": steps or 1, "decode_s": reading + networks, "read_s": reading}
             row |= {"note": "preview: the base alone"} if args.preview else {}
             if original is not None:
-                row |= score(original, decoded.image)
-                self.pairs.append((job.reference or job.source, job.picture, row))
+                row |= {"psnr": psnr(original, decoded.image), "ms_ssim": ms_ssim(original, decoded.image)}
+                row |= zip(("error_r", "error_g", "error_b"), colour_shift(original, decoded.image), strict=True)
+                self.pairs.append((job.reference or job.source, job.output(".png"), row))
         self.rows.append(row)
 
     def _encode(self, job: Job, picture: Tensor) -> report.Row:
@@ -78,16 +111,16 @@ class Run:
         self._fits(codec, job.source, *picture.shape[1:])
         analysed, networks = self._timed(lambda: codec.analyse(picture))
         fitted, writing = self._timed(lambda: self._fitted(codec, analysed))
-        atomic_write(job.stream, fitted.data)
+        atomic_write(job.output(STREAM), fitted.data)
         return {"encode_s": networks + writing, "write_s": writing, "note": fitted.note}
 
     def _fitted(self, codec: Codec, analysed: Analysed) -> budget.Fitted:
         """The file of the quality or the budget that was asked for."""
         args, file = self.args, analysed.file
-        if args.target_bpp is not None:
+        if args.target_bpp:
             allowed = budget.bytes_of_bpp(args.target_bpp, file.height, file.width)
             return budget.fit(codec, analysed, allowed, at_most=False)
-        if args.max_bytes is not None:
+        if args.max_bytes:
             return budget.fit(codec, analysed, args.max_bytes)
         level = codec.level_code(args.quality)
         return budget.Fitted(codec.write(analysed, level), level)
@@ -121,8 +154,7 @@ class Run:
             print(f"skipped: {reason}", file=sys.stderr)
         names = [name for name, reason in self.unavailable.items() if reason is None]
         if names and self.pairs:
-            pictures = (self._pair(*paths) for *paths, _ in self.pairs)
-            scores = score_with_pyiqa(names, pictures, self.device)
+            scores = score_with_pyiqa(names, (self._pair(*paths) for *paths, _ in self.pairs), self.device)
             for (_, _, row), values in zip(self.pairs, scores, strict=True):
                 row |= values
 
@@ -165,29 +197,3 @@ def read_bytes(path: Path, max_pixels: int) -> bytes:
     if len(data) > limit:
         raise BitstreamError(f"{path}: more than the {limit:,} bytes that a picture of --max_pixels could need")
     return data
-
-
-def describe(file: CodedPicture) -> report.Row:
-    """Sizes of a file, with the ledger, whose bits add up to 8 x its bytes.
-
-    Of a preview, the bytes are those that it was made from: header, base and their checksum.
-    """
-    bits = ledger.ledger(file)
-    size = sum(bits.values()) // 8
-    row = {"width": file.width, "height": file.height, "bytes": size, "bpp": bpp(size, file.height, file.width)}
-    return row | {"level": file.residual.level if file.residual else 0} | bits
-
-
-def require_size(original: Tensor, picture: CodedPicture, path: Path) -> None:
-    """Raise PictureError, before anything is decoded, where an original (3, H, W) is not of the file's size."""
-    height, width = original.shape[1:]
-    if (height, width) != (picture.height, picture.width):
-        raise PictureError(
-            f"{path}: {width}x{height} cannot be compared with the decoded {picture.width}x{picture.height}"
-        )
-
-
-def score(original: Tensor, decoded: Tensor) -> report.Row:
-    """PSNR, MS-SSIM and mean error per channel of two pictures, uint8 (3, H, W)."""
-    shift = dict(zip(("error_r", "error_g", "error_b"), colour_shift(original, decoded), strict=True))
-    return {"psnr": psnr(original, decoded), "ms_ssim": ms_ssim(original, decoded)} | shift

@@ -30,8 +30,7 @@ def run(args: argparse.Namespace) -> None:
         pairs = [contest(ours, theirs, rival, path) for path in tqdm(pictures, desc=rival, unit="picture")]
         won = sum(our["ms_ssim"] > their["ms_ssim"] for their, our in pairs)
         for side, better in zip(zip(*pairs, strict=True), (len(pairs) - won, won), strict=True):
-            mean = {"weights": side[0]["weights"], "won": f"{better} of {len(pairs)}"}
-            means.append(mean_row(list(side)) | mean)
+            means.append(mean_row(side) | {"weights": side[0]["weights"], "won": f"{better} of {len(pairs)}"})
         rows += [row for pair in pairs for row in pair]
     write_rows(rows, args.out_path / "equal_bytes.csv")
     print(aligned_table(means))

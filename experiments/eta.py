@@ -6,8 +6,6 @@ every rate; c is then not identifiable, and the default stays.
 
 import argparse
 import json
-import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +27,6 @@ from utils.errors import DiffoError, PictureError
 from utils.files import atomic_write
 from utils.images import read_image
 
-PERCEPTUAL, WITHOUT_WEIGHTS = "lpips-vgg", "nlpd"
 LEVELS = (0, 1, 64, 128, 192, 255)
 FINEST_C = 400  # values of c that are tried, geometric over the sweep's range
 
@@ -46,34 +43,35 @@ def run(args: argparse.Namespace) -> None:
         for path in (source / ABOUT, source / RUN_CONFIG):
             if not path.is_file():
                 raise DiffoError(f"{path}: not there; --store copies it into the new release")
-    metric = args.metric or PERCEPTUAL
-    if reason := unavailable(metric):
-        if args.metric:
-            raise DiffoError(f"--metric {metric}: {reason}")
-        metric = WITHOUT_WEIGHTS
-        print(f"{metric} instead of {PERCEPTUAL}: {reason}", file=sys.stderr)
     pictures = {"fit": photographs(args.data, args.limit), "held_out": photographs(args.held_out, args.limit)}
+    metric = args.metric
+    if reason := unavailable(metric):
+        raise DiffoError(f"--metric {metric}: {reason}, or name one that needs no weights, such as nlpd")
     codec = codec_of(args)
     default = codec.params.rate
     levels = [level for level in LEVELS if level == 0 or codec.has_levels]
     etas = np.geomspace(codec.rate.eta_min, codec.rate.eta_max, args.points)
     sweeps = {name: sweep(codec, paths, levels, etas, metric) for name, paths in pictures.items()}
     rate = fit(sweeps["fit"], default)
-    about = {"metric": metric, "better": _better(metric), "identifiable": sweeps["fit"].identifies_c}
+    better = "lower" if METRICS[metric].lower_is_better else "higher"
+    about = {"metric": metric, "better": better, "identifiable": sweeps["fit"].identifies_c}
     about |= {"c": round(rate.c, 5), "levels": levels}
     about |= {name: {"pictures": len(pictures[name])} | found.told(rate, default) for name, found in sweeps.items()}
     about["weights"] = codec.fingerprint.hex()
-    whole = about | {"sweeps": {name: found.points() for name, found in sweeps.items()}}
-    atomic_write(args.out_path / "eta.json", (json.dumps(whole, indent=1) + "\n").encode())
-    draw(sweeps["fit"], rate, metric, args.out_path / "eta.png")
+    points = {name: {"etas": s.etas, "rates": s.rates, "scores": s.sign * s.costs} for name, s in sweeps.items()}
+    whole = json.dumps(about | {"sweeps": points}, indent=1, default=np.ndarray.tolist)
+    atomic_write(args.out_path / "eta.json", f"{whole}\n".encode())
+    found = sweeps["fit"]
+    curves = [
+        Curve(f"{b:.3f} bpp", found.etas, found.sign * row, rate.eta(b))
+        for b, row in zip(found.rates, found.costs, strict=True)
+    ]
+    title = f"Noise level of the one step, by rate (diamonds: c = {rate.c:.4g})"
+    chart(curves, args.out_path / "eta.png", "noise level eta", f"{metric} ({better} is better)", title, log_x=True)
     print(json.dumps(about, indent=1))
     if args.store:
         with_rate(source, rate, args.store)
         print(f"wrote {args.store}, with c = {rate.c:.4g}")
-
-
-def _better(metric: str) -> str:
-    return "lower" if METRICS[metric].lower_is_better else "higher"
 
 
 @dataclass(frozen=True)
@@ -90,19 +88,10 @@ class Sweep:
     costs: np.ndarray
     sign: int = 1
 
-    def at(self, etas: Sequence[float]) -> np.ndarray:
-        """Cost at one eta per rate, interpolated in log eta: (R,)."""
-        return np.array(
-            [np.interp(math.log(e), np.log(self.etas), row) for e, row in zip(etas, self.costs, strict=True)]
-        )
-
     def of_rule(self, rate: RateParams) -> float:
-        """Mean cost over the rates of eta = clip(c / B)."""
-        return float(self.at([rate.eta(b) for b in self.rates]).mean())
-
-    def of_constants(self) -> np.ndarray:
-        """Mean cost over the rates of every constant eta: (E,)."""
-        return self.costs.mean(0)
+        """Mean cost over the rates of eta = clip(c / B), interpolated in log eta."""
+        etas, swept = np.log([rate.eta(b) for b in self.rates]), np.log(self.etas)
+        return float(np.mean([np.interp(eta, swept, row) for eta, row in zip(etas, self.costs, strict=True)]))
 
     @property
     def identifies_c(self) -> bool:
@@ -112,22 +101,17 @@ class Sweep:
 
     def told(self, rate: RateParams, default: RateParams) -> dict[str, float]:
         """Scores of the fitted rule, the default's and the best constant eta."""
-        constants = self.of_constants()
-        best = int(constants.argmin())
+        constants = self.costs.mean(0)
         return {
             "fitted rule": round(self.sign * self.of_rule(rate), 5),
             f"rule with c = {default.c}": round(self.sign * self.of_rule(default), 5),
-            "best constant eta": round(float(self.etas[best]), 4),
-            "its score": round(self.sign * float(constants[best]), 5),
+            "best constant eta": round(float(self.etas[constants.argmin()]), 4),
+            "its score": round(self.sign * float(constants.min()), 5),
         }
-
-    def points(self) -> dict[str, list]:
-        """All that was measured, fit for JSON."""
-        return {"etas": self.etas.tolist(), "rates": self.rates.tolist(), "scores": (self.sign * self.costs).tolist()}
 
 
 @torch.inference_mode()
-def sweep(codec: Codec, pictures: Sequence[Path], levels: Sequence[int], etas: Sequence[float], metric: str) -> Sweep:
+def sweep(codec: Codec, pictures: Sequence[Path], levels: Sequence[int], etas: np.ndarray, metric: str) -> Sweep:
     """Decode every picture at every level with every eta, and score it.
 
     Args:
@@ -145,10 +129,10 @@ def sweep(codec: Codec, pictures: Sequence[Path], levels: Sequence[int], etas: S
         for row, level in enumerate(levels):
             contents = codec.read(codec.write(analysed, level))
             rates[row] += contents.file.section_bpp / len(pictures)
-            decoded = (codec.render(contents, Sampling(eta=eta)).image for eta in etas)
-            values = score_with_pyiqa([metric], ((image, one) for one in decoded), codec.device)
+            pairs = ((image, codec.render(contents, Sampling(eta=eta)).image) for eta in etas)
+            values = score_with_pyiqa([metric], pairs, codec.device)
             costs[row] += sign * np.array([value[metric] for value in values]) / len(pictures)
-    return Sweep(np.asarray(etas), rates, costs, sign)
+    return Sweep(etas, rates, costs, sign)
 
 
 def fit(found: Sweep, default: RateParams) -> RateParams:
@@ -158,13 +142,3 @@ def fit(found: Sweep, default: RateParams) -> RateParams:
     low, high = found.etas[0] * found.rates.min(), found.etas[-1] * found.rates.max()
     tried = [RateParams(float(c), default.eta_min, default.eta_max) for c in np.geomspace(low, high, FINEST_C)]
     return min(tried, key=found.of_rule)
-
-
-def draw(found: Sweep, rate: RateParams, metric: str, path: Path) -> None:
-    """One curve per rate over eta, with the eta of the fitted rule marked on it."""
-    curves = [
-        Curve(f"{b:.3f} bpp", found.etas, found.sign * row, rate.eta(b))
-        for b, row in zip(found.rates, found.costs, strict=True)
-    ]
-    title = f"Noise level of the one step, by rate (diamonds: c = {rate.c:.4g})"
-    chart(curves, path, "noise level eta", f"{metric} ({_better(metric)} is better)", title, log_x=True)

@@ -32,21 +32,18 @@ def ms_ssim(original: torch.Tensor, decoded: torch.Tensor) -> float | None:
         return None
     x, y = _luma(original), _luma(decoded)
     score = 1.0
-    for scale, exponent in enumerate(MS_SSIM_EXPONENTS):
-        luminance, contrast = _ssim_terms(x, y)
-        last = scale == len(MS_SSIM_EXPONENTS) - 1
-        term = (luminance * contrast if last else contrast).mean().item()
-        score *= term**exponent
+    for exponent in MS_SSIM_EXPONENTS[:-1]:
+        score *= _ssim_terms(x, y)[1].mean().item() ** exponent
         padding = (x.shape[2] % 2, x.shape[3] % 2)
         x, y = F.avg_pool2d(x, 2, padding=padding), F.avg_pool2d(y, 2, padding=padding)
-    return score
+    luminance, contrast = _ssim_terms(x, y)
+    return score * (luminance * contrast).mean().item() ** MS_SSIM_EXPONENTS[-1]
 
 
 def colour_shift(original: torch.Tensor, decoded: torch.Tensor) -> tuple[float, float, float]:
     """Mean of decoded minus original for R, G and B, in grey values: positive where decoding made it brighter."""
     require_pair(original, decoded)
-    red, green, blue = (decoded.double() - original.double()).mean(dim=(1, 2)).tolist()
-    return red, green, blue
+    return tuple((decoded.double() - original.double()).mean(dim=(1, 2)).tolist())
 
 
 def bpp(file_bytes: int, height: int, width: int) -> float:

@@ -40,10 +40,7 @@ class WeightFile:
 
     @property
     def sha256(self) -> str:
-        return self.name.removesuffix(".pth").rpartition("-")[2]
-
-    def is_there(self) -> bool:
-        return self.path.is_file()
+        return Path(self.name).stem.rpartition("-")[2]
 
 
 _TORCHVISION = "https://download.pytorch.org/models", "checkpoints"
@@ -89,7 +86,7 @@ def unavailable(metric: str) -> str | None:
         raise DiffoError(f"unknown metric {metric}; known are {', '.join(METRICS)}")
     if importlib.util.find_spec("pyiqa") is None:
         return f"{metric} needs the package pyiqa: pip install pyiqa"
-    missing = [file.path for file in METRICS[metric].weights if not file.is_there()]
+    missing = [file.path for file in METRICS[metric].weights if not file.path.is_file()]
     if not missing:
         return None
     files = " and ".join(f"{path.name} (looked in {path.parent})" for path in missing)
@@ -97,9 +94,7 @@ def unavailable(metric: str) -> str | None:
 
 
 def score_with_pyiqa(
-    names: Sequence[str],
-    pairs: Iterable[tuple[torch.Tensor, torch.Tensor]],
-    device: torch.device | str = "cpu",
+    names: Sequence[str], pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], device: torch.device | str = "cpu"
 ) -> Iterator[dict[str, float | None]]:
     """Yield, for each (original, decoded) of `pairs`, the scores `names` (keys of `METRICS`) by pyiqa's defaults.
 
@@ -113,20 +108,16 @@ def score_with_pyiqa(
         if reason := unavailable(name):
             raise DiffoError(reason)
     metrics = {name: _load_quietly(METRICS[name].pyiqa_name, torch.device(device)) for name in names}
-    return (_score_pair(metrics, original, decoded, torch.device(device)) for original, decoded in pairs)
 
+    @torch.no_grad()
+    @full_precision()
+    def scores(original: torch.Tensor, decoded: torch.Tensor) -> dict[str, float | None]:
+        require_pair(original, decoded)
+        reference, distorted = (picture[None].to(device).float() / 255 for picture in (original, decoded))
+        fits = {name: min(original.shape[-2:]) >= METRICS[name].min_side for name in names}
+        return {n: metric(distorted, reference).item() if fits[n] else None for n, metric in metrics.items()}
 
-def _score_pair(
-    metrics: dict[str, torch.nn.Module], original: torch.Tensor, decoded: torch.Tensor, device: torch.device
-) -> dict[str, float | None]:
-    require_pair(original, decoded)
-    reference, distorted = (picture[None].to(device).float() / 255 for picture in (original, decoded))
-    scores: dict[str, float | None] = {}
-    with torch.no_grad(), full_precision():
-        for name, metric in metrics.items():
-            fits = min(original.shape[-2:]) >= METRICS[name].min_side
-            scores[name] = metric(distorted, reference).item() if fits else None
-    return scores
+    return (scores(*pair) for pair in pairs)
 
 
 def _load_quietly(pyiqa_name: str, device: torch.device) -> torch.nn.Module:
@@ -144,14 +135,12 @@ def _load_quietly(pyiqa_name: str, device: torch.device) -> torch.nn.Module:
 def download_weights(timeout: float = 20.0) -> None:
     """Fetch the weights of all learned metrics into the caches where their libraries look (about 0.8 GB in all).
 
-    Files already there are kept. Each file ends up complete and with the hash in its name, or not at all; a
-    line is printed for each. No single connection or read may take longer than `timeout` seconds.
-
-    Raises DiffoError in one line at the first file that cannot be fetched.
+    Files already there are kept; a line is printed for each. No connection or read may take longer than `timeout`
+    seconds. Raises DiffoError at the first file that cannot be fetched, of which nothing stays.
     """
     for file in dict.fromkeys(file for metric in METRICS.values() for file in metric.weights):
-        if file.is_there():
+        if file.path.is_file():
             print(f"{file.name}: already in {file.path.parent}")
-            continue
-        fetch(file.url, file.path, file.sha256, timeout)
-        print(f"{file.name}: {file.path.stat().st_size / 1e6:.1f} MB, SHA-256 agrees, now in {file.path.parent}")
+        else:
+            fetch(file.url, file.path, file.sha256, timeout)
+            print(f"{file.name}: {file.path.stat().st_size / 1e6:.1f} MB, SHA-256 agrees, now in {file.path.parent}")

@@ -1,8 +1,10 @@
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from measuring.charts import Curve, chart
+from measuring.charts import COLUMN, MARGIN, Curve, chart, contact_sheet
+from utils.images import read_image
 
 
 def test_a_mark_lies_on_its_curve(tmp_path):
@@ -18,7 +20,29 @@ def test_a_mark_lies_on_its_curve(tmp_path):
     assert abs(rows.mean() / height - 0.5) < 0.06 and 0.65 < columns.mean() / width < 0.8
 
 
-def test_no_curves_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="at least one curve"):
-        chart([], tmp_path / "a.png", "x", "y", "title")
-    assert list(tmp_path.iterdir()) == []
+def flat(height: int, width: int, *colour: int) -> torch.Tensor:
+    return torch.tensor(colour, dtype=torch.uint8).view(3, 1, 1).expand(3, height, width)
+
+
+def extent(sheet: torch.Tensor, colour: tuple[int, int, int]) -> tuple[int, int, int, int]:
+    """Left, top, width and height of the box around all pixels of one colour."""
+    rows, columns = torch.where((sheet == torch.tensor(colour, dtype=torch.uint8).view(3, 1, 1)).all(dim=0))
+    left, top = columns.min().item(), rows.min().item()
+    return left, top, columns.max().item() - left + 1, rows.max().item() - top + 1
+
+
+@pytest.mark.parametrize(
+    "size, scaled",
+    [((100, 200), (100, 200)), ((512, 768), (341, 512)), ((768, 512), (512, 341)), ((40, 4000), (5, 512))],
+)
+def test_pictures_stand_beside_each_other_and_rows_above_each_other(tmp_path, size, scaled):
+    """Scaled down in proportion, never up; captions, however long, stay below their picture and in its column."""
+    second = (flat(32, 48, 0, 255, 0), flat(32, 48, 255, 0, 255), "left", "right")
+    contact_sheet([(flat(*size, 255, 0, 0), flat(*size, 0, 0, 255), "c" * 300, "b"), second], tmp_path / "sheet.png")
+    sheet = read_image(tmp_path / "sheet.png")
+    left, top, width, height = extent(sheet, (255, 0, 0))
+    assert (height, width) == scaled and left == MARGIN + (COLUMN - width) // 2
+    assert extent(sheet, (0, 0, 255)) == (left + COLUMN + MARGIN, top, width, height)
+    below, gap = extent(sheet, (0, 255, 0))[1], slice(MARGIN + COLUMN, 2 * MARGIN + COLUMN)
+    assert (sheet[:, top + height : below] < 128).any() and (sheet[:, below + 32 :] < 128).any()
+    assert (sheet[:, :, gap] == 255).all() and (sheet[:, :, -MARGIN:] == 255).all()

@@ -60,14 +60,6 @@ def test_code_is_refused_and_not_run(tmp_path, new):
     assert ran.exists()
 
 
-def test_plain_pickles_are_refused(tmp_path):
-    path = tmp_path / "plain.pth"
-    path.write_bytes(pickle.dumps(Malicious(tmp_path / "ran")))
-    with pytest.raises(CheckpointError, match="plain.pth"):
-        checkpoints.read(path)
-    assert not (tmp_path / "ran").exists()
-
-
 @pytest.mark.parametrize("part", ["state_dict", "tables"])
 def test_code_in_the_residual_codec_is_refused_and_not_run(tmp_path, part):
     ran, codec = tmp_path / "ran", new_codec()
@@ -93,21 +85,15 @@ def test_cut_checkpoints_are_refused(tmp_path, new):
             checkpoints.read(path)
 
 
-@pytest.mark.parametrize("content", [[1, 2], torch.ones(3)], ids=["list", "tensor"])
-def test_a_checkpoint_is_a_dictionary(tmp_path, content):
-    torch.save(content, tmp_path / "other.pth")
-    with pytest.raises(CheckpointError, match="holds a dictionary"):
-        checkpoints.read(tmp_path / "other.pth")
-
-
 def test_missing_and_foreign_files_are_named(tmp_path):
-    with pytest.raises(CheckpointError, match="none.pth: no such checkpoint"):
-        checkpoints.read(tmp_path / "none.pth")
-    with pytest.raises(CheckpointError, match="no such checkpoint"):
-        checkpoints.read(tmp_path)
+    torch.save([1, 2], tmp_path / "list.pth")
     (tmp_path / "text.pth").write_text("hello, this is no checkpoint\n" * 20)
-    with pytest.raises(CheckpointError, match="text.pth"):
-        checkpoints.read(tmp_path / "text.pth")
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps(Malicious(tmp_path / "ran")))
+    told = {"none": "no such checkpoint", "list": "a checkpoint holds a dictionary", "text": "", "plain": ""}
+    for name, message in told.items():
+        with pytest.raises(CheckpointError, match=f"{name}.pth: {message}"):
+            checkpoints.read(tmp_path / f"{name}.pth")
+    assert not (tmp_path / "ran").exists()
 
 
 # Parameters, strict loading, digests ----------------------------------------------------------------------------------
@@ -120,19 +106,13 @@ def test_parameters_of_public_files():
         "input_blocks.1.blocks.0.attn_mask": torch.ones(4),
         "blocks.0.attn.relative_position_index": torch.ones(5),
     }
-    for content in (wanted | extra, {"state_dict": wanted | extra, "epoch": 3}):
+    wrapped = {f"module.{key}": value for key, value in (wanted | extra).items()}
+    for content in (wanted | extra, {"state_dict": wanted | extra, "epoch": 3}, {"state_dict": wrapped}):
         found, dropped = checkpoints.parameters_of(content)
         assert found.keys() == wanted.keys() and sorted(dropped) == sorted(extra)
-    wrapped = {f"module.{key}": value for key, value in (wanted | extra).items()}
-    found, dropped = checkpoints.parameters_of({"state_dict": wrapped})
-    assert found.keys() == wanted.keys() and sorted(dropped) == sorted(extra)
 
 
-@pytest.mark.parametrize(
-    "content",
-    [{"state_dict": [1]}, {"state_dict": torch.ones(2)}, {3: torch.ones(2)}],
-    ids=["a list", "a tensor", "numbers for names"],
-)
+@pytest.mark.parametrize("content", [{"state_dict": [1]}, {"state_dict": torch.ones(2)}, {3: torch.ones(2)}], ids=str)
 def test_checkpoints_without_named_parameters_fit_nothing(content):
     with pytest.raises(CheckpointError):
         state, _ = checkpoints.parameters_of(content)
@@ -160,19 +140,12 @@ def test_digest():
     name = checkpoints.digest(tensors)
     ours = b"a[3]" + struct.pack("<3q", 1, 2, 3) + b"b[2, 2]" + struct.pack("<4f", 0.5, -2, 1.5, 4)
     assert name == hashlib.sha256(ours).hexdigest()
-    for same in (
-        dict(reversed(tensors.items())),
-        {key: value.double() if value.is_floating_point() else value.int() for key, value in tensors.items()},
-        {key: value.half() if value.is_floating_point() else value.short() for key, value in tensors.items()},
-        tensors | {"b": tensors["b"].t().contiguous().t()},
-        tensors | {"b": torch.nn.Parameter(tensors["b"])},
-    ):
-        assert checkpoints.digest(same) == name
+    for b in (tensors["b"].double(), tensors["b"].half(), tensors["b"].t().contiguous().t()):
+        assert checkpoints.digest({"a": tensors["a"].int(), "b": torch.nn.Parameter(b)}) == name
     for other in (
         tensors | {"b": tensors["b"] + torch.tensor([[1e-6, 0], [0, 0]])},
         tensors | {"b": tensors["b"].view(4)},
         tensors | {"c": torch.zeros(0)},
-        {"b": tensors["b"]},
         {"B": tensors["b"], "a": tensors["a"]},
     ):
         assert checkpoints.digest(other) != name
@@ -215,11 +188,8 @@ def table(seed=0):
 
 def test_a_release_comes_back_as_it_was(tmp_path, states):
     triple = released(tmp_path, states, table=table())
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "GT_vq_model_7.pth.tar",
-        "ema_model_7.pth",
-        "vq_model_7.pth.tar",
-    ]
+    written = {"GT_vq_model_7.pth.tar", "ema_model_7.pth", "vq_model_7.pth.tar"}
+    assert {path.name for path in tmp_path.iterdir()} == written
     codec = load_triple(triple)
     assert codec.params == PARAMS and not codec.training and not any(p.requires_grad for p in codec.parameters())
     for network, state in states.items():
@@ -251,16 +221,11 @@ def test_whatever_changes_pictures_changes_the_fingerprint(tmp_path, states, pla
         changed = state[key].clone()
         changed.view(-1)[-1] += 1e-3
         found[network] = fingerprint(states | {network: state | {key: changed}})
-    assert len(set(found.values())) == len(found) == 8
-
-
-@pytest.mark.parametrize("network", NAMES)
-def test_groups_change_the_fingerprint(tmp_path, states, plain_fingerprint, network):
-    """No parameter shows how many groups a normalisation has, yet every picture depends on it."""
-    part = getattr(PARAMS, network)
-    other = replace(PARAMS, **{network: replace(part, groups=part.groups // 2)})
-    fingerprint = load_triple(released(tmp_path, states, other)).fingerprint
-    assert fingerprint != plain_fingerprint
+        # No parameter shows how many groups a normalisation has, yet every picture depends on it.
+        part = getattr(PARAMS, network)
+        other = replace(PARAMS, **{network: replace(part, groups=part.groups // 2)})
+        found[f"{network}.groups"] = fingerprint(params=other)
+    assert len(set(found.values())) == len(found) == 11
 
 
 def test_a_file_that_says_half_of_what_it_should_is_refused(tmp_path, states):
@@ -281,13 +246,6 @@ def test_files_of_two_releases_are_refused(tmp_path, plain, network):
         load_triple(mixed)
 
 
-def test_a_file_of_another_size_is_refused(tmp_path, states):
-    triple = released(tmp_path, states)
-    checkpoints.save(triple.unet, {"state_dict": {"out.2.bias": torch.ones(3)} | {"surplus": torch.ones(1)}})
-    with pytest.raises(CheckpointError, match=r"ema_model_7.pth: does not fit.*missing.*surplus.*out.2.bias \[3\]"):
-        load_triple(triple)
-
-
 def test_names_that_were_never_published(tmp_path, states):
     with pytest.raises(CheckpointError, match="ema_model_60000.pth: no weights were ever published under this name"):
         load_triple(Triple.of(tmp_path, 60000))
@@ -297,9 +255,8 @@ def test_names_that_were_never_published(tmp_path, states):
     mine.autoencoder.unlink()
     with pytest.raises(CheckpointError, match="GT_vq_model_60000.pth.tar: no weights were ever published"):
         load_triple(mine)
-    with pytest.raises(CheckpointError) as error:
+    with pytest.raises(CheckpointError, match="ema_model_5000.pth: no such checkpoint"):
         load_triple(Triple.of(tmp_path, 5000))
-    assert str(error.value) == f"{tmp_path / 'ema_model_5000.pth'}: no such checkpoint"
 
 
 def test_a_folder_holds_one_release(tmp_path, states):

@@ -1,19 +1,14 @@
 """YAML and overrides to dataclasses, and the configurations that ship."""
 
-import json
 from dataclasses import dataclass, field
 from typing import Literal
 
 import pytest
 import torch
 
-from models.autoencoder import Autoencoder
 from models.codec import Codec
-from models.unet import UNet
-from models.vq_base import VQBase
 from tests.commands import ROOT
-from tests.parity import fixture_file
-from training.config import GtParams, TrainConfig, load_config
+from training.config import TrainConfig, load_config
 from utils.config import build, load_mapping, to_mapping
 from utils.errors import ConfigError
 
@@ -45,14 +40,9 @@ class Outer:
 
 
 def test_absent_keys_keep_their_defaults():
-    assert build(Outer, {}, "x") == Outer()
-    assert build(Outer, {"steps": 4, "inner": {}}, "x").steps == 4
-
-
-def test_absent_keys_of_a_nested_block_keep_their_defaults():
-    """The defaults of the block at that place, which may differ from those of its class."""
+    """Those of a nested block are of the block at that place, which may differ from those of its class."""
+    assert build(Outer, {"steps": 4, "inner": {}}, "x") == Outer(steps=4)
     assert build(Outer, {"inner": {"lr": 2.0}}, "x").inner == Inner(lr=2.0, betas=(0.5, 0.9))
-    assert build(GtParams, {"optim": {"clip": 1.0}}, "x").optim.betas == (0.5, 0.9)  # VQGAN's
 
 
 def test_values_of_every_kind():
@@ -71,8 +61,7 @@ def test_values_of_every_kind():
     expected = Outer(
         4, "other", False, "pictures", 1e-4, "square", ("codec", "gt"), {"a": 0.2, "b": 1.0}, Inner(1.0, (0.0, 0.5))
     )
-    assert built == expected
-    assert type(built.inner.lr) is float and type(built.inner.betas[0]) is float and type(built.stages) is tuple
+    assert built == expected and type(built.inner.lr) is float and type(built.inner.betas[0]) is float
     assert build(Outer, {"folder": None, "share": None}, "x") == Outer()
 
 
@@ -80,25 +69,18 @@ def test_values_of_every_kind():
     "mapping, message",
     [
         ({"stepz": 1}, "x: unknown key stepz; did you mean steps"),
-        ({"qqqq": 1}, "x: unknown key qqqq; known keys: crop, flip"),
         ({7: 1}, "x: unknown key 7"),
         ({"inner": {"betaz": []}}, "x: inner: unknown key betaz; did you mean betas"),
-        ({"steps": 2.0}, "x: steps: expected int, found 2.0"),
         ({"steps": "2"}, "x: steps: expected int, found '2'"),
         ({"steps": True}, "x: steps: expected int, found True"),
-        ({"steps": None}, "x: steps: expected int, found None"),
         ({"flip": 1}, "x: flip: expected bool, found 1"),
-        ({"name": 3}, "x: name: expected str, found 3"),
-        ({"inner": {"lr": "fast"}}, "x: inner: lr: expected float, found 'fast'"),
         ({"inner": {"lr": True}}, "x: inner: lr: expected float, found True"),
         ({"inner": 3}, "x: inner: expected a block of keys, found 3"),
         ({"inner": {"betas": 0.9}}, "x: inner: betas: expected a list, found 0.9"),
         ({"inner": {"betas": ["a"]}}, "x: inner: betas: expected float, found 'a'"),
         ({"crop": "round"}, "x: crop: 'round' is none of random, square"),
-        ({"stages": ["gt", "vq"]}, "x: stages: 'vq' is none of gt, codec"),
         ({"terms": {"c": 1}}, "x: terms: 'c' is none of a, b"),
         ({"terms": {"a": "much"}}, "x: terms.a: expected float, found 'much'"),
-        ({"terms": "a"}, "x: terms: expected a block of keys, found 'a'"),
         ({"share": "half"}, "x: share: expected float, found 'half'"),
         ({"steps": 0}, "x: steps must be at least 1"),  # refused by the dataclass itself
     ],
@@ -110,65 +92,18 @@ def test_what_is_refused_is_named(mapping, message):
     assert str(error.value).startswith(message)
 
 
-def test_to_mapping_is_the_inverse():
-    config = Outer(3, stages=("codec",), inner=Inner(0.25))
-    mapping = to_mapping(config)
-    assert json.loads(json.dumps(mapping)) == mapping
-    assert build(Outer, mapping, "x") == config
-
-
 # Files and overrides --------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def yaml(tmp_path):
-    def write(text: str):
-        path = tmp_path / "some.yaml"
-        path.write_text(text)
-        return path
-
-    return write
-
-
-def test_overrides(yaml):
-    path = yaml("a: 1\nb: {c: 1e-4, d: [1, 2]}\n")
+def test_overrides(tmp_path):
+    path = tmp_path / "some.yaml"
+    path.write_text("a: 1\nb: {c: 1e-4, d: [1, 2]}\n")
     assert load_mapping(path) == {"a": 1, "b": {"c": 1e-4, "d": [1, 2]}}
     overridden = load_mapping(path, ["b.c=2e-5", "b.d=[3]", "e.f=word", "a=null", "g=p=q"])
     assert overridden == {"a": None, "b": {"c": 2e-5, "d": [3]}, "e": {"f": "word"}, "g": "p=q"}
     assert load_mapping(path, ["a=2", "a=3"])["a"] == 3
-    assert load_mapping(yaml("")) == {}
-
-
-@pytest.mark.parametrize(
-    "text, overrides, message",
-    [
-        ("a: 1", ["a"], "a: an override is written key=value"),
-        ("a: 1", ["--a 3"], "--a 3: an override is written key=value"),
-        ("a: 1", ["b={x"], "some.yaml"),
-        ("a: [1", [], "some.yaml"),
-        ("- 1\n- 2", [], "some.yaml: a configuration is a mapping"),
-        ("- 1\n- 2", ["a=1"], "some.yaml"),
-        ("a: [1, 2]", ["a.0=3"], "some.yaml"),
-        ("a: 1\na: 2", [], "some.yaml"),
-        ("a: ${b}", [], "some.yaml: Interpolation key 'b' not found"),
-        ("5", [], "some.yaml"),
-    ],
-    ids=str,
-)
-def test_unreadable_files_and_overrides_are_named(yaml, text, overrides, message):
-    with pytest.raises(ConfigError) as error:
-        load_mapping(yaml(text), overrides)
-    assert message in str(error.value) and "\n" not in str(error.value)
-
-
-def test_a_file_that_is_not_there(tmp_path):
-    with pytest.raises(ConfigError, match="none.yaml: no such configuration file"):
-        load_mapping(tmp_path / "none.yaml")
-    with pytest.raises(ConfigError, match="no such configuration file"):
-        load_mapping(tmp_path)
-    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x81" * 10)
-    with pytest.raises(ConfigError, match="binary.yaml"):
-        load_mapping(tmp_path / "binary.yaml")
+    path.write_text("")
+    assert load_mapping(path) == {}
 
 
 def test_a_base_and_what_a_file_changes_in_it(tmp_path):
@@ -184,38 +119,37 @@ def test_a_base_and_what_a_file_changes_in_it(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "files, message",
+    "files, overrides, message",
     [
-        ({"a": "base: a.yaml"}, "a.yaml: its bases lead back to it"),
-        ({"a": "base: b.yaml", "b": "base: c.yaml", "c": "base: b.yaml"}, "b.yaml -> "),
-        ({"a": "base: none.yaml"}, "none.yaml: no such configuration file (the base of "),
-        ({"a": "base: b.yaml", "b": "- 1"}, "b.yaml: a configuration is a mapping"),
-        ({"a": "base: b.yaml", "b": "x: [1"}, "b.yaml: "),
-        ({"a": "base: [b.yaml]", "b": ""}, "a.yaml: base: expected the path of a configuration file"),
-        ({"a": "base: 7"}, "a.yaml: base: expected the path of a configuration file, found 7"),
+        ({"a": "a: 1"}, ["a"], "a: an override is written key=value"),
+        ({"a": "a: 1"}, ["b={x"], "a.yaml: "),
+        ({"a": "a: [1"}, [], "a.yaml: "),
+        ({"a": "a: [1, 2]"}, ["a.0=3"], "a.yaml: "),
+        ({"a": "a: 1\na: 2"}, [], "a.yaml: "),
+        ({"a": "a: ${b}"}, [], "a.yaml: Interpolation key 'b' not found"),
+        ({"a": "\udcff"}, [], "a.yaml: "),  # no text
+        ({}, [], "a.yaml: no such configuration file"),
+        ({"a": "base: a.yaml"}, [], "a.yaml: its bases lead back to it"),
+        ({"a": "base: b.yaml", "b": "base: c.yaml", "c": "base: b.yaml"}, [], "b.yaml -> "),
+        ({"a": "base: 7"}, [], "7: no such configuration file (the base of "),
+        ({"a": "base: b.yaml", "b": "- 1"}, [], "b.yaml: a configuration is a mapping"),
     ],
     ids=str,
 )
-def test_bases_that_cannot_be_followed_are_named(files, message, tmp_path):
+def test_what_cannot_be_read_or_followed_is_named(files, overrides, message, tmp_path):
     for name, text in files.items():
-        (tmp_path / f"{name}.yaml").write_text(text)
+        (tmp_path / f"{name}.yaml").write_text(text, errors="surrogateescape")
     with pytest.raises(ConfigError) as error:
-        load_mapping(tmp_path / "a.yaml")
+        load_mapping(tmp_path / "a.yaml", overrides)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
 # The configurations that ship -----------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def paper() -> TrainConfig:
-    if not PAPER.is_file():
-        pytest.skip("configs/config.yaml is not there")
-    return load_config(str(PAPER))
-
-
-def test_the_papers_numbers(paper):
+def test_the_papers_numbers():
     """DiffO, section 4; the rest as published."""
+    paper = load_config(str(PAPER))
     codec = paper.codec
     assert (codec.distortion_weight, codec.perceptual, codec.commitment) == (0.8, {"lpips": 0.2}, 0.25)
     assert (codec.optim.lr, codec.optim.lr_end, codec.optim.warmup, codec.ema) == (5e-5, None, 0, 0.999)
@@ -231,52 +165,24 @@ def test_the_papers_numbers(paper):
     assert paper.stages == ("gt", "codec") and paper.data.crop == "random"
 
 
-@pytest.mark.parametrize(
-    "cls, part, published",
-    [
-        pytest.param(Autoencoder, "autoencoder", "GT_encoder", id="keys_full.json-GT_encoder"),
-        pytest.param(VQBase, "vq_base", "autoencoder", id="keys_full.json-autoencoder"),
-        pytest.param(UNet, "unet", "UNet", id="keys_full.json-UNet"),
-    ],
-)
-def test_the_papers_networks_have_the_published_keys(paper, cls, part, published):
-    entries = json.loads(fixture_file("keys_full.json").read_text())[published]["state_dict"]
-    with torch.device("meta"):
-        ours = {k: list(v.shape) for k, v in cls(getattr(paper.networks, part)).state_dict().items()}
-    assert ours == {k: v["shape"] for k, v in entries.items() if v["kind"] == "parameter"}
-
-
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_configuration_loads(path):
     config = load_config(str(path))
     assert build(TrainConfig, to_mapping(config), "again") == config
-    assert load_config(str(path), ["codec.optim.lr=1e-3"]).codec.optim.lr == 1e-3
-    with pytest.raises(ConfigError, match="did you mean codebook_size"):
-        load_config(str(path), ["networks.vq_base.codebook_siez=64"])
-    with pytest.raises(ConfigError, match="power of two"):
-        load_config(str(path), ["networks.vq_base.codebook_size=100"])
-    with pytest.raises(ConfigError, match="in_channels must equal"):
-        load_config(str(path), ["networks.vq_base.in_channels=7"])
     with torch.device("meta"):
         codec = Codec(config.networks)
     assert (codec.residual is None) == (config.networks.residual is None)
+
+
+def test_what_cannot_work_together_is_refused():
+    for key, told in (("codebook_siez=64", "did you mean codebook_size"), ("codebook_size=100", "power of two")):
+        with pytest.raises(ConfigError, match=told):
+            load_config(str(TINY), [f"networks.vq_base.{key}"])
+    with pytest.raises(ConfigError, match="in_channels must equal"):
+        load_config(str(TINY), ["networks.vq_base.in_channels=7"])
 
 
 def test_the_small_model_needs_no_pretrained_weights():
     tiny = load_config(str(TINY))
     assert {*tiny.gt.perceptual, *tiny.codec.perceptual} <= {"ms_ssim"} and tiny.data.folder is None
     assert tiny.codec.forward == "decoder"
-
-
-def channels_per_group(module: torch.nn.Module):
-    return {m.num_channels // m.num_groups for m in module.modules() if isinstance(m, torch.nn.GroupNorm)}
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_groups_at_latent_resolution_have_two_channels(path):
-    """A 1x1 latent must work."""
-    networks = load_config(str(path)).networks
-    with torch.device("meta"):
-        autoencoder, base = Autoencoder(networks.autoencoder), VQBase(networks.vq_base)
-    for part in (base, autoencoder.encoder.mid, autoencoder.decoder.mid, autoencoder.encoder.down[-1]):
-        assert min(channels_per_group(part)) >= 2

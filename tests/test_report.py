@@ -14,15 +14,8 @@ def test_a_mean_is_over_all_rows_or_not_there(tmp_path):
     ]
     mean = mean_row(rows)
     assert mean == {"picture": "mean of 2", "bytes": 200, "bpp": (0.1 + 0.2) / 2, "eta": 0.75}
-    assert aligned_table([*rows, mean]).splitlines()[-1].split() == [
-        "mean",
-        "of",
-        "2",
-        "200.0",
-        "0.1500",
-        "0.750",
-        *"---",
-    ]
+    last = aligned_table([*rows, mean]).splitlines()[-1]
+    assert last.split() == "mean of 2 200.0 0.1500 0.750 - - -".split()
     write_tables(rows, tmp_path, {"command": "python inference.py"})
     written = json.loads((tmp_path / "metrics.json").read_text())
     assert written["mean"] == mean and written["pictures"][1]["psnr"] is None

@@ -35,7 +35,7 @@ def test_c_is_found_where_the_best_eta_falls_as_the_rate_rises():
     assert found.identifies_c
     rate = fit(found, RateParams())
     assert rate.c == pytest.approx(0.013, rel=0.03)
-    assert found.of_rule(rate) < found.of_constants().min() / 10
+    assert found.of_rule(rate) < found.costs.mean(0).min() / 10
 
 
 @pytest.mark.parametrize("best", [0.001, 100.0])
@@ -46,10 +46,10 @@ def test_a_monotone_sweep_identifies_nothing(best):
     assert fit(found, RateParams(c=0.02)).c == 0.02
 
 
-def test_the_rule_is_interpolated_in_log_eta():
-    found = parabola(lambda b: 0.1)
-    np.testing.assert_allclose(found.at([0.1] * 4), 0, atol=5e-3)
-    assert found.of_rule(RateParams(c=1e-9)) == pytest.approx(found.of_constants()[0])  # clipped at eta_min
+def test_the_rule_is_interpolated_in_log_eta_and_clipped():
+    found = Sweep(np.array([0.01, 1.0]), np.array([0.1, 0.1]), np.array([[0.0, 1.0], [2.0, 4.0]]))
+    assert found.of_rule(RateParams(c=0.01, eta_min=0.01)) == pytest.approx((0.5 + 3) / 2)  # eta = 0.1
+    assert found.of_rule(RateParams(c=1e-9, eta_min=0.01)) == 1 and found.of_rule(RateParams(c=9)) == 2.5
 
 
 @pytest.fixture(scope="module")
@@ -117,11 +117,9 @@ def test_two_layers_against_a_base_alone_at_its_bytes(release, tmp_path, capsys)
     assert main([str(a) for a in [*command, "--device", "cpu"]]) == 0
     rows = list(csv.DictReader((tmp_path / "out" / "equal_bytes.csv").read_text().splitlines()))
     assert [row["picture"] for row in rows] == ["0.png", "0.png", "1.png", "1.png"]
-    theirs, ours = rows[::2], rows[1::2]
-    won = 0
-    for their, our in zip(theirs, ours, strict=True):
-        assert their["weights"] == "k2048" and int(our["bytes"]) <= int(their["bytes"])
-        won += float(our["ms_ssim"]) > float(their["ms_ssim"])
+    pairs = list(zip(rows[::2], rows[1::2], strict=True))
+    assert all(their["weights"] == "k2048" and int(our["bytes"]) <= int(their["bytes"]) for their, our in pairs)
+    won = sum(float(our["ms_ssim"]) > float(their["ms_ssim"]) for their, our in pairs)
     table = capsys.readouterr().out
     assert f"{won} of 2" in table and f"{2 - won} of 2" in table
     photograph(data / "small.png", 96, 96, seed=3)
@@ -143,9 +141,7 @@ def test_two_layers_against_a_base_alone_at_its_bytes(release, tmp_path, capsys)
     ],
     ids=" ".join,
 )
-def test_every_option_is_checked_before_a_picture_is_coded(
-    flags, told, release, pictures, tmp_path, capsys, monkeypatch
-):
+def test_options_are_checked_before_pictures(flags, told, release, pictures, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Codec, "analyse", lambda *_: pytest.fail("a picture was coded"))
     flags = [{"PICTURES": str(pictures), "RELEASE": str(release)}.get(flag, flag) for flag in flags]

@@ -77,12 +77,10 @@ class Speed:
         self.keep_memory = _decided(params.keep_memory, not cuda) and platform.libc_ver()[0] == "glibc"
 
     def settle(self) -> None:
-        """Set what belongs to the process: TF32; cuDNN's search for the fastest algorithm, since crops have one size; and
-        glibc's allocator, whose large blocks are mapped and returned at every use: clearing their pages again costs as
-        much as computing with them."""
+        """Set what belongs to the process: TF32, and glibc's allocator, whose large blocks are mapped and returned at
+        every use: clearing their pages again costs as much as computing with them."""
         torch.set_float32_matmul_precision("high" if self.params.tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = self.params.tf32
-        torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
         if self.keep_memory:
             mallopt = ctypes.CDLL(None).mallopt
             mallopt(M_MMAP_MAX, 0)

@@ -119,6 +119,8 @@ class Trainer:
         with closing(self._batches(stage, self.position)) as batches, self._bar(name, progress) as bar:
             while not progress.done:
                 stopped = self._step(step, next(batches), progress, stop, bar)
+                if progress.done:  # a request during the last step is not for the next stage to find
+                    stopped = distributed.on_any_rank(stop.number is not None, self.device)
                 better = self._validate(step, progress)
                 at_end = progress.done and not stage.finishes  # saved below, once, as finished
                 if not at_end and (better or stopped or progress.done or progress.step % self.config.save_every == 0):

@@ -28,11 +28,9 @@ def save(path: str | Path, content: dict) -> None:
 class Placeholder:
     """Stands for an object that a checkpoint names and nobody needs: takes whatever is given to it, keeps nothing."""
 
-    def __init__(self, *args, **kwargs):
-        pass
+    def __init__(self, *args, **kwargs): ...
 
-    def __setstate__(self, state):
-        pass
+    def __setstate__(self, state): ...
 
 
 def read(path: str | Path, inert: Sequence[str] = ()) -> dict:
@@ -47,7 +45,10 @@ def read(path: str | Path, inert: Sequence[str] = ()) -> dict:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
-    named = _globals_of(path)
+    try:
+        named = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # the format before PyTorch 1.6, or a damaged file: loading will tell
+        named = []
     known = [name for name in named if any(name == own or name.startswith(f"{own}.") for own in inert)]
     try:
         with torch.serialization.safe_globals([(Placeholder, name) for name in known]):
@@ -67,14 +68,6 @@ def read(path: str | Path, inert: Sequence[str] = ()) -> dict:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: a checkpoint holds a dictionary, this one a {type(content).__name__}")
     return content
-
-
-def _globals_of(path: Path) -> list[str]:
-    """Classes and functions that a checkpoint names beyond those of plain tensors; none where that cannot be told."""
-    try:
-        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except Exception:  # the format before PyTorch 1.6, or a damaged file: loading will tell
-        return []
 
 
 def first_of(names: Sequence[str]) -> str:

@@ -9,11 +9,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
 from utils.errors import ConfigError
 
 T = TypeVar("T")
-
-
 BASE = "base"  # the key that names the file which a configuration changes
 
 
@@ -28,25 +30,20 @@ def load_mapping(path: str | Path, overrides: Sequence[str] = (), values: dict[s
     Raises:
         ConfigError: missing or unreadable file, bases in a circle, ill-formed override.
     """
-    from omegaconf import OmegaConf
-
     for item in overrides:
         if "=" not in item:
             raise ConfigError(f"{item}: an override is written key=value, for instance codec.optim.lr=1e-4")
-    bases = [item.partition("=")[2] for item in overrides if item.startswith(f"{BASE}=")]
-    config = _inherited(Path(path), Path(bases[-1]) if bases else None)
     with _one_line(path):
-        own = [item for item in overrides if not item.startswith(f"{BASE}=")]
-        config = OmegaConf.merge(config, OmegaConf.from_dotlist(own))
+        changes = OmegaConf.from_dotlist(list(overrides))
+        base = changes.pop(BASE, None)
+        config = OmegaConf.merge(_inherited(Path(path), Path(str(base)) if base else None), changes)
         for key, value in (values or {}).items():
             OmegaConf.update(config, key, value, force_add=True)
         return OmegaConf.to_container(config, resolve=True)
 
 
-def _inherited(path: Path, base: Path | None = None, below: tuple[Path, ...] = ()):
-    """The OmegaConf of a file over that of its base; `base` takes the place of its own, `below` inherits from it."""
-    from omegaconf import OmegaConf
-
+def _inherited(path: Path, base: Path | None = None, below: tuple[Path, ...] = ()) -> DictConfig:
+    """A file over its base; `base` takes the place of its own, `below` inherits from it."""
     if path.resolve() in [file.resolve() for file in below]:
         raise ConfigError(f"{path}: its bases lead back to it: {' -> '.join(map(str, (*below, path)))}")
     if not path.is_file():
@@ -57,18 +54,13 @@ def _inherited(path: Path, base: Path | None = None, below: tuple[Path, ...] = (
         if not OmegaConf.is_dict(config):
             raise ConfigError(f"{path}: a configuration is a mapping of keys to values")
         own = config.pop(BASE, None)
-        if own is not None and not isinstance(own, str):
-            raise ConfigError(f"{path}: {BASE}: expected the path of a configuration file, found {own!r}")
-        base = base or (path.parent / own if own else None)
+        base = base or (path.parent / str(own) if own else None)
         return OmegaConf.merge(_inherited(base, None, (*below, path)), config) if base else config
 
 
 @contextmanager
 def _one_line(path: str | Path) -> Iterator[None]:
     """Errors of the libraries as ConfigErrors of this file."""
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
     try:
         yield
     except (OmegaConfBaseException, YAMLError, OSError, UnicodeDecodeError, TypeError) as error:
@@ -96,7 +88,8 @@ def build(cls: type[T], mapping: dict, where: str, base: T | None = None) -> T:
             raise ConfigError(f"{where}: unknown key {key}; {hint}")
     values = {}
     for key, value in mapping.items():
-        default = _default(fields[key]) if base is None else getattr(base, key)
+        factory = fields[key].default_factory
+        default = getattr(base, key, None if factory is dataclasses.MISSING else factory())
         values[key] = _convert(hints[key], value, f"{where}: {key}", default)
     try:
         return cls(**values) if base is None else dataclasses.replace(base, **values)
@@ -104,13 +97,8 @@ def build(cls: type[T], mapping: dict, where: str, base: T | None = None) -> T:
         raise ConfigError(f"{where}: {error}") from error
 
 
-def _default(field: dataclasses.Field) -> Any:
-    return None if field.default_factory is dataclasses.MISSING else field.default_factory()
-
-
 def to_mapping(config: Any) -> Any:
     """A dataclass as plain dictionaries and lists, fit for YAML, JSON and checkpoints."""
-
     if dataclasses.is_dataclass(config):
         config = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     if isinstance(config, dict):

@@ -4,48 +4,33 @@ import io
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageFile
+from PIL import Image, ImageFile, ImageOps
 
 from utils.errors import PictureError
 from utils.files import PICTURES, atomic_path, find_files
 from utils.limits import MAX_PIXELS, MIN_SIDE
 
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
 
 def read_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> torch.Tensor:
     """Read a picture of any usual kind as a uint8 tensor (3, H, W), RGB, grey values 0..255.
 
-    Alpha, palette transparency included, is composited on white; 16-bit grey is scaled to 8 bits with rounding; an EXIF
-    orientation is applied; of an animation the first frame is taken; colour profiles are ignored. Pillow reads colour
-    of 16 bits by its high byte, which is within one of the rounded value.
+    Alpha, palette transparency included, is composited on white; 16-bit grey is rounded to 8 bits (16-bit colour within
+    one of that, by Pillow); an EXIF orientation is applied; the first frame is taken; colour profiles are ignored.
 
-    Raises PictureError, in one line with the file's name: missing, not a picture, damaged or cut short, more than
-    `max_pixels` pixels, a side under 16, or a kind without a defined 8-bit range (floating point, 32-bit integers).
+    Raises PictureError: missing, not a picture, damaged or cut short, more than `max_pixels` pixels, a side under 16,
+    or a kind without a defined 8-bit range (floating point, 32-bit integers).
     """
     try:
         with open(path, "rb") as file, _strict_pillow():
             return _read_open_file(file, path, max_pixels)
-    except FileNotFoundError:
-        raise PictureError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise PictureError(f"{path}: is a folder, not a picture") from None
     except OSError as error:
-        raise PictureError(f"{path}: cannot be read ({_one_line(error)})") from error
+        raise PictureError(f"{path}: cannot be read ({error.strerror or _one_line(error)})") from error
 
 
 def decode_image(data: bytes, name: str) -> torch.Tensor:
@@ -57,11 +42,8 @@ def decode_image(data: bytes, name: str) -> torch.Tensor:
 def write_image(path: str | os.PathLike[str], picture: torch.Tensor) -> None:
     """Write a uint8 tensor (3, H, W), RGB, as a PNG file, complete or not at all.
 
-    Raises ValueError for another type or shape, PictureError if the name does not end in .png, DiffoError if the folder
-    cannot be written.
+    Raises PictureError if the name does not end in .png, DiffoError if the folder cannot be written.
     """
-    if picture.dtype != torch.uint8 or picture.ndim != 3 or picture.shape[0] != 3:
-        raise ValueError(f"expected a uint8 tensor (3, H, W), got {picture.dtype} {tuple(picture.shape)}")
     if Path(path).suffix.lower() != ".png":
         raise PictureError(f"{path}: pictures are written as PNG; give a name that ends in .png")
     with atomic_path(path) as temporary:
@@ -80,8 +62,6 @@ def to_uint8(signed: torch.Tensor) -> torch.Tensor:
 
     Raises ValueError if there is a NaN, which no grey value can stand for.
     """
-    if not signed.is_floating_point():
-        raise ValueError(f"expected a floating-point tensor, got {signed.dtype}")
     if torch.isnan(signed).any():
         raise ValueError("a picture holds NaN: the network that made it, or its weights, are broken")
     return ((signed.float() * 0.5 + 0.5) * 255).clamp(0, 255).round().to(torch.uint8)
@@ -125,17 +105,10 @@ def _read_open_file(file: BinaryIO, path: str | os.PathLike[str], max_pixels: in
         image.load()
     except Exception as error:
         raise PictureError(f"{path}: damaged or cut short ({_one_line(error)})") from error
-    values = _to_rgb(_upright(image), path)
+    with suppress(Exception):  # a damaged EXIF block counts as none, the picture is still good
+        ImageOps.exif_transpose(image, in_place=True)
+    values = _to_rgb(image, path)
     return torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)))
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation of a loaded image; a damaged EXIF block counts as none, the picture is still good."""
-    try:
-        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:
-        turn = None
-    return image if turn is None else image.transpose(turn)
 
 
 def _to_rgb(image: Image.Image, path: str | os.PathLike[str]) -> np.ndarray:
