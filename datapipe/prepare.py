@@ -16,6 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from datapipe.benchmarks import CROP, download_clic2020, download_kodak
+from datapipe.pictures import start_worker
 from datapipe.shards import find_shards, write_index, write_shards
 from datapipe.sources import read_list
 from utils.commandline import answer, positive
@@ -113,15 +114,17 @@ def gather(places: list[str], check: bool) -> list[Path]:
 
 def readable(paths: list[Path]) -> list[Path]:
     """Those that can be read; the others are named. Raises DiffoError if a process was killed."""
-    with ProcessPoolExecutor(CHECKERS) as pool:
+    pool = ProcessPoolExecutor(CHECKERS, initializer=start_worker, initargs=(0,))
+    try:
         found = pool.map(_problem, paths, chunksize=16)
-        try:
-            problems = list(tqdm(found, desc="checking", total=len(paths), disable=None))
-        except BrokenProcessPool as error:
-            raise DiffoError(
-                "--check: a process that reads pictures was killed; mostly memory is short. Without --check, training "
-                "replaces pictures that it cannot read"
-            ) from error
+        problems = list(tqdm(found, desc="checking", total=len(paths), disable=None))
+    except BrokenProcessPool as error:
+        raise DiffoError(
+            "--check: a process that reads pictures was killed; mostly memory is short. Without --check, training "
+            "replaces pictures that it cannot read"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
     for problem in filter(None, problems):
         print(f"left out: {problem}", file=sys.stderr)
     return [path for path, problem in zip(paths, problems, strict=True) if not problem]

@@ -97,6 +97,7 @@ def test_a_draw_is_a_function_of_seed_and_position():
     params = DrawParams(LATENT, 1000, levels=9, uniforms=3)
     torch.manual_seed(1)
     first = draw(params, 3, 5)
+    assert first["t"] == generator(3, DRAWS, 5).integers(0, 1000)  # the random stream of draws
     torch.manual_seed(2)
     later = draw_batch(params, 3, [8, 5, 2])
     for name, number in first.items():

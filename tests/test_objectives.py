@@ -3,6 +3,7 @@
 import inspect
 import math
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import lpips
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from datapipe.draws import CROP, DRAWS, EPOCH, LEVELS, REVIVAL, DrawParams, draw, generator
+from datapipe.draws import DrawParams, draw
 from datapipe.pictures import Batch
 from measuring.pyiqa_metrics import VGG16
 from models.records import CodecOutput
@@ -152,7 +153,7 @@ def test_lpips_is_given_signed_pictures(monkeypatch):
     torch.testing.assert_close(scaling.shift, 2 * mean - 1, rtol=0, atol=1e-6)
     assert inspect.signature(lpips.LPIPS.forward).parameters["normalize"].default is False
     monkeypatch.setattr(lpips, "LPIPS", Fake)
-    monkeypatch.setattr(type(VGG16), "is_there", lambda _: True)
+    monkeypatch.setattr(type(VGG16), "path", Path(__file__))  # there
     image, target = (torch.tensor(numbers(3, 3, 16, 16)).float() for _ in range(2))
     assert Lpips()(image, target).item() == 3.0  # a mean over the batch
     assert given["net"] == "vgg" and given["pretrained"] and not given["pnet_rand"]
@@ -177,19 +178,6 @@ def test_distance_in_features(monkeypatch):
     pairs = [(image, target), (image[:, :2, ::2, ::2], target[:, :2, ::2, ::2])]
     expected = np.mean([((unit(a) - unit(b)) ** 2).sum(1).mean() for a, b in pairs])
     assert FeatureDistance()(torch.tensor(image), torch.tensor(target)).item() == pytest.approx(expected, rel=1e-6)
-
-
-def test_draws_have_a_random_stream_of_their_own(monkeypatch):
-    """Of (seed, draws, position): crops and the revival of codes have others."""
-    asked = []
-
-    def recorded(*key):
-        asked.append(key)
-        return generator(*key)
-
-    monkeypatch.setattr("datapipe.draws.generator", recorded)
-    new_stage("codec", "seed=5").drawn([7, 3], (32, 32))
-    assert asked == [(5, DRAWS, 7), (5, DRAWS, 3)] and DRAWS not in (EPOCH, CROP, REVIVAL, LEVELS)
 
 
 def test_rates_are_logged_by_level():

@@ -13,7 +13,7 @@ from PIL import Image
 from datapipe import prepare
 from datapipe.pictures import DataParams, Pictures
 from datapipe.shards import ShardSource, find_shards, index_path, write_index
-from tests.commands import NANO, photograph
+from tests.commands import photograph
 from utils.errors import DiffoError, PictureError
 from utils.images import find_pictures, read_image
 
@@ -73,22 +73,6 @@ def test_shards_are_told_apart_by_what_they_hold(folder, shards, tmp_path):
     assert ShardSource([str(moved)]).digest() == ShardSource([str(shards)]).digest()
     names = sorted(str(path) for path in shards.glob("*.tar"))
     assert ShardSource(names[::-1]).digest() != ShardSource(names).digest()
-
-
-def test_training_takes_shards_and_lists(folder, shards, tmp_path, capsys):
-    """The three ways give the same losses, because they give the same pictures in the same order."""
-    from main_diffusion_train_vq import main
-
-    listed = tmp_path / "train.txt"
-    assert prepare.main(["list", str(folder), "-o", str(listed)]) == 0
-    traces = []
-    for i, data in enumerate((folder, listed, shards / "pictures-{000000..000002}.tar")):
-        out = tmp_path / str(i)
-        args = ["--cfg_path", NANO, "--save_dir", out, "--data", data, "--iterations", 2, "data.workers=0"]
-        assert main([str(a) for a in args]) == 0, capsys.readouterr().err
-        lines = (out / "nano" / "metrics.jsonl").read_text().splitlines()
-        traces.append([line.partition('"loss": ')[2].partition(",")[0] for line in lines])
-    assert len(traces[0]) == 4 and traces[0] == traces[1] == traces[2]
 
 
 # The library and we read each other -----------------------------------------------------------------------------------

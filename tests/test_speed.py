@@ -82,24 +82,23 @@ def test_bfloat16_stays_inside_the_networks():
     """Autocast on: results of the rooms, distances, averages, rates, weights and their averages are float32."""
     ours = new_step("codec", OPTIONS["bfloat16"])
     codec, seen = ours.stage.codec, {}
-
-    def watch(key):
-        def hook(module, inputs, output):
-            outputs = output if isinstance(output, tuple) else (output,)
-            seen[key] = {v.dtype for v in (*inputs, *outputs) if torch.is_tensor(v) and v.is_floating_point()}
-            seen[key, "autocast"] = torch.is_autocast_enabled("cpu")
-
-        return hook
-
-    codec.residual.scale_network.register_forward_hook(watch("integers"))
-    codec.residual.rate_model.register_forward_hook(watch("rates"))
-    codec.unet.middle_block[0].in_layers[2].register_forward_hook(watch("convolution"))
+    watched = {
+        "integers": codec.residual.scale_network,
+        "rates": codec.residual.rate_model,
+        "convolution": codec.unet.middle_block[0].in_layers[2],
+    }
+    for name, module in watched.items():
+        module.register_forward_hook(
+            lambda _, inputs, __, name=name: seen.update({name: (inputs[0].dtype, torch.is_autocast_enabled("cpu"))})
+        )
     batch = batch_of(ours)
     with ours.speed.autocast():
         out = ours.model(batch.image, Draws(**batch.draws))
-    assert torch.bfloat16 in seen["convolution"] and seen["convolution", "autocast"]
-    for key in ("integers", "rates"):
-        assert seen[key] == {torch.float32} and not seen[key, "autocast"]
+    assert seen == {
+        "integers": (torch.float32, False),
+        "rates": (torch.float32, False),
+        "convolution": (torch.bfloat16, True),
+    }
     results = [out.x, out.y_hat, out.x_hat, out.image, out.base.z, out.base.z_q, out.base.counts, out.base.sums]
     assert {v.dtype for v in (*results, out.residual_bpp, out.auxiliary)} == {torch.float32}
     assert torch.equal(out.auxiliary, codec.residual.rate_model.auxiliary_loss())

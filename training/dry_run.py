@@ -39,7 +39,7 @@ def dry_run(config: TrainConfig) -> str:
             step = Step(STAGES[name](plain, codec, META))
             step.stage.perceptual = perceptual_terms(getattr(config, name).perceptual, untrained=True)
         sections.append(f"stage {name}\n{counts(codec, step)}\n\n{memory(step)}\n")
-    missing = [n for n in config.stages if getattr(config, n).perceptual.get("lpips") and not VGG16.is_there()]
+    missing = [n for n in config.stages if getattr(config, n).perceptual.get("lpips") and not VGG16.path.is_file()]
     if missing:
         sections.append(f"The VGG weights of LPIPS are not on disk: stage {' and '.join(missing)} would not start.")
     return "\n".join([*sections, NOTE])

@@ -30,7 +30,7 @@ class Lpips(nn.Module):
 
     def __init__(self, untrained: bool = False):
         super().__init__()
-        if not untrained and not VGG16.is_there():
+        if not untrained and not VGG16.path.is_file():
             raise ConfigError(
                 f"perceptual.lpips needs the VGG-16 weights {VGG16.path}, which are not there. Fetch them once with "
                 "`python reproduce.py weights`, or train with another term: gt.perceptual.lpips=0 gt.perceptual.ms_ssim=1, "
