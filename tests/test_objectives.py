@@ -20,7 +20,6 @@ from tests.stages import batch_of, new_stage
 from training.codec_stage import Seen
 from training.config import CodecStageParams
 from training.perceptual import Lpips, perceptual_terms
-from training.perceptual_networks import FeatureDistance
 from training.stage import Restored
 
 RANDOM = np.random.default_rng(0)
@@ -158,26 +157,6 @@ def test_lpips_is_given_signed_pictures(monkeypatch):
     assert Lpips()(image, target).item() == 3.0  # a mean over the batch
     assert given["net"] == "vgg" and given["pretrained"] and not given["pnet_rand"]
     assert torch.equal(given["image"], image) and torch.equal(given["target"], target) and not given["normalize"]
-
-
-class Fixed(torch.nn.Module):
-    """Features of two resolutions, in the place of EfficientNet's."""
-
-    def forward(self, image):
-        return [image, image[:, :2, ::2, ::2]]
-
-
-def test_distance_in_features(monkeypatch):
-    """mean_l mean_hw |f - f'|^2 of features of unit length."""
-    monkeypatch.setattr("training.perceptual_networks.Lite0", Fixed)
-    image, target = numbers(2, 3, 4, 4), numbers(2, 3, 4, 4)
-
-    def unit(features):
-        return features / np.sqrt((features**2).sum(1, keepdims=True))
-
-    pairs = [(image, target), (image[:, :2, ::2, ::2], target[:, :2, ::2, ::2])]
-    expected = np.mean([((unit(a) - unit(b)) ** 2).sum(1).mean() for a, b in pairs])
-    assert FeatureDistance()(torch.tensor(image), torch.tensor(target)).item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_rates_are_logged_by_level():

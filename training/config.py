@@ -51,8 +51,8 @@ class StageParams:
         batch_size: crops per process and step. microbatch: crops that are on the device at once; a step adds up the
             gradients of as many micro-batches as it takes. None takes the whole batch.
         crop_size: pixels, a multiple of 16. ema: decay of the averaged weights.
-        perceptual: perceptual terms with their factors in the loss: `lpips` (LPIPS-vgg), `features` (of
-            EfficientNet-Lite0) and `ms_ssim` (1 - MS-SSIM, crops above 160 pixels).
+        perceptual: perceptual terms with their factors in the loss: `lpips` (LPIPS-vgg), `stlpips` (ST-LPIPS-vgg),
+            `features` (of EfficientNet-Lite0) and `ms_ssim` (1 - MS-SSIM, crops above 160 pixels).
         adversary: a discriminator of the stage's pictures.
     """
 
@@ -62,7 +62,7 @@ class StageParams:
     microbatch: int | None = None
     crop_size: int = 256
     ema: float = 0.999
-    perceptual: dict[Literal["lpips", "features", "ms_ssim"], float] = field(default_factory=dict)
+    perceptual: dict[Literal["lpips", "stlpips", "features", "ms_ssim"], float] = field(default_factory=dict)
     adversary: AdversaryParams = field(default_factory=AdversaryParams)
 
     def __post_init__(self):
@@ -120,7 +120,9 @@ class GtParams(StageParams):
 
     iterations: int = 100_000
     optim: OptimParams = field(default_factory=lambda: OptimParams(betas=(0.5, 0.9)))
-    perceptual: dict[Literal["lpips", "features", "ms_ssim"], float] = field(default_factory=lambda: {"lpips": 1.0})
+    perceptual: dict[Literal["lpips", "stlpips", "features", "ms_ssim"], float] = field(
+        default_factory=lambda: {"lpips": 1.0}
+    )
     distortion: Literal["l1", "mse"] = "l1"
     distortion_weight: float = 1.0
     chroma_weight: float = 0.0
@@ -152,7 +154,9 @@ class CodecStageParams(StageParams):
 
     iterations: int = 60_000
     optim: OptimParams = field(default_factory=OptimParams)
-    perceptual: dict[Literal["lpips", "features", "ms_ssim"], float] = field(default_factory=lambda: {"lpips": 0.2})
+    perceptual: dict[Literal["lpips", "stlpips", "features", "ms_ssim"], float] = field(
+        default_factory=lambda: {"lpips": 0.2}
+    )
     forward: Literal["published", "decoder"] = "published"
     shift: bool = True
     last_step_share: float | None = None

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from measuring.pyiqa_metrics import VGG16
 from models.losses import ms_ssim_loss
-from training.perceptual_networks import FeatureDistance
+from training.perceptual_networks import FeatureDistance, StLpips
 from utils.errors import ConfigError
 from utils.imports import quiet
 
@@ -15,13 +15,13 @@ def perceptual_terms(factors: Mapping[str, float], untrained: bool = False) -> n
     """The terms by name, each (image, target) -> scalar of pictures N x 3 x H x W in [-1, 1]; those of factor 0 are left out.
 
     Args:
-        factors: by name: `lpips` (LPIPS-vgg, the paper's), `features` (of EfficientNet-Lite0), `ms_ssim` (1 - MS-SSIM of the
-            luma, sides from 161 pixels).
+        factors: by name: `lpips` (LPIPS-vgg, the paper's), `stlpips` (ST-LPIPS-vgg), `features` (of EfficientNet-Lite0),
+            `ms_ssim` (1 - MS-SSIM of the luma, sides from 161 pixels).
         untrained: LPIPS with random weights, for its shapes alone; none are needed on disk.
     Raises:
         ConfigError: lpips without VGG weights on disk, or a package that is not installed. Nothing is downloaded here.
     """
-    makers = {"lpips": lambda: Lpips(untrained), "features": FeatureDistance, "ms_ssim": MsSsim}
+    makers = {"lpips": lambda: Lpips(untrained), "stlpips": StLpips, "features": FeatureDistance, "ms_ssim": MsSsim}
     return nn.ModuleDict({name: makers[name]() for name, factor in factors.items() if factor})
 
 

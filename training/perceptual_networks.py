@@ -1,18 +1,22 @@
-"""The distance in features of EfficientNet-Lite0, trained on ImageNet (Apache-2.0); the weights come inside a package.
+"""Trained networks that perceptual terms look through; their weights come inside packages, so nothing is downloaded.
 
-Pictures are N x 3 x H x W in [-1, 1].
+ST-LPIPS: Ghildyal and Liu, "Shift-tolerant perceptual similarity metric", ECCV 2022 (weights BSD-2). EfficientNet-Lite0:
+trained on ImageNet (Apache-2.0). Pictures are N x 3 x H x W in [-1, 1].
 """
 
 import importlib.util
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from utils import checkpoints
 from utils.errors import ConfigError
 
 EPSILON = 1e-10  # inside the root: where all features are 0, the gradient of their norm is infinite
+VGG_STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # widths of the convolutions
+SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # LPIPS' normalisation of [-1, 1]
 LITE0_BLOCKS = (0, 2, 4, 10, 15)  # the last of each resolution, 1/2 to 1/32: 16, 24, 40, 112 and 320 channels
 
 
@@ -32,6 +36,59 @@ def packaged(package: str, file: str, term: str, requirement: str) -> Path:
 def unit(features: Tensor) -> Tensor:
     """Features divided by their norm over channels."""
     return features / (features.square().sum(1, keepdim=True) + EPSILON).sqrt()
+
+
+class StLpips(nn.Module):
+    """ST-LPIPS on the VGG-16 trunk, a mean over the batch.
+
+        d = sum_l mean_hw w_l . (f_l(X^) - f_l(X))^2,    f_l of unit length over channels
+
+    Stages end in ReLU; between two stages a 2x2 maximum of stride 1, then a [1 2 1] x [1 2 1] / 16 blur of stride 2.
+    """
+
+    def __init__(self):
+        super().__init__()
+        path = packaged("stlpips_pytorch", "weights/vST0.0/vgg_shift_tolerant.pth", "stlpips", "stlpips-pytorch==0.0.2")
+        stored = checkpoints.read(path)
+        kernels = [key.removesuffix(".bias") for key in stored if key.endswith(".bias")]
+        self.stages, self.heads = nn.ModuleList(), nn.ParameterList()
+        widths, names = 3, iter(kernels)
+        for index, stage in enumerate(VGG_STAGES):
+            layers: list[nn.Module] = []
+            for width in stage:
+                layer, name = nn.Conv2d(widths, width, 3, padding=1), next(names)
+                layer.load_state_dict({kind: stored[f"{name}.{kind}"] for kind in ("weight", "bias")})
+                layers += [layer, nn.ReLU()]
+                widths = width
+            self.stages.append(nn.Sequential(*layers))
+            self.heads.append(stored[f"lin{index}.model.1.weight"])
+        side = torch.tensor([1.0, 2.0, 1.0])
+        self.register_buffer("blur", (side[:, None] * side / 16)[None, None])
+        self.register_buffer("shift", torch.tensor(SHIFT).view(1, 3, 1, 1))
+        self.register_buffer("scale", torch.tensor(SCALE).view(1, 3, 1, 1))
+        self.eval().requires_grad_(False)
+
+    def forward(self, image: Tensor, target: Tensor) -> Tensor:
+        self.to(image)
+        with torch.no_grad():
+            wanted = self.features(target)
+        distances = [
+            F.conv2d((ours - theirs).square(), head).mean((1, 2, 3))
+            for ours, theirs, head in zip(self.features(image), wanted, self.heads, strict=True)
+        ]
+        return sum(distances).mean()
+
+    def features(self, image: Tensor) -> list[Tensor]:
+        h = (image - self.shift) / self.scale
+        found = []
+        for index, stage in enumerate(self.stages):
+            h = stage(h if index == 0 else self._reduced(h))
+            found.append(unit(h))
+        return found
+
+    def _reduced(self, h: Tensor) -> Tensor:
+        h = F.pad(F.max_pool2d(h, 2, stride=1), (2, 2, 2, 2), mode="reflect")
+        return F.conv2d(h, self.blur.expand(h.shape[1], 1, 3, 3), stride=2, groups=h.shape[1])
 
 
 class Lite0(nn.Module):
