@@ -5,6 +5,7 @@ trained on ImageNet (Apache-2.0). Pictures are N x 3 x H x W in [-1, 1].
 """
 
 import importlib.util
+import itertools
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from utils import checkpoints
 from utils.errors import ConfigError
 
 EPSILON = 1e-10  # inside the root: where all features are 0, the gradient of their norm is infinite
-VGG_STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # widths of the convolutions
+VGG_STAGES = (2, 2, 3, 3, 3)  # convolutions
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # LPIPS' normalisation of [-1, 1]
 LITE0_BLOCKS = (0, 2, 4, 10, 15)  # the last of each resolution, 1/2 to 1/32: 16, 24, 40, 112 and 320 channels
 
@@ -50,16 +51,14 @@ class StLpips(nn.Module):
         super().__init__()
         path = packaged("stlpips_pytorch", "weights/vST0.0/vgg_shift_tolerant.pth", "stlpips", "stlpips-pytorch==0.0.2")
         stored = checkpoints.read(path)
-        kernels = [key.removesuffix(".bias") for key in stored if key.endswith(".bias")]
+        names = (key.removesuffix(".bias") for key in stored if key.endswith(".bias"))
         self.stages, self.heads = nn.ModuleList(), nn.ParameterList()
-        widths, names = 3, iter(kernels)
-        for index, stage in enumerate(VGG_STAGES):
+        for index, count in enumerate(VGG_STAGES):
             layers: list[nn.Module] = []
-            for width in stage:
-                layer, name = nn.Conv2d(widths, width, 3, padding=1), next(names)
-                layer.load_state_dict({kind: stored[f"{name}.{kind}"] for kind in ("weight", "bias")})
-                layers += [layer, nn.ReLU()]
-                widths = width
+            for name in itertools.islice(names, count):
+                weight, bias = stored[f"{name}.weight"], stored[f"{name}.bias"]
+                layers += [nn.Conv2d(weight.shape[1], weight.shape[0], 3, padding=1), nn.ReLU()]
+                layers[-2].load_state_dict({"weight": weight, "bias": bias})
             self.stages.append(nn.Sequential(*layers))
             self.heads.append(stored[f"lin{index}.model.1.weight"])
         side = torch.tensor([1.0, 2.0, 1.0])

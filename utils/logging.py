@@ -5,7 +5,6 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -31,19 +30,17 @@ class Unbroken:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        self._try(self._stream.write, text)
-        return len(text)
-
-    def flush(self) -> None:
-        self._try(self._stream.flush)
-
-    def _try(self, act: Callable, *args) -> None:
         try:
-            act(*args)
+            self._stream.write(text)
+            self._stream.flush()
         except BrokenPipeError:  # nothing is kept: Python would meet it again at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
         except OSError:
             pass
+        return len(text)
+
+    def flush(self) -> None:
+        """Everything is written out at once."""
 
 
 class RunLog:
