@@ -5,6 +5,7 @@ shuffled order of epoch p // n) and every random choice made about it. So a run 
 same run on another number of processes sees the same crops.
 """
 
+import itertools
 import multiprocessing.util
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from datapipe.draws import CROP, EPOCH, DrawParams, draw, generator
 from datapipe.source import Source
@@ -148,17 +149,10 @@ class Pictures(Dataset):
         return F.interpolate(square[None], size=(self.size, self.size), mode="area")[0]
 
 
-class Positions(Sampler[list[int]]):
+def positions(batch: int, rank: int, world: int, first: int) -> Iterator[list[int]]:
     """Batches of stream positions of one rank, without end: step s holds first + (s*B + i) * world + rank, i in 0..B-1."""
-
-    def __init__(self, batch: int, rank: int, world: int, first: int):
-        self.batch, self.rank, self.world, self.first = batch, rank, world, first
-
-    def __iter__(self) -> Iterator[list[int]]:
-        start = self.first + self.rank
-        while True:
-            yield [start + i * self.world for i in range(self.batch)]
-            start += self.batch * self.world
+    for start in itertools.count(first + rank, batch * world):
+        yield [start + i * world for i in range(batch)]
 
 
 def enlarged_crop(picture: Tensor, enlarged: Sequence[int], top: int, left: int, size: int) -> Tensor:
@@ -202,11 +196,10 @@ def stream(pictures: Pictures, batch: int, rank: int, world: int, first: int, pi
     if workers:
         # Each would make a folder of its own there for its pictures' socket, and leave it behind.
         multiprocessing.util.get_temp_dir()
-    positions = Positions(batch, rank, world, first)
-    loader = DataLoader(
-        pictures, batch_sampler=positions, num_workers=workers, pin_memory=pinned, worker_init_fn=start_worker
+    order = positions(batch, rank, world, first)
+    batches = iter(
+        DataLoader(pictures, batch_sampler=order, num_workers=workers, pin_memory=pinned, worker_init_fn=start_worker)
     )
-    batches = iter(loader)
     try:
         for item in batches:
             yield Batch(item.pop("image"), item.pop("position"), item)

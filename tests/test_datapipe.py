@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from datapipe.draws import DrawParams, draw
-from datapipe.pictures import DataParams, Pictures, Positions, enlarged_crop, epoch_order, stream
+from datapipe.pictures import DataParams, Pictures, enlarged_crop, epoch_order, positions, stream
 from tests.commands import photograph
 from utils.images import find_pictures, read_image
 
@@ -57,7 +57,7 @@ def test_every_epoch_is_a_permutation(folder, monkeypatch):
 @pytest.mark.parametrize("world", [1, 3, 64])
 def test_ranks_share_the_positions_of_a_step(world):
     """Rank r takes p = r mod world; together they take every position once, step after step."""
-    ranks = [list(itertools.islice(Positions(4, rank, world, 0), 3)) for rank in range(world)]
+    ranks = [list(itertools.islice(positions(4, rank, world, 0), 3)) for rank in range(world)]
     for step, parts in enumerate(zip(*ranks, strict=True)):
         assert sorted(p for part in parts for p in part) == list(range(step * 4 * world, (step + 1) * 4 * world))
         assert all({p % world for p in part} == {rank} and len(part) == 4 for rank, part in enumerate(parts))
