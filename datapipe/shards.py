@@ -137,7 +137,7 @@ def write_shards(paths: Iterable[Path], folder: Path, name: str, max_count: int,
     """
     from webdataset import ShardWriter
 
-    pattern = f"{folder / name}-%06d.tar"
+    pattern = str(folder / name).replace("%", "%%") + "-%06d.tar"
     with ShardWriter(pattern, max_count, max_bytes, verbose=0, encoder=False, mtime=0) as writer:
         for position, path in enumerate(paths):
             key = f"{position:09d}_{path.stem.replace('.', '_')}"

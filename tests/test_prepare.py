@@ -71,9 +71,9 @@ def test_a_lost_process_of_check_is_one_line(folder, tmp_path, capsys, monkeypat
 def test_shards_keep_to_both_limits(folder, tmp_path, capsys):
     (folder / "broken.png").unlink()
     (folder / "d.png").write_bytes(b"\0" * 1_200_000)
-    told(capsys, "shards", folder, "-o", tmp_path / "many", "--max_count", 2, "--name", "set", "--max_mb", 1)
+    told(capsys, "shards", folder, "-o", tmp_path / "many", "--max_count", 2, "--name", "5%d", "--max_mb", 1)
     tars = find_shards([str(tmp_path / "many")])
-    assert [tar.name for tar in tars] == ["set-000000.tar", "set-000001.tar", "set-000002.tar"]
+    assert [tar.name for tar in tars] == ["5%d-000000.tar", "5%d-000001.tar", "5%d-000002.tar"]
     assert [len(ShardSource([str(tar)])) for tar in tars] == [2, 1, 1]
     assert len(list((tmp_path / "many").iterdir())) == 6
 

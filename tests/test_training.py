@@ -42,17 +42,6 @@ def test_tensorboard_shows_the_lines_and_pictures(saved_run):
     assert (picture.width, picture.height) == (2 * 64, 2 * 64)  # two samples; originals above, results below
 
 
-def test_the_codec_stage_leaves_the_autoencoder_alone(saved_run):
-    states = [
-        checkpoints.read(saved_run / "checkpoints" / "gt_4.pth")["averages"]["autoencoder"],
-        checkpoints.read(saved_run / "checkpoints" / "codec_6.pth")["autoencoder"],
-        checkpoints.read(saved_run / "ema_ckpts" / "GT_vq_model_6.pth.tar")["state_dict"],
-    ]
-    for state in states[1:]:
-        assert state.keys() == states[0].keys()
-        assert all(torch.equal(value, state[key]) for key, value in states[0].items())
-
-
 @pytest.fixture(scope="module")
 def released(saved_run, data, tmp_path_factory):
     """A release of that run, which names a path that is nobody's business."""
