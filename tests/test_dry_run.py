@@ -49,6 +49,7 @@ def test_counts_and_activations_are_those_of_real_networks(name):
         )
         assert int(trained.replace(",", "")) == expected
     real = activations(step, step.blank(), weights_of(step))
+    assert real < activations(step, step.blank(), [])  # weights are counted apart
     with torch.device("meta"):
         shapes = Step(STAGES[name](config, new_codec(config).to("meta"), torch.device("meta")))
     estimated = activations(shapes, shapes.blank(), weights_of(shapes))
