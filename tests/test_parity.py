@@ -10,8 +10,8 @@ from models import diffusion
 from models.autoencoder import Autoencoder, AutoencoderParams
 from models.blocks import nearest_codes
 from models.diffusion import DiffusionParams, Schedule
-from models.swin import relative_position_index, shifted_window_mask
-from models.unet import UNet, UNetParams, timestep_embedding
+from models.swin import shifted_window_mask
+from models.unet import UNet, UNetParams
 from models.vq_base import VQBase, VQBaseParams, perplexity
 from tests.parity import (
     EMA_RELATIVE,
@@ -74,27 +74,6 @@ def test_unet(unet_small, case):
 def test_attention_mask(unet_small, window, shift, height, width):
     reference = unet_small[f"mask/window{window}_shift{shift}_{height}x{width}"]
     assert torch.equal(shifted_window_mask(height, width, window, shift), reference)
-
-
-@fixture_id("unet_small.safetensors")
-@torch.inference_mode()
-def test_swin_layer(unet_small):
-    net = network(UNet, UNetParams(**SMALL_UNET), unet_small.weights())
-    layer = net.input_blocks[4][1]
-    steps = {}
-    for name in ("patch_embed", "blocks.0", "blocks.1"):
-        layer.get_submodule(name).register_forward_hook(lambda _, __, out, name=name: steps.update({name: out}))
-    compare("unet_small swin_layer", layer(unet_small["in/swin_layer/x"]), unet_small["out/swin_layer"])
-    for name, out in steps.items():
-        compare(f"unet_small swin_layer {name}", out, unet_small[f"out/swin_layer/{name}"])
-
-
-@fixture_id("unet_small.safetensors")
-def test_unet_details(unet_small):
-    embedding = timestep_embedding(torch.tensor([0, 1, 7]), 32)
-    compare("unet_small timestep embedding", embedding, unet_small["out/timestep_embedding_0_1_7_dim32"])
-    for window in (4, 2):
-        assert relative_position_index(window).tolist() == unet_small.info[f"relative_position_index_window{window}"]
 
 
 @fixture_id("gt_autoencoder_small.safetensors")

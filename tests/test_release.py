@@ -22,9 +22,10 @@ from models.released import (
     start_from_release,
     states_of,
 )
+from models.residual_hyperprior import HYPER_REACH
 from release.__main__ import chosen, main
 from release.making import halved, round_to_half, with_rate, write_release
-from release.tables import count
+from release.tables import Counts, count
 from tests.commands import NANO, photograph
 from tests.residual import new_codec, picture
 from training.config import RUN_CONFIG, load_config
@@ -266,6 +267,12 @@ def test_tables_are_counted_with_the_rounded_networks(run_folder, config, rounde
     tables = load_codec(tmp_path / "out").residual.tables
     assert np.array_equal(tables.hyper, expected.residual_tables().hyper)
     assert np.array_equal(tables.symbols, expected.residual_tables().symbols)
+
+
+def test_tables_of_hyper_symbols_reach_one_beyond_the_largest_seen(rounded):
+    counts = Counts.none(rounded)
+    counts.hyper[..., HYPER_REACH - 2] = 5
+    assert (counts.residual_tables().reach("hyper") == 3).all()
 
 
 def test_a_file_that_is_no_checkpoint_of_the_stage_is_refused(run_folder, capsys):
