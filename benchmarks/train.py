@@ -1,7 +1,7 @@
 """Training speed and memory with options of the block `speed`: pictures per second and peak memory of whole steps.
 
     python -m benchmarks.train --config configs/tiny.yaml
-    python -m benchmarks.train --stages codec --options plain bfloat16 codec.batch_size=1
+    python -m benchmarks.train codec.batch_size=1 --stages codec --options plain bfloat16
 
 A step is forward, losses, backward, update and averages, on batches that are there already; loading is not measured.
 Every option trains in a process of its own, one after the other. The median of the rounds is printed, and its ratio to
@@ -49,21 +49,13 @@ BATCHES = 8  # different ones, again and again
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/tiny.yaml", metavar="YAML")
-    parser.add_argument("--stages", nargs="+", metavar="NAME", help=f"of: {', '.join(STAGES)}")
-    parser.add_argument("--options", nargs="+", metavar="NAME", help=f"of: {', '.join((*OPTIONS, OWN))}")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--options", nargs="+", choices=[*OPTIONS, OWN], default=["plain", OWN])
     parser.add_argument("--steps", type=positive, default=4, metavar="N", help="steps of a round (default: 4)")
     parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="rounds of each (default: 5)")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    args = parser.parse_intermixed_args(argv)
-    for name, known, usual in (("stages", STAGES, [*STAGES]), ("options", (*OPTIONS, OWN), ["plain", OWN])):
-        given = getattr(args, name) or []
-        names = [value for value in given if "=" not in value]  # argparse gives them all that follows
-        args.overrides += [value for value in given if "=" in value]
-        if unknown := [value for value in names if value not in known]:
-            parser.error(f"--{name} {unknown[0]}: none of {', '.join(known)}")
-        setattr(args, name, names or usual)
-    return args
+    return parser.parse_args(argv)
 
 
 def measured(config: TrainConfig, name: str, device: torch.device, steps: int, rounds: int) -> tuple[float, float]:

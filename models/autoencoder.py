@@ -14,10 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.blocks import Decoder, Encoder, nearest_codes, start_linear
+from models.blocks import Decoder, Encoder, start_linear
 from utils.precision import without_autocast
-
-COMMITMENT = 0.25  # beta of the VQGAN quantiser loss
 
 
 @dataclass(frozen=True)
@@ -49,15 +47,6 @@ class AutoencoderParams:
     def downsampling(self) -> int:
         """Pixels per latent position, along each side."""
         return self.patch * 2 ** (len(self.ch_mult) - 1)
-
-
-@dataclass(frozen=True)
-class Quantized:
-    """Result of the VQGAN quantiser: `z` as the input, `indices` int64 (N*h*w,), scalar `loss`."""
-
-    z: Tensor
-    indices: Tensor
-    loss: Tensor
 
 
 class LinearBlocks(nn.Module):
@@ -130,15 +119,6 @@ class Autoencoder(nn.Module):
         """The parts that make up D."""
         return [self.post_quant_conv, self.decoder, *([self.shortcut.synthesis] if self.shortcut else [])]
 
-    def quantise(self, x: Tensor) -> Quantized:
-        """VQGAN's own quantiser (van den Oord et al. 2017, Eq. 3), kept for public weights; the codec never calls it."""
-        z = x.permute(0, 2, 3, 1)  # N h w d
-        indices = nearest_codes(z.flatten(0, 2), self.quantize.embedding.weight)
-        z_q = self.quantize.embedding(indices).view(z.shape)
-        loss = (z_q.detach() - z).square().mean() * COMMITMENT + (z_q - z.detach()).square().mean()
-        z_q = z + (z_q - z).detach()  # straight-through
-        return Quantized(z_q.permute(0, 3, 1, 2), indices, loss)
-
     @torch.no_grad()
     def fold_statistics(self, mean: Tensor, std: Tensor) -> None:
         """Make the latent zero-mean and unit-variance per channel, and leave D(E(X)) as it is.
@@ -147,15 +127,11 @@ class Autoencoder(nn.Module):
             mean, std: of the present latent, (d,), over training pictures. The same std in all channels scales them by
                 one factor, so that they keep the order of their variances.
         """
-        to_latent, from_latent = [self.quant_conv], [self.post_quant_conv]
-        if self.shortcut:
-            to_latent.append(self.shortcut.analysis)
-            from_latent.append(self.shortcut.synthesis)
         self.quant_conv.bias.sub_(mean)
-        for conv in to_latent:
+        for conv in [self.quant_conv, *([self.shortcut.analysis] if self.shortcut else [])]:
             conv.bias.div_(std)
             conv.weight.div_(std.view(-1, 1, 1, 1))  # d c 1 1
-        for conv in from_latent:
+        for conv in [self.post_quant_conv, *([self.shortcut.synthesis] if self.shortcut else [])]:
             conv.bias.add_(conv.weight.flatten(1) @ mean)  # c
             conv.weight.mul_(std.view(1, -1, 1, 1))  # c d 1 1
 
@@ -172,7 +148,7 @@ def fit_linear(autoencoder: Autoencoder, pictures: Iterable[Tensor]) -> Tensor:
     Returns:
         variances of all 768 components, float64, the largest first; the first d of them are kept.
     Raises:
-        ValueError: no pictures, or all of one colour.
+        ValueError: pictures all of one colour.
     """
     mean, covariance = _block_moments(pictures, autoencoder.shortcut.block)
     variances, components = torch.linalg.eigh(covariance)  # ascending; in columns
@@ -200,7 +176,5 @@ def _block_moments(pictures: Iterable[Tensor], side: int) -> tuple[Tensor, Tenso
         count += blocks.shape[1]
         total = total + blocks.sum(1)
         squares = squares + blocks @ blocks.T
-    if not count:
-        raise ValueError("the linear shortcut cannot be fitted: no pictures")
     mean = total / count
     return mean, squares / count - torch.outer(mean, mean)

@@ -69,7 +69,6 @@ class CodedPicture:
         residual: the sections above the base; None for the base alone.
     Raises:
         BitstreamError: a size outside the range, or an empty base.
-        ValueError: a fingerprint that is not 4 bytes.
     """
 
     height: int
@@ -87,8 +86,6 @@ class CodedPicture:
             )
         if not self.base:
             raise BitstreamError("the base section is empty: there is nothing to decode")
-        if len(self.fingerprint) != FINGERPRINT_BYTES:
-            raise ValueError(f"the fingerprint must be {FINGERPRINT_BYTES} bytes, not {len(self.fingerprint)}")
 
     @property
     def header_bytes(self) -> int:
@@ -103,10 +100,8 @@ class CodedPicture:
     @property
     def section_bytes(self) -> dict[str, int]:
         """Bytes of every coded section."""
-        sizes = {"base": len(self.base)}
-        return sizes | (
-            {"hyper": len(self.residual.hyper), "residual": len(self.residual.symbols)} if self.residual else {}
-        )
+        above = {"hyper": len(self.residual.hyper), "residual": len(self.residual.symbols)} if self.residual else {}
+        return {"base": len(self.base)} | above
 
     @property
     def section_bpp(self) -> float:
@@ -146,38 +141,37 @@ def unpack(data: bytes, preview: bool = False) -> CodedPicture:
     base_bytes, at = _read_varint(data, at)
     end = at + base_bytes + _CRC_BYTES
     _check_layer(data, end)
-    fixed_length, has_residual = _read_flags(data)
+    flags = data[_FLAGS_AT]
+    if flags & ~(_FLAG_FIXED_LENGTH | _FLAG_RESIDUAL):
+        raise BitstreamError(f"this file uses features (flags {flags:#04x}) of a newer program: update the program")
     residual = None
-    if has_residual and not preview:
+    if flags & _FLAG_RESIDUAL and not preview:
         residual, end = _read_residual(data, end)
-    if len(data) > end and not (has_residual and preview):
+    if len(data) > end and not (flags & _FLAG_RESIDUAL and preview):
         raise BitstreamError(f"{len(data) - end} bytes follow the end of the file's {end}: remove what was appended")
     return CodedPicture(
         height=height,
         width=width,
         fingerprint=bytes(data[_FINGERPRINT_AT:_SIZES_AT]),
         base=bytes(data[at : at + base_bytes]),
-        fixed_length=fixed_length,
+        fixed_length=bool(flags & _FLAG_FIXED_LENGTH),
         residual=residual,
     )
 
 
 def _read_residual(data: bytes, at: int) -> tuple[CodedResidual, int]:
     """The sections above the base, which begin at `at`, and where the file ends."""
-    if len(data) <= at:
-        raise _cut_after_base(data)
-    level = data[at]
     try:
         hyper_bytes, start = _read_varint(data, at + 1)
         residual_bytes, start = _read_varint(data, start)
+        middle = start + hyper_bytes
+        end = middle + residual_bytes
+        _check_layer(data, end + _CRC_BYTES)
     except _Cut as error:
-        raise _cut_after_base(data) from error
-    middle = start + hyper_bytes
-    end = middle + residual_bytes
-    if len(data) < end + _CRC_BYTES:
-        raise _cut_after_base(data)
-    _check_layer(data, end + _CRC_BYTES)
-    return CodedResidual(level, bytes(data[start:middle]), bytes(data[middle:end])), end + _CRC_BYTES
+        raise BitstreamError(
+            f"the file is cut after {len(data)} bytes, within its residual: --preview decodes the base, which is whole"
+        ) from error
+    return CodedResidual(data[at], bytes(data[start:middle]), bytes(data[middle:end])), end + _CRC_BYTES
 
 
 def _header(picture: CodedPicture) -> bytes:
@@ -200,28 +194,17 @@ def _check_kind(data: bytes) -> None:
         raise BitstreamError("this is not a .dfo file: it does not begin with 'DfO'")
     if len(data) <= len(MAGIC):
         raise _Cut(f"the file is cut within its header, after {len(data)} bytes")
-    version = data[len(MAGIC)]
-    if version > VERSION:
+    if (version := data[len(MAGIC)]) != VERSION:
         raise BitstreamError(
-            f"this file has format version {version}; this program reads up to {VERSION}: "
+            f"this file has format version {version}; this program reads {VERSION}: "
             "update the program, unless the file is damaged"
         )
-    if version != VERSION:
-        raise BitstreamError(f"this file has format version {version}, which does not exist: it is damaged")
-
-
-def _read_flags(data: bytes) -> tuple[bool, bool]:
-    """Whether the base is at fixed length, and whether a residual follows. The CRC must have been checked."""
-    flags = data[_FLAGS_AT]
-    if flags & ~(_FLAG_FIXED_LENGTH | _FLAG_RESIDUAL):
-        raise BitstreamError(f"this file uses features (flags {flags:#04x}) of a newer program: update the program")
-    return bool(flags & _FLAG_FIXED_LENGTH), bool(flags & _FLAG_RESIDUAL)
 
 
 def _check_layer(data: bytes, size: int) -> None:
     """Length and CRC of the first `size` bytes, the CRC among them."""
     if len(data) < size:
-        raise BitstreamError(f"the file is cut after {len(data)} bytes of {size}, or its header is damaged")
+        raise _Cut(f"the file is cut after {len(data)} bytes of {size}, or its header is damaged")
     if _sealed(data[: size - _CRC_BYTES]) != data[:size]:
         raise BitstreamError("the checksum does not match: the file is damaged")
 
@@ -256,10 +239,4 @@ def _read_varint(data: bytes, at: int) -> tuple[int, int]:
 
 
 class _Cut(BitstreamError):
-    """A header that ends before it should."""
-
-
-def _cut_after_base(data: bytes) -> BitstreamError:
-    return BitstreamError(
-        f"the file is cut after {len(data)} bytes, within its residual: --preview decodes the base, which is whole"
-    )
+    """A file that ends before it should."""

@@ -1,8 +1,10 @@
-"""Parts that the two autoencoders share: normalisation, residual and attention blocks, changes of resolution.
+"""Parts that the networks share: normalisation, residual and attention blocks, changes of resolution.
 
 Parameter names follow the published state dicts, so that public VQGAN weights load.
 Axes: N batch, C channels, H and W rows and columns of a feature map.
 """
+
+from collections import OrderedDict
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -73,26 +75,16 @@ class AttnBlock(nn.Module):
         return x + self.proj_out(h)
 
 
-class Downsample(nn.Module):
-    """Stride-2 convolution; one row and one column of zeros are added at the bottom and right only."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:  # N C H W -> N C H/2 W/2
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+def halving(channels: int) -> nn.Sequential:
+    """N C H W -> N C H/2 W/2: stride 2; one row and one column of zeros are added at the bottom and right only."""
+    return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(channels, channels, 3, stride=2)))
 
 
-class Upsample(nn.Module):
-    """Nearest-neighbour doubling and a convolution."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:  # N C H W -> N C 2H 2W
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+def doubling(channels: int) -> nn.Sequential:
+    """N C H W -> N C 2H 2W: nearest neighbours and a convolution."""
+    return nn.Sequential(
+        OrderedDict(nearest=nn.Upsample(scale_factor=2.0), conv=nn.Conv2d(channels, channels, 3, padding=1))
+    )
 
 
 class Resolution(nn.Module):
@@ -143,7 +135,7 @@ class Encoder(nn.Module):
         for i in range(len(ch_mult)):
             part = Resolution(widths[i], widths[i + 1], num_res_blocks, attention=i == last, groups=groups)
             if i != last:
-                part.downsample = Downsample(widths[i + 1])
+                part.downsample = halving(widths[i + 1])
             self.down.append(part)
         self.mid = Middle(widths[-1], groups)
         self.norm_out = group_norm(widths[-1], groups)
@@ -172,7 +164,7 @@ class Decoder(nn.Module):
             above = widths[min(i + 1, last)]
             part = Resolution(above, widths[i], num_res_blocks + 1, attention=i == last, groups=groups)
             if i != 0:
-                part.upsample = Upsample(widths[i])
+                part.upsample = doubling(widths[i])
             self.up.append(part)
         self.norm_out = group_norm(widths[0], groups)
         self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)

@@ -52,11 +52,8 @@ class Codec(nn.Module):
         self.unet = UNet(params.unet)
         if params.prediction == "correction":
             self.unet.start_silent()
-        self.residual: ResidualHyperprior | None = None
-        if params.residual:
-            self.residual = ResidualHyperprior(
-                params.residual, params.autoencoder.embed_dim, params.vq_base.codebook_size
-            )
+        sizes = params.autoencoder.embed_dim, params.vq_base.codebook_size
+        self.residual = ResidualHyperprior(params.residual, *sizes) if params.residual else None
         self.schedule = Schedule.exponential(params.diffusion)
         self.rate = params.rate
         self.max_pixels = MAX_PIXELS
@@ -76,8 +73,7 @@ class Codec(nn.Module):
         """Bytes that coding a whole picture of this size takes, about: weights, and feature maps at full resolution.
 
         Six maps of the outermost resolution (1/patch of the picture's) are alive at the widest moment, and three copies
-        of the picture. Measured peaks: 0.28 GB and 0.53 GB for one and two megapixels with the networks of tiny.yaml,
-        where this gives 0.26 and 0.49; 0.21 and 0.38 GB with those of small.yaml, where it gives 0.19 and 0.33.
+        of the picture. Measured peaks are up to 15 % above this (0.53 GB for 0.49: two megapixels, tiny.yaml).
         """
         weights = sum(p.numel() for p in self.parameters())
         ae = self.params.autoencoder
@@ -89,10 +85,6 @@ class Codec(nn.Module):
         """x = E(X), padded by edge values to whole cells: N x 3 x H x W in [-1, 1] -> N x d x h x w."""
         bottom, right = -image.shape[2] % CELL, -image.shape[3] % CELL
         return self.autoencoder.encode(F.pad(image, (0, right, 0, bottom), mode="replicate"))
-
-    def to_image(self, x_hat: Tensor) -> Tensor:
-        """D(x^), not yet clamped: N x d x h x w -> N x 3 x 16h x 16w."""
-        return self.autoencoder.decode(x_hat)
 
     def denoiser_inputs(self, y_hat: Tensor, z_q: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
         """(y^, lq, centre) as the branches and the adapter are set: what x~ starts from, the condition, the origin.
@@ -123,12 +115,10 @@ class Codec(nn.Module):
         y_hat, residual_bpp = self.with_residual(x, y, base.indices, draws)  # y^ = y + r^
         known, lq, centre = self.denoiser_inputs(y_hat, base.z_q)
         x_t, eta = self.noisy_input(x, known, residual_bpp.detach(), draws)
-        scaled = diffusion.scale_input(x_t - centre, eta, self.schedule.kappa)
-        time = diffusion.time_of_eta(eta, self.params.diffusion).float()
-        x_hat = self.denoiser(y_hat)(scaled, time, lq)  # x^ = U(scaled x_t, t, lq)
+        x_hat = diffusion.one_step(self.denoiser(y_hat), x_t, lq, eta, self.params.diffusion, centre)
         with without_autocast(x.device):
             auxiliary = self.residual.rate_model.auxiliary_loss() if self.residual else None
-        return CodecOutput(x, y_hat, x_hat, self.to_image(x_hat), base, residual_bpp, auxiliary)
+        return CodecOutput(x, y_hat, x_hat, self.autoencoder.decode(x_hat), base, residual_bpp, auxiliary)
 
     def with_residual(self, x: Tensor, y: Tensor, k: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         """y^ and the residual's rate. Computed for every sample and masked at level 0: all parameters take part."""
@@ -166,11 +156,7 @@ class Codec(nn.Module):
         return self.write(self.analyse(image), self.level_code(quality))
 
     def level_code(self, quality: float) -> int:
-        """The byte that stands for a quality from 0 to 100: 0 for the base alone, else 1 to 255.
-
-        Raises:
-            ValueError: outside the range. CheckpointError: these weights have no residual codec.
-        """
+        """The byte that stands for a quality: 0 for the base alone, else 1 to 255. Errors as `compress`."""
         if not 0 <= quality <= 100:
             raise ValueError(f"quality {quality}: from 0 (the base alone) to 100")
         if quality > 0 and not self.has_levels:
@@ -228,10 +214,8 @@ class Codec(nn.Module):
             )
         self.require_allowed(file.height, file.width)
         h, w = file.latent_size
-        k = entropy_coding.decode_indices(
-            file.base, h * w, self.params.vq_base.codebook_size, self.base_table, file.fixed_length
-        )
-        k = torch.from_numpy(k).view(1, h, w)
+        how = self.params.vq_base.codebook_size, self.base_table, file.fixed_length
+        k = torch.from_numpy(entropy_coding.decode_indices(file.base, h * w, *how)).view(1, h, w)
         return Contents(file, k, self._read_residual(file.residual, k) if file.residual else None)
 
     def require_allowed(self, height: int, width: int) -> None:
@@ -280,11 +264,9 @@ class Codec(nn.Module):
             symbols = contents.symbols
             y_hat = y_hat + self.residual.restore(symbols.hyper, symbols.residual, k, y_hat, file.residual.level)
         x_hat, eta = self.denoise(y_hat, z_q, file, sampling)
-        image = self.to_image(x_hat)[0, :, : file.height, : file.width]
+        image = self.autoencoder.decode(x_hat)[0, :, : file.height, : file.width]
         if not image.isfinite().all():
-            raise BitstreamError(
-                "the decoded picture is not finite: the weights or the precision cannot decode this file"
-            )
+            raise BitstreamError("the decoded picture is not finite: these weights or this precision cannot decode it")
         return Decoded(to_uint8(image.float().cpu()), eta)
 
     def denoise(self, y_hat: Tensor, z_q: Tensor, file: CodedPicture, sampling: Sampling) -> tuple[Tensor, float]:
@@ -300,5 +282,5 @@ class Codec(nn.Module):
             return x_hat, float(schedule.etas[-1])
         eta = self.rate.eta(file.section_bpp) if sampling.eta is None else sampling.eta
         etas = torch.tensor([eta], dtype=torch.float64, device=self.device)
-        x_hat = diffusion.one_step(self.denoiser(y_hat), known, lq, etas, next(noise), self.params.diffusion, centre)
-        return x_hat, eta
+        x_noisy = diffusion.prior_sample(known, etas, self.schedule.kappa, next(noise))
+        return diffusion.one_step(self.denoiser(y_hat), x_noisy, lq, etas, self.params.diffusion, centre), eta

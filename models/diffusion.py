@@ -114,42 +114,19 @@ class Schedule(nn.Module):
     def __len__(self) -> int:
         return len(self.sqrt_etas)
 
-    @property
-    def etas_prev(self) -> Tensor:
-        """eta_{t-1}, with 0 before the first step: float64 (T,)."""
-        return F.pad(self.etas[:-1], (1, 0))
-
-    @property
-    def alpha(self) -> Tensor:
-        """eta_t - eta_{t-1}: float64 (T,)."""
-        return self.etas - self.etas_prev
-
-    @property
-    def posterior_variance(self) -> Tensor:
-        """ResShift, Eq. 6: float64 (T,)."""
-        return self.kappa**2 * self.etas_prev / self.etas * self.alpha
-
-    @property
-    def posterior_mean_coefs(self) -> tuple[Tensor, Tensor]:
-        """Factors of x_t and of x_0 in the posterior mean (ResShift, Eq. 6): float64 (T,) each."""
-        return self.etas_prev / self.etas, self.alpha / self.etas
-
-    @property
-    def ddim_coefs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """k, m, j of the deterministic step k x_0 + m x_t + j y: float64 (T,) each."""
-        m = (self.etas_prev / self.etas).sqrt()
-        j = self.etas_prev - (self.etas_prev * self.etas).sqrt()
-        return 1 - self.etas_prev + (self.etas_prev * self.etas).sqrt() - m, m, j
+    def neighbours(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """eta_t and eta_{t-1}, which is 0 before the first step, of steps int64 (N,): float64 (N,) each."""
+        return self.etas[t], F.pad(self.etas[:-1], (1, 0))[t]
 
 
-def _at(table: Tensor, t: Tensor) -> Tensor:
-    """table[t] as float32, one number per sample: N x 1 x 1 x 1."""
-    return table[t].float().view(-1, 1, 1, 1)
+def _each(numbers: Tensor) -> Tensor:
+    """One number per sample, (N,), as float32 N x 1 x 1 x 1."""
+    return numbers.float().view(-1, 1, 1, 1)
 
 
 def q_sample(schedule: Schedule, x: Tensor, y: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     """x_t = x + eta_t (y - x) + kappa sqrt(eta_t) noise (ResShift, Eq. 2), t int64 (N,)."""
-    return _at(schedule.etas, t) * (y - x) + x + _at(schedule.sqrt_etas * schedule.kappa, t) * noise
+    return _each(schedule.etas[t]) * (y - x) + x + _each(schedule.sqrt_etas[t] * schedule.kappa) * noise
 
 
 def prior_sample(y: Tensor, eta: Tensor, kappa: float, noise: Tensor) -> Tensor:
@@ -163,24 +140,16 @@ def scale_input(x: Tensor, eta: Tensor, kappa: float) -> Tensor:
 
 
 def one_step(
-    denoiser: Denoiser,
-    y: Tensor,
-    lq: Tensor,
-    eta: Tensor,
-    noise: Tensor,
-    params: DiffusionParams,
-    centre: Tensor | float = 0.0,
+    denoiser: Denoiser, x_noisy: Tensor, lq: Tensor, eta: Tensor, params: DiffusionParams, centre: Tensor | float = 0.0
 ) -> Tensor:
-    """x^ = U(x~ / sqrt(1 + kappa^2 eta), t(eta), lq): the codec's single DDIM step (DiffO, Alg. 1).
+    """x^ = U((x~ - centre) / sqrt(1 + kappa^2 eta), t(eta), lq): the codec's single DDIM step (DiffO, Alg. 1).
 
     Args:
-        y: what the decoder knows of the latent, N x d x h x w. lq: z_q. eta: (N,). noise: standard normal, as y.
+        x_noisy: x~, N x d x h x w. lq: z_q. eta: float64 (N,).
         centre: what the network's input is a difference to (the paper's adapter); 0 in the published code.
     Returns:
-        the predicted latent, as y.
+        the predicted latent, as x_noisy.
     """
-    eta = eta.double()
-    x_noisy = prior_sample(y, eta, params.kappa, noise)
     return denoiser(scale_input(x_noisy - centre, eta, params.kappa), time_of_eta(eta, params).float(), lq)
 
 
@@ -192,15 +161,20 @@ def predict(
 
 
 def ddim_step(schedule: Schedule, x_t: Tensor, x_0: Tensor, y: Tensor, t: Tensor) -> Tensor:
-    """k x_0 + m x_t + j y."""
-    k, m, j = (_at(c, t) for c in schedule.ddim_coefs)
-    return k * x_0 + m * x_t + j * y
+    """The deterministic step k x_0 + m x_t + j y."""
+    eta, eta_prev = schedule.neighbours(t)
+    m = (eta_prev / eta).sqrt()
+    j = eta_prev - (eta_prev * eta).sqrt()
+    k = 1 - eta_prev + (eta_prev * eta).sqrt() - m
+    return _each(k) * x_0 + _each(m) * x_t + _each(j) * y
 
 
 def ancestral_step(schedule: Schedule, x_t: Tensor, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     """A draw from q(x_{t-1} | x_t, x_0) (ResShift, Eq. 6); without noise at t = 0."""
-    a, b = (_at(c, t) for c in schedule.posterior_mean_coefs)
-    return a * x_t + b * x_0 + _at(schedule.posterior_variance.sqrt(), t) * noise
+    eta, eta_prev = schedule.neighbours(t)
+    alpha = eta - eta_prev
+    deviation = (schedule.kappa**2 * eta_prev / eta * alpha).sqrt()
+    return _each(eta_prev / eta) * x_t + _each(alpha / eta) * x_0 + _each(deviation) * noise
 
 
 def sample(

@@ -52,7 +52,7 @@ class CodecParams:
                 raise ValueError(f"{what}: {left} is not {right}")
         if difference and not (self.detail_branch and self.perceptual_branch):
             raise ValueError(
-                "adapter difference: y^ is its only branch; detail_branch and perceptual_branch are parts of adapter published"
+                "adapter difference: y^ is its only branch; the two branches are parts of adapter published"
             )
         if self.prediction == "correction" and not self.detail_branch:
             raise ValueError("prediction correction: adds to y^, which detail_branch: false puts at 0")

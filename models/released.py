@@ -35,16 +35,8 @@ RELEASES = Path(__file__).resolve().parents[1] / "weights"
 SMALL = RELEASES / "tiny-2"
 ABOUT = "release.json"
 
-# Parameters that count in a fingerprint at any value; those that came later count where they are not at their default.
-FIRST = {
-    "autoencoder": "ch ch_mult num_res_blocks z_channels embed_dim n_embed groups",
-    "vq_base": "ch ch_mult num_res_blocks z_channels embed_dim in_channels codebook_size groups",
-    "unet": "latent_channels condition_channels condition_width model_channels channel_mult num_res_blocks windows "
-    "middle_window swin_depth swin_embed_dim head_channels mlp_ratio groups",
-    "diffusion": "steps kappa power etas_end min_noise_level",
-    "residual": "channels width blocks hyper_channels scale_width code_width levels extrapolated first_gain last_gain",
-}
-ONLY_TRAINING = ("decay", "epsilon", "revive_below")  # never count
+ONLY_TRAINING = ("decay", "epsilon", "revive_below")  # parameters of networks that no fingerprint counts
+LATER = {"patch": 1, "shortcut": "none"}  # those that came after the first release count where they are not at this
 
 States = dict[str, dict[str, Tensor]]  # state dicts by network
 
@@ -110,9 +102,7 @@ def save_triple(
     """Write the three files.
 
     Args:
-        states: state dicts under `unet`, `vq_base`, `autoencoder` and, where there is one, `residual`, in the precision
-            that is to be stored.
-        params: sizes, schedule and rate modulation.
+        states: state dicts of the networks, in the precision that is to be stored.
         table: integer frequencies of the base indices, int32 (K,), at release. residual_tables: those of the residual.
         keep: files that are there already with these very weights, and are not written again.
     """
@@ -143,10 +133,9 @@ def parted(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Te
 
 
 def fingerprint(codec: Codec, digests: dict[str, str]) -> bytes:
-    """4 bytes that name a triple: SHA-256 over the VQ release's tensors and the digests of the two others.
+    """4 bytes that name a triple: SHA-256 over all that changes a decoded picture, as tensors in float32 or int64.
 
-    All else that changes a decoded picture (integer tables, schedule, rate modulation) counts as a tensor of the VQ
-    release. Tensors count in float32, however they are stored; densities do not count.
+    The two networks outside the VQ file count by their digests; densities do not count.
     """
     tensors = dict(codec.vq_base.state_dict())
     if codec.base_table is not None:
@@ -166,17 +155,12 @@ def fingerprint(codec: Codec, digests: dict[str, str]) -> bytes:
 
 
 def meaning(params: CodecParams) -> dict[str, Any]:
-    """Parameters that affect decoding, but for the rate's rule, which counts as a tensor.
-
-    Fields added later are left out at their default, so old fingerprints hold.
-    """
-    kept = {}
+    """Parameters that affect decoding; the rate's rule counts as a tensor. Old fingerprints hold: see `LATER`."""
+    kept, usual = {}, to_mapping(CodecParams())
     for name, value in to_mapping(params).items():
-        if name in FIRST and value is not None:
-            first, default = FIRST[name].split(), to_mapping(type(getattr(params, name))())
-            later = {key for key in value if key not in ONLY_TRAINING and value[key] != default[key]}
-            kept[name] = {key: value[key] for key in value if key in first or key in later}
-        elif name != "rate" and value != to_mapping(CodecParams())[name]:
+        if isinstance(value, dict) and name != "rate":
+            kept[name] = {k: v for k, v in value.items() if k not in ONLY_TRAINING and (k, v) not in LATER.items()}
+        elif name != "rate" and value != usual[name]:
             kept[name] = value
     return kept
 
@@ -223,12 +207,10 @@ def load_triple(
 
 
 def assembled(params: CodecParams, states: States, files: Mapping[str, Path]) -> Codec:
-    """A codec of given sizes and parameters, in evaluation mode, with densities where `states` has them, without tables.
+    """A codec of given parameters, in evaluation mode, with densities where `states` has them, without tables.
 
-    Args:
-        files: where each network comes from, for errors.
     Raises:
-        CheckpointError: a network is missing, or does not fit.
+        CheckpointError: a network is missing, or does not fit; names its file of `files`.
     """
     codec = Codec(params)
     if codec.residual and parted(states.get("residual", {}))[1]:
@@ -252,8 +234,7 @@ def _fill(codec: Codec, states: States, files: Mapping[str, Path]) -> None:
 def start_from_release(folder: str | Path, codec: Codec) -> list[str]:
     """Load a release's parameters into a codec that is to be trained, in place; lines that tell what was taken.
 
-    These are autoencoder, VQ base with the averages of its code book, UNet, residual codec and its densities. Schedule
-    and rate rule stay the codec's own. Densities that the release does not have start anew, around its medians.
+    Schedule and rate rule stay the codec's own. Densities that the release does not have start around its medians.
 
     Raises:
         CheckpointError: no release there, a damaged one, or one of other sizes; names keys that differ.
@@ -273,12 +254,10 @@ def start_from_release(folder: str | Path, codec: Codec) -> list[str]:
     return told
 
 
-def flat(mapping: dict[str, Any]) -> dict[str, Any]:
+def _flat(mapping: dict[str, Any]) -> dict[str, Any]:
     """Dotted keys: {"a": {"b": 1}, "c": 2} -> {"a.b": 1, "c": 2}."""
-    found = {}
-    for key, value in mapping.items():
-        found |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
-    return found
+    blocks = {key: value if isinstance(value, dict) else {"": value} for key, value in mapping.items()}
+    return {f"{key}.{k}".rstrip("."): v for key, block in blocks.items() for k, v in block.items()}
 
 
 def _params(ours: dict | None, config: str | Path | None, path: Path) -> CodecParams:
@@ -291,7 +270,7 @@ def _params(ours: dict | None, config: str | Path | None, path: Path) -> CodecPa
     params = build(CodecParams, load_mapping(config).get("networks", {}), f"{config}: networks")
     if stored is None:
         return params
-    theirs, own = flat(meaning(params)), flat(meaning(stored))
+    theirs, own = _flat(meaning(params)), _flat(meaning(stored))
     differing = [key for key in own | theirs if theirs.get(key) != own.get(key)]
     if differing:
         told = checkpoints.first_of([f"{key} {theirs.get(key)} for {own.get(key)}" for key in differing])

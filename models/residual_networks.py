@@ -47,9 +47,6 @@ class ResidualParams:
             raise ValueError(f"extrapolated {self.extrapolated}: two numbers of levels, 0 to 2")
         if not 0 < self.first_gain < self.last_gain:
             raise ValueError(f"gains {self.first_gain} to {self.last_gain}: above 0, the smaller first")
-        sizes = (self.channels, self.width, self.hyper_channels, self.scale_width, self.code_width)
-        if min(*sizes, self.blocks) < 1:
-            raise ValueError("channels, width, blocks, hyper_channels, scale_width, code_width: at least 1")
 
 
 def hyper_size(h: int, w: int) -> tuple[int, int]:

@@ -4,6 +4,8 @@ Axes: N batch, C embedding width, H and W rows and columns, w window side, T = w
 L = (H/w)*(W/w) windows in row-major order.
 """
 
+from collections import OrderedDict
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -69,16 +71,9 @@ class WindowAttention(nn.Module):
         return self.proj(h.transpose(1, 2).reshape(b, t, c))
 
 
-class Mlp(nn.Module):
+def mlp(dim: int, hidden: int) -> nn.Sequential:
     """Two 1x1 convolutions with the exact (erf) GELU between them."""
-
-    def __init__(self, dim: int, hidden: int):
-        super().__init__()
-        self.fc1 = nn.Conv2d(dim, hidden, 1)
-        self.fc2 = nn.Conv2d(hidden, dim, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+    return nn.Sequential(OrderedDict(fc1=nn.Conv2d(dim, hidden, 1), act=nn.GELU(), fc2=nn.Conv2d(hidden, dim, 1)))
 
 
 class SwinBlock(nn.Module):
@@ -90,7 +85,7 @@ class SwinBlock(nn.Module):
         self.norm1 = nn.GroupNorm(groups, dim)
         self.attn = WindowAttention(dim, window, heads)
         self.norm2 = nn.GroupNorm(groups, dim)
-        self.mlp = Mlp(dim, dim * mlp_ratio)
+        self.mlp = mlp(dim, dim * mlp_ratio)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:  # N C H W
         h = self.norm1(x)
@@ -103,15 +98,9 @@ class SwinBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-class Projection(nn.Module):
+def projection(in_channels: int, out_channels: int) -> nn.Sequential:
     """1x1 convolution between the UNet's width and the embedding width."""
-
-    def __init__(self, in_channels: int, out_channels: int):
-        super().__init__()
-        self.proj = nn.Conv2d(in_channels, out_channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x)
+    return nn.Sequential(OrderedDict(proj=nn.Conv2d(in_channels, out_channels, 1)))
 
 
 class SwinLayer(nn.Module):
@@ -120,12 +109,12 @@ class SwinLayer(nn.Module):
     def __init__(self, channels, embed_dim, depth, head_channels, window, mlp_ratio, groups):
         super().__init__()
         self.window, self.shift = window, window // 2
-        self.patch_embed = Projection(channels, embed_dim)
+        self.patch_embed = projection(channels, embed_dim)
         self.blocks = nn.ModuleList(
             SwinBlock(embed_dim, embed_dim // head_channels, window, (i % 2) * self.shift, mlp_ratio, groups)
             for i in range(depth)
         )
-        self.patch_unembed = Projection(embed_dim, channels)
+        self.patch_unembed = projection(embed_dim, channels)
 
     def forward(self, x: Tensor) -> Tensor:  # N C H W; H and W multiples of the window
         mask = shifted_window_mask(*x.shape[2:], self.window, self.shift, x.device)

@@ -5,12 +5,14 @@ Axes: N batch, C channels, h and w latent rows and columns.
 """
 
 import math
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.blocks import doubling
 from models.swin import SwinLayer
 
 
@@ -75,26 +77,9 @@ class ResBlock(nn.Module):
         return self.skip_connection(x) + h
 
 
-class Downsample(nn.Module):
-    """Stride-2 convolution, padded on all sides."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.op(x)
-
-
-class Upsample(nn.Module):
-    """Nearest-neighbour doubling and a convolution."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+def halving(channels: int) -> nn.Sequential:
+    """N C h w -> N C h/2 w/2: stride 2, padded on all sides."""
+    return nn.Sequential(OrderedDict(op=nn.Conv2d(channels, channels, 3, stride=2, padding=1)))
 
 
 class Stage(nn.Sequential):
@@ -137,7 +122,7 @@ class UNet(nn.Module):
                 self.input_blocks.append(Stage(*block))
                 skips.append(width)
             if depth != last:
-                self.input_blocks.append(Stage(Downsample(width)))
+                self.input_blocks.append(Stage(halving(width)))
                 skips.append(width)
 
         self.middle_block = Stage(res(width, width), swin(width, p.middle_window), res(width, width))
@@ -150,7 +135,7 @@ class UNet(nn.Module):
                 if i == 0:
                     block.append(swin(width, p.windows[depth]))
                 if depth and i == p.num_res_blocks:
-                    block.append(Upsample(width))
+                    block.append(doubling(width))
                 self.output_blocks.append(Stage(*block))
 
         self.out = nn.Sequential(

@@ -61,23 +61,16 @@ class Codebook(nn.Module):
     Published keys: `embedding.weight` v, `embedding.cluster_size` n, `embedding.embed_avg` m.
     """
 
-    def __init__(self, codebook_size: int, dim: int, decay: float, epsilon: float, revive_below: float):
+    def __init__(self, params: VQBaseParams):
         super().__init__()
-        self.decay, self.epsilon, self.revive_below = decay, epsilon, revive_below
+        self.decay, self.epsilon, self.revive_below = params.decay, params.epsilon, params.revive_below
+        size = params.codebook_size
         self.embedding = nn.Module()
-        self.embedding.weight = nn.Parameter(torch.randn(codebook_size, dim), requires_grad=False)
+        self.embedding.weight = nn.Parameter(torch.randn(size, params.embed_dim), requires_grad=False)
         # Sizes of one, not zero: with zeros, the first update divides averages that start at the codes by almost
         # nothing, and every unused code explodes.
-        self.embedding.cluster_size = nn.Parameter(torch.ones(codebook_size), requires_grad=False)
+        self.embedding.cluster_size = nn.Parameter(torch.ones(size), requires_grad=False)
         self.embedding.embed_avg = nn.Parameter(self.embedding.weight.clone(), requires_grad=False)
-
-    @property
-    def size(self) -> int:
-        return self.embedding.weight.shape[0]
-
-    def lookup(self, indices: Tensor) -> Tensor:
-        """Rows of the code book: int64 (...) -> float (..., d_q)."""
-        return F.embedding(indices, self.embedding.weight)
 
     @torch.no_grad()
     def update(self, counts: Tensor, sums: Tensor) -> None:
@@ -86,7 +79,7 @@ class Codebook(nn.Module):
         n.mul_(self.decay).add_(counts, alpha=1 - self.decay)
         m.mul_(self.decay).add_(sums, alpha=1 - self.decay)
         total = n.sum()
-        smoothed = (n + self.epsilon) / (total + self.size * self.epsilon) * total
+        smoothed = (n + self.epsilon) / (total + len(n) * self.epsilon) * total
         self.embedding.weight.copy_(m / smoothed.unsqueeze(1))
 
     @torch.no_grad()
@@ -119,9 +112,7 @@ class VQBase(nn.Module):
         shared = dict(ch=params.ch, ch_mult=params.ch_mult, num_res_blocks=params.num_res_blocks, groups=params.groups)
         self.encoder = Encoder(params.in_channels, params.z_channels, **shared)
         self.decoder = Decoder(params.z_channels, params.in_channels, **shared)
-        self.quantize = Codebook(
-            params.codebook_size, params.embed_dim, params.decay, params.epsilon, params.revive_below
-        )
+        self.quantize = Codebook(params)
         self.quant_conv = nn.Conv2d(params.z_channels, params.embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(params.embed_dim, params.z_channels, 1)
         start_linear(self)
@@ -149,7 +140,7 @@ class VQBase(nn.Module):
 
     def rows(self, indices: Tensor) -> Tensor:
         """z_q from indices alone: int64 N x h x w -> N x d_q x h x w."""
-        return self.quantize.lookup(indices).permute(0, 3, 1, 2)
+        return F.embedding(indices, self.quantize.embedding.weight).permute(0, 3, 1, 2)
 
     def reconstruct(self, z_q: Tensor) -> Tensor:
         """y = VQ-D(z_q): N x d_q x h x w -> N x d x h x w."""

@@ -25,17 +25,13 @@ from utils.errors import CheckpointError
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m release", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "python -m release", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, help="run folder of main_diffusion_train_vq.py")
     parser.add_argument("out", type=Path, help="release folder, for instance weights/mine")
-    parser.add_argument(
-        "--iteration", metavar="N", help="of the checkpoint, or `best` by validation (default: the newest)"
-    )
+    parser.add_argument("--iteration", metavar="N", help="or `best` by validation (default: the newest)")
     parser.add_argument("--data", metavar="PATH", help="training pictures as for training (default: the run's)")
-    parser.add_argument(
-        "--crops", type=positive, default=COUNTED, metavar="N", help=f"crops to count (default {COUNTED})"
-    )
+    parser.add_argument("--crops", type=positive, default=COUNTED, metavar="N", help=f"to count (default {COUNTED})")
     parser.add_argument("--batch", type=positive, default=BATCH, metavar="N", help=f"crops at once (default {BATCH})")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
     return parser.parse_args(argv)
@@ -61,17 +57,13 @@ def chosen(run: Path, iteration: str | None) -> tuple[int, Triple | Path]:
     if iteration == "best":
         best = json.loads((run / BEST).read_text()) if (run / BEST).is_file() else {"stage": None}
         if best["stage"] != "codec":
-            raise CheckpointError(
-                f"{run}: no validation of stage codec has chosen a checkpoint (validation.folder=DIR)"
-            )
+            raise CheckpointError(f"{run}: no validation of stage codec has chosen one (validation.folder=DIR)")
         iteration = str(best["step"])
     elif iteration is None:
         iteration = max(found, key=int, default="any")
     if iteration not in found:
         there = ", ".join(sorted(found, key=int)) or "none; has the stage codec saved yet?"
-        raise CheckpointError(
-            f"{run}: no complete checkpoint of stage codec, iteration {iteration}; there are: {there}"
-        )
+        raise CheckpointError(f"{run}: no checkpoint of stage codec, iteration {iteration}; there are: {there}")
     return int(iteration), found[iteration]
 
 

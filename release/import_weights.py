@@ -15,15 +15,14 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from datapipe.sources import data_options
-from models.autoencoder import Autoencoder
-from models.codec import Codec
 from models.released import NAMES, OURS
 from release.making import COUNTED, require_empty, write_release
 from release.tables import count
 from training.config import load_config
+from training.start import new_codec
 from utils import checkpoints
 from utils.commandline import answer, positive
-from utils.errors import CheckpointError, ConfigError, DiffoError
+from utils.errors import CheckpointError, DiffoError
 from utils.files import make_folder
 
 # Beside its tensors, a checkpoint of PyTorch Lightning names the classes of its callbacks and hyper-parameters.
@@ -35,22 +34,16 @@ LIGHTNING = (
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m release.import_weights",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "python -m release.import_weights", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument(
-        "--config", default="configs/config.yaml", metavar="YAML", help="networks' sizes (default: configs/config.yaml)"
-    )
+    sizes = argparse.ArgumentParser(add_help=False)
+    sizes.add_argument("--config", default="configs/config.yaml", metavar="YAML", help="default: configs/config.yaml")
     kinds = parser.add_subparsers(required=True, metavar="vqgan|diffo")
-    vqgan = kinds.add_parser(
-        "vqgan", parents=[shared], help="a taming-transformers checkpoint -> GT_vq_model_<it>.pth.tar"
-    )
+    vqgan = kinds.add_parser("vqgan", parents=[sizes], help="a VQGAN's checkpoint -> GT_vq_model_<it>.pth.tar")
     vqgan.add_argument("checkpoint", type=Path, help="last.ckpt of a VQGAN f16-16384")
     vqgan.add_argument("out", type=Path, help="folder for GT_vq_model_<it>.pth.tar")
     vqgan.set_defaults(work=import_vqgan)
-    diffo = kinds.add_parser("diffo", parents=[shared], help="three published files -> a release folder")
+    diffo = kinds.add_parser("diffo", parents=[sizes], help="three published files -> a release folder")
     diffo.add_argument("--ckpt", type=Path, required=True, metavar="FILE", help="averaged UNet, ema_model_<it>.pth")
     diffo.add_argument("--vqckpt", type=Path, required=True, metavar="FILE", help="vq_model_<it>.pth.tar")
     diffo.add_argument("--GT_vqckpt", type=Path, required=True, metavar="FILE", help="GT_vq_model_<it>.pth.tar")
@@ -75,13 +68,6 @@ def take(network: nn.Module, content: dict, path: Path) -> None:
     print(f"{path}: left out {', '.join(left) or 'nothing'}")
 
 
-def built(cls, params) -> nn.Module:
-    try:
-        return cls(params).eval().requires_grad_(False)
-    except ValueError as error:
-        raise ConfigError(f"networks: these sizes do not fit together ({error})") from error
-
-
 def import_vqgan(args: argparse.Namespace) -> None:
     config = load_config(args.config)
     content = checkpoints.read(args.checkpoint, inert=LIGHTNING)
@@ -89,7 +75,7 @@ def import_vqgan(args: argparse.Namespace) -> None:
     path = args.out / NAMES["autoencoder"].format(step if isinstance(step, int) else 0)
     if path.exists():
         raise DiffoError(f"{path}: is there already; choose another folder")
-    autoencoder = built(Autoencoder, config.networks.autoencoder)
+    autoencoder = new_codec(config).autoencoder
     take(autoencoder, content, args.checkpoint)
     make_folder(args.out)
     checkpoints.save(path, {"state_dict": autoencoder.state_dict()})
@@ -103,7 +89,7 @@ def import_diffo(args: argparse.Namespace) -> None:
     contents = {network: checkpoints.read(path) for network, path in paths.items()}
     if OURS in contents["vq_base"]:
         raise CheckpointError(f"{args.vqckpt}: is of a release or run of this project already, with sizes of its own")
-    codec = built(Codec, config.networks)
+    codec = new_codec(config).eval().requires_grad_(False)
     for network, path in paths.items():
         take(getattr(codec, network), contents.pop(network), path)
     notes = count(codec, config, args.crops).install(codec) if args.data else {}

@@ -53,9 +53,7 @@ def round_to_half(codec: Codec) -> None:
 def write_release(
     out: Path, iteration: int | str, codec: Codec, config: TrainConfig | dict, precision: str = "float32", **notes
 ) -> dict:
-    """Write the release of a codec with the integer tables that it has, and return the entries of its release.json.
-
-    Without tables, base sections are at fixed length and there are no levels.
+    """Write the release of a codec, with the integer tables that it has; the entries of its release.json.
 
     Args:
         config: of the run, or the mapping that another release kept of it.

@@ -37,12 +37,11 @@ class Counts:
 
     @classmethod
     def none(cls, codec: Codec) -> "Counts":
-        base = np.zeros(codec.params.vq_base.codebook_size, dtype=np.int64)
-        if codec.residual is None:
-            return cls(base)
-        p = codec.residual.params
-        hyper = np.zeros((p.levels, p.hyper_channels, 2 * HYPER_REACH + 1), dtype=np.int64)
-        return cls(base, hyper, np.zeros((SCALES, 2 * SYMBOL_REACH + 1), dtype=np.int64))
+        params = codec.params
+        shapes = [(params.vq_base.codebook_size,)]
+        if p := params.residual:
+            shapes += [(p.levels, p.hyper_channels, 2 * HYPER_REACH + 1), (SCALES, 2 * SYMBOL_REACH + 1)]
+        return cls(*(np.zeros(shape, dtype=np.int64) for shape in shapes))
 
     def add(self, found: Symbols, node: int) -> None:
         channels = np.arange(len(found.hyper))[:, None, None]
@@ -51,7 +50,7 @@ class Counts:
 
     def install(self, codec: Codec) -> dict[str, float]:
         """Give the codec the tables that follow from the counts; returns what a release says of them."""
-        codec.base_table = self.base_table()
+        codec.base_table = frequency_table(self.base + 1)  # training pictures need not show them all
         if codec.residual is not None:
             codec.residual.freeze(self.residual_tables())
         bits = table_cost_bits(np.repeat(np.arange(len(self.base)), self.base), codec.base_table)
@@ -60,10 +59,6 @@ class Counts:
             "used_indices": int((self.base > 0).sum()),
             "bits_per_index": round(bits / self.base.sum(), 4),
         }
-
-    def base_table(self) -> np.ndarray:
-        """Every index starts with one count: training pictures need not show them all."""
-        return frequency_table(self.base + 1)
 
     def residual_tables(self) -> ResidualTables:
         """Hyper symbols start with one count up to one beyond the largest seen, the others with their Gaussian."""
@@ -80,11 +75,8 @@ def gaussian_pmf() -> np.ndarray:
 
 
 def _with_margin(counts: np.ndarray) -> np.ndarray:
-    centre = len(counts) // 2
-    reach = min(centre, 1 + int(np.abs(np.flatnonzero(counts) - centre).max(initial=0)))
-    margin = np.zeros_like(counts)
-    margin[centre - reach : centre + reach + 1] = 1
-    return counts + margin
+    distance = np.abs(np.arange(len(counts)) - len(counts) // 2)
+    return counts + (distance <= 1 + distance[counts > 0].max(initial=0))
 
 
 @torch.inference_mode()

@@ -2,43 +2,15 @@
 
 import torch
 
-from models.autoencoder import AutoencoderParams
 from models.codec import Codec
-from models.diffusion import DiffusionParams
-from models.records import CodecParams
-from models.unet import UNetParams
-from models.vq_base import VQBaseParams
+from tests.commands import NANO
 from tests.networks import off_zero
-from utils.images import to_signed, to_uint8
+from tests.residual import picture
+from training.config import load_config
+from utils.images import to_signed
 
-D, K = 8, 64
-PARAMS = CodecParams(
-    autoencoder=AutoencoderParams(
-        ch=8, ch_mult=(1, 1, 1, 1, 2), num_res_blocks=1, z_channels=8, embed_dim=D, n_embed=0, groups=4
-    ),
-    vq_base=VQBaseParams(
-        ch=8, ch_mult=(2,), num_res_blocks=1, z_channels=8, embed_dim=4, in_channels=D, codebook_size=K, groups=4
-    ),
-    unet=UNetParams(
-        latent_channels=D,
-        condition_channels=4,
-        condition_width=4,
-        model_channels=16,
-        channel_mult=(1, 1, 1, 1),
-        num_res_blocks=1,
-        swin_embed_dim=16,
-        head_channels=8,
-        mlp_ratio=1,
-        groups=8,
-    ),
-    diffusion=DiffusionParams(steps=4),
-)
-
-
-def picture(height: int, width: int, seed: int = 0) -> torch.Tensor:
-    random = torch.Generator().manual_seed(seed)
-    coarse = torch.rand(1, 3, height // 8 + 2, width // 8 + 2, generator=random)
-    return to_uint8(torch.nn.functional.interpolate(coarse, size=(height, width), mode="bilinear")[0] * 2 - 1)
+K = 64
+PARAMS = load_config(str(NANO), [f"networks.vq_base.codebook_size={K}", "networks.diffusion.steps=4"]).networks
 
 
 def new_codec() -> Codec:

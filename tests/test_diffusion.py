@@ -35,23 +35,9 @@ def schedule_of(info) -> Schedule:
 def test_schedule_arrays(reference, name):
     info = reference["schedules"][name]
     schedule = schedule_of(info)
-    k, m, j = schedule.ddim_coefs
-    of_x_t, of_x_0 = schedule.posterior_mean_coefs
-    arrays = {
-        "sqrt_etas": schedule.sqrt_etas,
-        "etas": schedule.etas,
-        "etas_prev": schedule.etas_prev,
-        "alpha": schedule.alpha,
-        "posterior_variance": schedule.posterior_variance,
-        "posterior_mean_coef1": of_x_t,
-        "posterior_mean_coef2": of_x_0,
-        "ddim_k_float64": k,
-        "ddim_m_float64": m,
-        "ddim_j_float64": j,
-    }
-    for key, ours in arrays.items():
+    etas, etas_prev = schedule.neighbours(torch.arange(len(schedule)))
+    for key, ours in {"sqrt_etas": schedule.sqrt_etas, "etas": etas, "etas_prev": etas_prev}.items():
         assert ours.dtype == torch.float64
-        print(f"{name} {key}: {np.abs(ours.numpy() - info[key]).max():.1e}")
         np.testing.assert_allclose(ours, info[key], rtol=1e-12, atol=1e-15, err_msg=key)
     assert len(schedule) == info["num_timesteps"]
     assert schedule.timesteps.tolist() == info["timestep_map"]
@@ -60,12 +46,12 @@ def test_schedule_arrays(reference, name):
 
 
 class Case:
-    """The tensors of one schedule, and the fixture's toy network."""
+    """The tensors of one schedule, for the fixture's toy network."""
 
     def __init__(self, reference, name):
         self.name, self.info = name, reference["tensors"][name]
+        assert "0.5 * scaled_input + 0.25 * timestep_given_to_network - 0.125 * lq" in self.info["toy_network"]
         self.schedule = schedule_of(reference["schedules"][name])
-        self.params = DiffusionParams(steps=reference["schedules"][name]["steps"])
         self.x, self.y, self.noise, self.lq = (self.read(self.info[key]) for key in ("x", "y", "noise", "lq"))
         self.t = torch.tensor(self.info["t"])
         self.eta = self.schedule.etas[self.t]
@@ -75,10 +61,6 @@ class Case:
     def read(values) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.float32)
 
-    def network(self, scaled, t, lq):
-        assert "0.5 * scaled_input + 0.25 * timestep_given_to_network - 0.125 * lq" in self.info["toy_network"]
-        return 0.5 * scaled + 0.25 * t.float().view(-1, 1, 1, 1) - 0.125 * lq
-
     def compare(self, ours, *keys):
         expected = self.info
         for key in keys:
@@ -87,49 +69,34 @@ class Case:
 
 
 @by_name
-def test_forward_process(reference, name):
+def test_steps(reference, name):
     case = Case(reference, name)
     s, x, y, t, noise = case.schedule, case.x, case.y, case.t, case.noise
-    mean, nothing = diffusion.q_sample(s, x, y, t, torch.zeros_like(noise)), torch.zeros_like(x)
-    case.compare(diffusion.q_sample(s, x, y, t, noise), "q_sample")
-    case.compare(mean, "q_mean")
-    case.compare(diffusion.q_sample(s, nothing, nothing, t, torch.ones_like(x)).square(), "q_variance")
-    # With x for y the shift towards y vanishes.
-    case.compare(diffusion.q_sample(s, x, x, t, noise), "q_sample_without_residual_shift")
-    case.compare(diffusion.prior_sample(y, case.last_eta, s.kappa, noise), "prior_sample")
+    x_t, nothing, ones = diffusion.q_sample(s, x, y, t, noise), torch.zeros_like(x), torch.ones_like(x)
+    case.compare(x_t, "q_sample")
+    case.compare(diffusion.q_sample(s, nothing, nothing, t, ones).square(), "q_variance")
+    case.compare(diffusion.q_sample(s, x, x, t, noise), "q_sample_without_residual_shift")  # towards x itself
     case.compare(diffusion.scale_input(x, case.eta, s.kappa), "scale_input")
-
-
-@by_name
-def test_posterior(reference, name):
-    case = Case(reference, name)
-    s, x, t = case.schedule, case.x, case.t
-    x_t, nothing = diffusion.q_sample(s, x, case.y, t, case.noise), torch.zeros_like(x)
     case.compare(diffusion.ancestral_step(s, x_t, x, t, nothing), "posterior_mean_of_x_and_q_sample")
-    spread = diffusion.ancestral_step(s, nothing, nothing, t, torch.ones_like(x)).square()
-    case.compare(spread, "posterior_variance")
-    x_0 = diffusion.predict(s, case.network, x_t, t, case.lq)
+    case.compare(diffusion.ancestral_step(s, nothing, nothing, t, ones).square(), "posterior_variance")
+    x_0 = diffusion.predict(s, toy, x_t, t, case.lq)
     case.compare(x_0, "p_mean_variance", "pred_xstart")
     case.compare(diffusion.ancestral_step(s, x_t, x_0, t, nothing), "p_mean_variance", "mean")
-    case.compare(spread, "p_mean_variance", "variance")
-    case.compare(diffusion.ddim_step(s, x_t, x_0, case.y, t), "ddim_sample")
-    for key, chosen in zip(("ddim_k", "ddim_m", "ddim_j"), torch.eye(3), strict=True):
-        ones = (c * torch.ones_like(x) for c in chosen)
-        k_of, m_of, j_of = ones
-        case.compare(diffusion.ddim_step(s, m_of, k_of, j_of, t), "p_mean_variance", key)
+    case.compare(diffusion.ddim_step(s, x_t, x_0, y, t), "ddim_sample")
+    for key, (k, m, j) in zip(("ddim_k", "ddim_m", "ddim_j"), torch.eye(3), strict=True):
+        case.compare(diffusion.ddim_step(s, m * ones, k * ones, j * ones, t), "p_mean_variance", key)
 
 
 @by_name
 def test_sampling(reference, name):
     case = Case(reference, name)
-    s, last = case.schedule, torch.full((len(case.y),), len(case.schedule) - 1)
+    s = case.schedule
     start = diffusion.prior_sample(case.y, case.last_eta, s.kappa, case.noise)
     case.compare(start, "one_step", "start")
-    one = diffusion.one_step(case.network, case.y, case.lq, case.last_eta, case.noise, case.params)
+    params = DiffusionParams(steps=reference["schedules"][name]["steps"])
+    one = diffusion.one_step(toy, start, case.lq, case.last_eta, params)
     case.compare(one, "one_step", "result_pred_xstart")
-    first = diffusion.ddim_step(s, start, diffusion.predict(s, case.network, start, last, case.lq), case.y, last)
-    case.compare(first, "one_step", "ddim_sample_not_used_in_one_step")
-    chain = diffusion.sample(s, case.network, case.y, case.lq, lambda: case.noise, ddim=True)
+    chain = diffusion.sample(s, toy, case.y, case.lq, lambda: case.noise, ddim=True)
     case.compare(chain, "ddim_full_chain")
 
 
@@ -138,14 +105,13 @@ def toy(scaled, t, lq):
 
 
 @pytest.mark.parametrize("ddim", [True, False])
-@pytest.mark.parametrize("schedule", [1, (15, 1)], ids=["trained with one", "one of fifteen"])
-def test_one_step_of_a_schedule_is_the_single_step(schedule, ddim):
-    steps, kept = schedule if isinstance(schedule, tuple) else (schedule, schedule)
+@pytest.mark.parametrize("steps", [1, 15], ids=["trained with one", "one of fifteen"])
+def test_one_step_of_a_schedule_is_the_single_step(steps, ddim):
     params = DiffusionParams(steps=steps)
-    spaced = Schedule.exponential(params).spaced(kept)
+    spaced = Schedule.exponential(params).spaced(1)
     y, lq, noise = torch.randn(3, 2, 4, 3, 3, generator=torch.Generator().manual_seed(0))
-    eta = torch.full((2,), float(spaced.etas[-1]))
-    one = diffusion.one_step(toy, y, lq, eta.double(), noise, params)
+    eta = spaced.etas[-1].expand(2)
+    one = diffusion.one_step(toy, diffusion.prior_sample(y, eta, 2.0, noise), lq, eta, params)
     sampled = diffusion.sample(spaced, toy, y, lq, lambda: noise, ddim=ddim)
     torch.testing.assert_close(sampled, one, rtol=0, atol=1e-6)
 
@@ -161,7 +127,7 @@ def test_sampling_starts_on_the_device_of_its_input():
 def test_a_schedule_of_one_step_has_the_last_noise_level():
     schedule = Schedule.exponential(DiffusionParams(steps=1))
     assert schedule.sqrt_etas.tolist() == [0.8] and len(schedule) == 1
-    assert schedule.etas_prev.tolist() == [0.0] and schedule.timesteps.tolist() == [0]
+    assert schedule.timesteps.tolist() == [0]
     times = time_of_eta(torch.tensor([0.02, 0.64, 1.0]), DiffusionParams(steps=1))
     assert times.tolist() == [0.0, 0.0, 0.0]
 
@@ -183,7 +149,6 @@ def test_time_is_the_inverse_of_the_schedule(steps):
 def test_spacing_keeps_the_original_step_numbers():
     schedule = Schedule.exponential(DiffusionParams(steps=15))
     assert schedule.spaced(5).timesteps.tolist() == [0, 3, 6, 9, 12]
-    assert torch.equal(schedule.spaced(5).sqrt_etas, schedule.sqrt_etas[[0, 3, 6, 9, 12]])
     assert schedule.spaced(15) is schedule and schedule.spaced(99) is schedule
 
 
@@ -248,8 +213,8 @@ class Told:
     ids=["published", "difference"],
 )  # 3.8 / 1.886796 and 3.1 / 1.019804
 def test_the_single_step_by_hand(centre, scaled):
-    told, eta = Told(), torch.tensor([0.64, 0.01])
-    assert torch.equal(diffusion.one_step(told, Y, X, eta, NOISE, DiffusionParams(), centre), column(7.0, 7.0))
+    told, eta = Told(), torch.tensor([0.64, 0.01], dtype=torch.float64)
+    assert torch.equal(diffusion.one_step(told, column(3.8, 3.1), X, eta, DiffusionParams(), centre), column(7.0, 7.0))
     equal(told.scaled, column(*scaled))
     # sqrt(0.01) / 0.02 = 5: (ln 5 / ln 40)^(1/0.3) = 0.436294^3.333 = 0.062989
     assert told.t.tolist() == pytest.approx([1, 0.062989], abs=1e-5) and told.t.dtype == torch.float32
@@ -316,19 +281,5 @@ def test_rate_aware_modulation():
     rate = RateParams()
     assert [rate.eta(b) for b in (0.01, 0.02, 0.05, 0.5, 1.0, 2.0)] == pytest.approx([1, 1, 0.4, 0.04, 0.02, 0.02])
     assert rate.eta(0.03125) == 0.64
-    assert rate.eta(0.0625) == 0.32  # inversely proportional
-    assert rate.eta(1e-4) == rate.eta_max == 1.0
-    assert rate.eta(10.0) == rate.eta_min
-    assert RateParams(c=0.01, eta_min=0.1, eta_max=0.5).eta(0.05) == pytest.approx(0.2)
-    assert RateParams(c=0.01, eta_min=0.1, eta_max=0.5).eta(0.01) == 0.5
-    assert RateParams(c=0.01, eta_min=0.1, eta_max=0.5).eta(1.0) == 0.1
-
-
-def test_noise_of_the_start_has_the_level_it_is_asked_for():
-    """x~ / sqrt(1 + kappa^2 eta) has unit variance where y has, whatever eta is per sample."""
-    eta = torch.tensor([0.04, 0.64], dtype=torch.float64)
-    y, noise = torch.randn(2, 2, 8, 64, 64, generator=torch.Generator().manual_seed(1))
-    start = diffusion.prior_sample(y, eta, 2.0, noise)
-    torch.testing.assert_close((start - y).flatten(1).std(1).double(), 2 * eta.sqrt(), rtol=0.02, atol=0)
-    deviation = diffusion.scale_input(start, eta, 2.0).flatten(1).std(1)
-    assert all(math.isclose(value, 1.0, rel_tol=0.02) for value in deviation.tolist())
+    narrow = RateParams(c=0.01, eta_min=0.1, eta_max=0.5)
+    assert [narrow.eta(b) for b in (0.05, 0.01, 1.0)] == pytest.approx([0.2, 0.5, 0.1])

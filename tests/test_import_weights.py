@@ -12,7 +12,6 @@ import yaml
 from omegaconf import OmegaConf
 
 from main_diffusion_train_vq import main as train
-from models.autoencoder import Autoencoder
 from models.codec import Codec
 from models.released import NAMES, Triple, save_triple
 from release import load_codec
@@ -191,15 +190,10 @@ def published(tmp_path_factory, states) -> dict[str, Path]:
     return paths
 
 
-def arguments(paths: dict[str, Path], out: Path, config: Path) -> list:
+def arguments(paths: dict[str, Path], out: Path, config: Path) -> list[str]:
     flags = {"unet": "--ckpt", "vq_base": "--vqckpt", "autoencoder": "--GT_vqckpt"}
-    return [
-        "diffo",
-        *(item for n, flag in flags.items() for item in (flag, str(paths[n]))),
-        str(out),
-        "--config",
-        config,
-    ]
+    files = [item for network, flag in flags.items() for item in (flag, str(paths[network]))]
+    return ["diffo", *files, str(out), "--config", str(config)]
 
 
 def test_a_published_triple_gives_a_release(tmp_path, config, states, published):
@@ -214,11 +208,8 @@ def test_a_published_triple_gives_a_release(tmp_path, config, states, published)
         assert f"{published[network]}: left out {left}\n" in done.stdout
     about = json.loads((tmp_path / "theirs" / "release.json").read_text())
     assert about["iteration"] == 60000 and set(about["imported_from"]) == {p.name for p in published.values()}
-    assert (
-        about["precision"] == "float32"
-        and "counted_indices" not in about
-        and "base indices at fixed length" in done.stdout
-    )
+    assert about["precision"] == "float32" and "counted_indices" not in about
+    assert "base indices at fixed length" in done.stdout
     codec = load_codec(tmp_path / "theirs")
     assert codec.fingerprint.hex() == about["fingerprint"] and codec.base_table is None
     for network, state in states.items():
@@ -234,7 +225,7 @@ def test_a_published_triple_gives_a_release(tmp_path, config, states, published)
 def test_with_pictures_it_gets_an_integer_table(tmp_path, config, published):
     photograph(tmp_path / "data" / "0.png", 90, 70)
     options = ["--data", str(tmp_path / "data"), "--crops", "8"]
-    assert main([str(a) for a in arguments(published, tmp_path / "theirs", config)] + options) == 0
+    assert main(arguments(published, tmp_path / "theirs", config) + options) == 0
     about = json.loads((tmp_path / "theirs" / "release.json").read_text())
     assert about["counted_indices"] == 8 * (64 // 16) ** 2
     assert load_codec(tmp_path / "theirs").base_table.sum() == 2**16
@@ -242,7 +233,7 @@ def test_with_pictures_it_gets_an_integer_table(tmp_path, config, published):
 
 
 def refused(paths, out, config, capsys) -> str:
-    assert main([str(a) for a in arguments(paths, out, config)]) == 1
+    assert main(arguments(paths, out, config)) == 1
     assert not out.exists()
     return capsys.readouterr().err
 
@@ -255,12 +246,6 @@ def test_a_wrong_file_of_a_triple_is_named(tmp_path, config, states, published, 
     assert "encoder.conv_in.weight [4, 3, 3, 3] for [8, 8, 3, 3]" in told
     absent = published | {"autoencoder": tmp_path / "GT_vq_model_60000.pth.tar"}
     assert "GT_vq_model_60000.pth.tar: no such checkpoint" in refused(absent, tmp_path / "theirs", config, capsys)
-    evil = tmp_path / "vq_model_60000.pth.tar"
-    torch.save({"state_dict": Shell(f"touch '{tmp_path / 'ran'}'")}, evil)
-    assert "vq_model_60000.pth.tar: refused" in refused(
-        published | {"vq_base": evil}, tmp_path / "theirs", config, capsys
-    )
-    assert not (tmp_path / "ran").exists()
 
 
 def test_a_release_of_ours_is_not_imported(tmp_path, config, states, capsys):
@@ -277,12 +262,11 @@ def test_a_release_of_ours_is_not_imported(tmp_path, config, states, capsys):
 @pytest.mark.parametrize(
     "network, name, buffers",
     [
-        pytest.param(
-            "unet", "UNet", "relative_position_index (18 tensors), attn_mask (9 tensors)", id="keys_full-UNet"
-        ),
-        pytest.param("vq_base", "autoencoder", None, id="keys_full-autoencoder"),
-        pytest.param("autoencoder", "GT_encoder", None, id="keys_full-GT_encoder"),
+        ("unet", "UNet", "relative_position_index (18 tensors), attn_mask (9 tensors)"),
+        ("vq_base", "autoencoder", "nothing"),
+        ("autoencoder", "GT_encoder", "nothing"),
     ],
+    ids=lambda name: f"keys_full-{name}",
 )
 def test_the_published_keys_are_taken(network, name, buffers, capsys):
     """Full-size names and shapes, on the meta device: no number is stored."""
@@ -293,18 +277,7 @@ def test_the_published_keys_are_taken(network, name, buffers, capsys):
     take(ours, {"state_dict": state}, Path("theirs.pth"))
     told = capsys.readouterr().out
     assert f", {info['parameters']:,} parameters\n" in told
-    assert f"left out {buffers or 'nothing'}\n" in told
+    assert f"left out {buffers}\n" in told
     first = next(iter(ours.state_dict()))
     with pytest.raises(CheckpointError, match=f"theirs.pth: .* missing: {first}"):
         take(ours, {key: value for key, value in state.items() if key != first}, Path("theirs.pth"))
-
-
-def test_a_smaller_vqgan_is_told_by_its_code_book():
-    """VQGAN f16-1024 differs from f16-16384 in one shape alone."""
-    with torch.device("meta"):
-        ours = Autoencoder(load_config(str(ROOT / "configs" / "config.yaml")).networks.autoencoder)
-        state = ours.state_dict() | {"quantize.embedding.weight": torch.empty(1024, 256)}
-    with pytest.raises(CheckpointError) as error:
-        take(ours, {"state_dict": state}, Path("last.ckpt"))
-    told = "other shape: quantize.embedding.weight [1024, 256] for [16384, 256]"
-    assert str(error.value) == f"last.ckpt: does not fit the configuration. {told}"

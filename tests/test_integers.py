@@ -88,17 +88,10 @@ def test_sums_that_float32_could_not_hold_are_refused(channels, kernel):
         IntegerConv(channels + 1, 1, kernel)
 
 
-def test_thread_counts_and_layouts_do_not_change_them():
+def test_layouts_and_batches_do_not_change_them():
     conv, a = layer(24, 32, 3, 0.2), activations(1, 24, 40, 50)
-    before = torch.get_num_threads()
-    try:
-        found = []
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            found += [conv(a), conv(a.to(memory_format=torch.channels_last)), conv(a.repeat(3, 1, 1, 1))[2:]]
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(other, found[0]) for other in found)
+    for other in (conv(a.to(memory_format=torch.channels_last)), conv(a.repeat(3, 1, 1, 1))[2:]):
+        assert torch.equal(other, conv(a))
 
 
 def test_embedding_rows_are_integers_in_range():

@@ -13,6 +13,7 @@ from PIL import Image
 from experiments.eta import Sweep, fit
 from models.codec import Codec
 from models.diffusion import RateParams
+from models.entropy_coding import frequency_table
 from models.released import load_codec
 from release.making import write_release
 from release.tables import Counts
@@ -108,7 +109,7 @@ def test_two_layers_against_a_base_alone_at_its_bytes(release, tmp_path, capsys)
     rival, data = tmp_path / "k2048", tmp_path / "data"
     config = load_config(str(NANO), ["networks.vq_base.codebook_size=2048"])
     codec = Codec(config.networks)
-    codec.base_table = Counts.none(codec).base_table()
+    codec.base_table = frequency_table(Counts.none(codec).base)
     write_release(rival, 3, codec, config)
     data.mkdir()
     for i in range(2):

@@ -1,6 +1,5 @@
 """The weights that ship: files written with them stay readable, and they do what weights/README.md says."""
 
-import copy
 import hashlib
 import json
 from pathlib import Path
@@ -28,20 +27,20 @@ def codec():
     return load_codec(SMALL)
 
 
-@pytest.mark.parametrize("path", sorted(GOLDEN.glob("*.dfo")), ids=lambda p: p.name)
+golden = pytest.mark.parametrize("path", sorted(GOLDEN.glob("*.dfo")), ids=lambda p: p.name)
+
+
+@golden
 def test_golden_files_decode_to_the_same_indices(path):
     """A file of a release, and the SHA-256 of its indices and symbols as little-endian int64 in row order."""
     expected = json.loads(path.with_suffix(".json").read_text())
-    codec = load_codec(RELEASES / expected["release"])
-    contents = codec.read(path.read_bytes())
-    picture, k = contents.file, contents.k[0]
-    assert [picture.height, picture.width] == expected["size"]
-    decoded = {"indices": k.numpy()}
+    contents = load_codec(RELEASES / expected["release"]).read(path.read_bytes())
+    assert [contents.file.height, contents.file.width] == expected["size"]
+    decoded = {"indices": contents.k[0].numpy()}
     if contents.symbols is not None:
         decoded |= {"hyper": contents.symbols.hyper, "residual": contents.symbols.residual}
-    assert {name: expected.get(f"{name}_sha256") for name in decoded} == {
-        name: hashlib.sha256(values.astype("<i8").tobytes()).hexdigest() for name, values in decoded.items()
-    }
+    for name, values in decoded.items():
+        assert hashlib.sha256(values.astype("<i8").tobytes()).hexdigest() == expected.get(f"{name}_sha256"), name
 
 
 SAMPLINGS = {"one step": Sampling(), "schedule": Sampling(steps=99)}
@@ -49,7 +48,7 @@ TOLERANCE = 0.1  # grey values of a mean: rounding moves one by 0.01, another no
 
 
 @pytest.mark.parametrize("name", SAMPLINGS)
-@pytest.mark.parametrize("path", sorted(GOLDEN.glob("*.dfo")), ids=lambda p: p.name)
+@golden
 def test_golden_files_decode_to_the_same_picture(path, name):
     """The means of every channel in 8x8 blocks, in grey values, and eta."""
     expected = json.loads(path.with_suffix(".json").read_text())
@@ -88,31 +87,6 @@ def test_same_picture_with_one_and_two_threads_in_two_processes(tmp_path):
     assert (tmp_path / "chelsea.dfo").stat().st_size <= 20 + fixed_length_bytes(cells, 512)
 
 
-def everything(contents) -> list[np.ndarray]:
-    return [contents.k.numpy(), contents.symbols.hyper, contents.symbols.residual, contents.symbols.index]
-
-
-def test_threads_and_precision_do_not_change_decoded_symbols(codec):
-    """Symbols exactly, and the picture up to rounding. (The encoder, in float, may break a tie otherwise.)"""
-    data = codec.compress(read_image(demo_photographs()[0]), quality=60)
-    before = torch.get_num_threads()
-    try:
-        decoded = []
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            decoded.append((everything(codec.read(data)), codec.decompress(data).int()))
-    finally:
-        torch.set_num_threads(before)
-    (first, one), (second, two) = decoded
-    with torch.autocast("cpu", torch.bfloat16):
-        rounded = everything(codec.read(data))
-    for expected, *others in zip(
-        first, second, rounded, everything(copy.deepcopy(codec).bfloat16().read(data)), strict=True
-    ):
-        assert all(np.array_equal(other, expected) for other in others)
-    assert (one - two).abs().max() <= 1
-
-
 @pytest.mark.parametrize("quality", [0, 0.4, 45, 100])
 def test_the_estimate_is_what_is_written(codec, quality):
     """Of pictures that no table was counted on: forward's likelihoods, with the integer tables, and the bytes."""
@@ -123,17 +97,7 @@ def test_the_estimate_is_what_is_written(codec, quality):
         image = read_image(KODAK / f"kodim{number:02}.png")
         bits = -sum(p.log2().sum().item() for p in view(image[None].float() / 255)["likelihoods"].values())
         written = 8 * len(codec.compress(image, quality))
-        assert abs(bits - written) < 0.02 * written + 128
-        assert abs(bits - written) < 64  # and so it is, far within
-
-
-def test_the_readme_example(codec, tmp_path):
-    """The three lines of the README, on a photograph."""
-    from utils.images import write_image
-
-    data = codec.compress(read_image(demo_photographs()[0]))
-    write_image(tmp_path / "decoded.png", codec.decompress(data))
-    assert grey_values(tmp_path / "decoded.png").shape == grey_values(demo_photographs()[0]).shape
+        assert abs(bits - written) < 64
 
 
 @pytest.mark.slow
