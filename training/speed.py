@@ -32,8 +32,8 @@ class SpeedParams:
     """How fast and in how much memory to train. What `auto` comes to, and what was measured: docs/speed.md.
 
     Attributes:
-        precision: `bfloat16` computes convolutions and matrix products in it (autocast); `auto` does so on
-            CUDA where the hardware has it (from Ampere on).
+        precision: `bfloat16` computes convolutions and matrix products in it (autocast); `auto` does so where the
+            hardware has it: CUDA from Ampere on, and CPUs with AVX-512-BF16 or AMX-BF16.
         tf32: CUDA: 10-bit mantissas inside float32 convolutions and matrix products, everywhere in the process, VQ
             distances and validation included.
         channels_last: layout NHWC of feature maps; `auto` on CUDA and on CPUs with AVX-512.
@@ -68,11 +68,11 @@ class Speed:
         self.params, self.device = params, device
         cuda = device.type == "cuda"
         real = device.type != "meta"  # shapes alone are neither rounded nor compiled
-        auto = cuda and params.precision == "auto" and torch.cuda.is_bf16_supported(including_emulation=False)
-        self.bfloat16 = real and (auto or params.precision == "bfloat16")
+        cpu = {name for name, has in torch.cpu.get_capabilities().items() if has is True}
+        hardware = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else cpu & {"avx512_bf16", "amx_bf16"}
+        self.bfloat16 = real and (params.precision == "bfloat16" or (params.precision == "auto" and bool(hardware)))
         self.compile = real and params.compile
-        avx512 = device.type == "cpu" and bool(torch.cpu.get_capabilities().get("avx512_f"))
-        self.channels_last = _decided(params.channels_last, cuda or avx512)
+        self.channels_last = _decided(params.channels_last, cuda or (device.type == "cpu" and "avx512_f" in cpu))
         self.fused_adamw = real and _decided(params.fused_adamw, cuda)
         self.keep_memory = _decided(params.keep_memory, not cuda) and platform.libc_ver()[0] == "glibc"
 
