@@ -17,7 +17,7 @@ from utils.images import to_signed
 def pair():
     """A picture in [-1, 1] and one with noise, 1 x 3 x 64 x 80."""
     clean = to_signed(picture(64, 80))[None]
-    return clean + 0.1 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0)), clean
+    return clean + 0.3 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0)), clean
 
 
 def test_st_lpips_is_the_published_one(pair):
@@ -29,7 +29,7 @@ def test_st_lpips_is_the_published_one(pair):
     assert not published.load_state_dict(checkpoints.read(path), strict=False).unexpected_keys
     with torch.no_grad():
         expected = published(*pair, normalize=False).item()
-    assert expected > 0.1 and StLpips()(*pair).item() == pytest.approx(expected, rel=1e-5)
+    assert expected > 0.01 and StLpips()(*pair).item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("term", [StLpips, FeatureDistance])

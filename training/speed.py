@@ -69,7 +69,9 @@ class Speed:
         cuda = device.type == "cuda"
         real = device.type != "meta"  # shapes alone are neither rounded nor compiled
         cpu = {name for name, has in torch.cpu.get_capabilities().items() if has is True}
-        hardware = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else cpu & {"avx512_bf16", "amx_bf16"}
+        hardware = (
+            torch.cuda.is_bf16_supported(including_emulation=False) if cuda else cpu & {"avx512_bf16", "amx_bf16"}
+        )
         self.bfloat16 = real and (params.precision == "bfloat16" or (params.precision == "auto" and bool(hardware)))
         self.compile = real and params.compile
         self.channels_last = _decided(params.channels_last, cuda or (device.type == "cpu" and "avx512_f" in cpu))
