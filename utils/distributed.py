@@ -1,5 +1,6 @@
 """Rank, world size and the few collectives that training needs; everything works unlaunched, as a world of one."""
 
+import gc
 import os
 from contextlib import contextmanager
 from datetime import timedelta
@@ -48,6 +49,7 @@ def process_group(device: torch.device):
             raise DiffoError("another process of this run has ended, and says why if it could") from error
         raise
     if launched:  # not after an error of this process alone: nccl would wait for the others here
+        gc.collect()  # DDP, kept by cycles, holds the group: gloo's threads must end while there is an interpreter
         dist.destroy_process_group()
 
 
