@@ -12,7 +12,7 @@ import torch
 from datapipe.pictures import Batch
 from models.codec import Codec
 from models.released import NETWORKS
-from tests.commands import NANO
+from tests.commands import NANO, run
 from tests.small_runs import ALL_PARTS, ranks
 from training.config import load_config
 from training.progress import Progress
@@ -139,6 +139,23 @@ def test_three_processes_go_on_bit_for_bit(processes, tmp_path):
         for name, (state, again) in torch.load(tmp_path / f"{rank}.pt", weights_only=True).items():
             assert state.keys() == again.keys()
             assert [key for key, value in state.items() if not torch.equal(again[key], value)] == [], name
+
+
+LEAVING = """
+from pathlib import Path
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from utils import distributed
+with distributed.process_group(torch.device("cpu")):
+    DistributedDataParallel(torch.nn.Linear(1, 1))
+assert not [told for told in Path("/proc/self/task").glob("*/comm") if "gloo" in told.read_text()]
+"""
+
+
+def test_no_thread_of_a_group_outlives_it(tmp_path):
+    """One that waits for the interpreter when that has gone ends a finished process by SIGABRT, once in a hundred."""
+    (tmp_path / "leaving.py").write_text(LEAVING)
+    run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "leaving.py")
 
 
 @pytest.mark.parametrize("name", STAGES)

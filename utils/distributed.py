@@ -39,6 +39,10 @@ def process_group(device: torch.device):
     """
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if launched:
+        # DDP imports it, and what is imported after the group exists keeps the group as a default of its functions: gloo's
+        # threads then outlive the interpreter, and one of them once in a hundred runs aborts a process that has finished.
+        import torch._dynamo  # noqa: F401
+
         cuda = device.type == "cuda"
         backend = {"backend": "nccl", "device_id": device} if cuda else {"backend": "gloo"}
         dist.init_process_group(**backend, timeout=PATIENCE)
@@ -49,7 +53,7 @@ def process_group(device: torch.device):
             raise DiffoError("another process of this run has ended, and says why if it could") from error
         raise
     if launched:  # not after an error of this process alone: nccl would wait for the others here
-        gc.collect()  # DDP, kept by cycles, holds the group: gloo's threads must end while there is an interpreter
+        gc.collect()  # DDP, which cycles keep, holds it too
         dist.destroy_process_group()
 
 
