@@ -7,17 +7,16 @@
 
 import argparse
 import itertools
+import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-
-import torch
 
 from datapipe.sources import data_options
 from training.checkpointing import is_run
 from training.config import RUN_CONFIG, TrainConfig, load_config
 from training.dry_run import dry_run
-from training.perceptual import perceptual_terms
+from training.perceptual import require_available
 from training.trainer import Trainer
 from utils import distributed
 from utils.commandline import answer
@@ -39,7 +38,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="PATH",
         help="training pictures: folder, .txt list, or .tar shards ('set-{000..127}.tar', quoted)",
     )
-    parser.add_argument("--iterations", type=int, metavar="N", help="iterations of every stage")
+    parser.add_argument(
+        "--iterations",
+        type=int,
+        metavar="N",
+        help="iterations of every stage; by the clock (minutes), the measure of warm-up and start of the adversary",
+    )
     parser.add_argument("--save_every", type=int, metavar="N", help="iterations between checkpoints")
     parser.add_argument(
         "--dry_run",
@@ -83,7 +87,7 @@ def configure(args: argparse.Namespace) -> tuple[TrainConfig, Path]:
     if args.dry_run:
         return config, folder
     for stage in config.stages:
-        perceptual_terms(getattr(config, stage).perceptual)  # missing weights are told now, not after the first stage
+        require_available(getattr(config, stage).perceptual)  # missing weights are told now, not after the first stage
     if is_run(folder) and not (args.resume or args.auto_resume):
         raise ConfigError(
             f"{folder}: a run is there already; go on with --resume {folder}, or choose another name=... "
@@ -95,9 +99,8 @@ def configure(args: argparse.Namespace) -> tuple[TrainConfig, Path]:
 def train(args: argparse.Namespace) -> int | None:
     config, folder = configure(args)
     if args.dry_run:
-        with distributed.process_group(torch.device("cpu")):
-            if distributed.is_main():
-                print(dry_run(config))
+        if os.environ.get("RANK", "0") == "0":  # ranks have nothing to tell each other
+            print(dry_run(config))
         return
     device = distributed.local_device(args.device)
     with deterministic(config.deterministic), distributed.process_group(device):

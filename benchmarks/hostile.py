@@ -140,7 +140,7 @@ def refilled(files: list[bytes], random: Random) -> bytes:
         {"residual": other.residual},
     ]
     if residual := picture.residual:
-        fields = {"level": int(random.integers(1, 256))}
+        fields = {"code": int(random.integers(1, 256))}
         fields |= {name: mutate(getattr(residual, name), files, random) for name in ("hyper", "symbols")}
         changes += [{"residual": replace(residual, **{name: value})} for name, value in fields.items()]
     return pack(replace(picture, **_one(changes, random)))

@@ -1,4 +1,4 @@
-"""The largest file that is not over a budget: the level is searched, the image encoder runs once."""
+"""The largest file that is not over a budget: the code is searched, the image encoder runs once."""
 
 import math
 from bisect import bisect_right
@@ -11,8 +11,8 @@ from models.records import Analysed
 from models.residual_hyperprior import LEVEL_CODES
 from utils.errors import BudgetError
 
-NEIGHBOURS = 3  # levels tried on both sides of the one that bisection finds: sizes need not rise at every step
-ENOUGH = 0.97  # share of a budget from which the search ends; below it, every level is written
+NEIGHBOURS = 3  # codes tried on both sides of the one that bisection finds: sizes need not rise at every step
+ENOUGH = 0.97  # share of a budget from which the search ends; below it, every code is written
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,12 @@ class Fitted:
     """The file of a budget.
 
     Attributes:
-        data: the file. level: 0 for the base alone, else 1 to 255.
+        data: the file. code: 0 for the base alone, else 1 to 255.
         note: what the user should know about it, or None.
     """
 
     data: bytes
-    level: int
+    code: int
     note: str | None = None
 
 
@@ -42,13 +42,13 @@ def fit(codec: Codec, picture: Analysed, max_bytes: int, at_most: bool = True) -
     Raises:
         BudgetError: the range of the picture's files does not hold the budget; says the range.
     """
-    write = cache(lambda level: codec.write(picture, level))
+    write = cache(lambda code: codec.write(picture, code))
 
-    def size(level: int) -> int:
-        return len(write(level))
+    def size(code: int) -> int:
+        return len(write(code))
 
-    def best(levels: Iterable[int]) -> int:
-        return max((level for level in levels if size(level) <= max_bytes), key=size)
+    def best(codes: Iterable[int]) -> int:
+        return max((code for code in codes if size(code) <= max_bytes), key=size)
 
     highest = LEVEL_CODES if codec.has_levels else 0
     if max_bytes < size(0) or (max_bytes > size(highest) and not at_most):
@@ -56,18 +56,18 @@ def fit(codec: Codec, picture: Analysed, max_bytes: int, at_most: bool = True) -
     if max_bytes >= size(highest):
         note = "the largest file of this picture" if codec.has_levels else "base alone, all that these weights have"
         return Fitted(write(highest), highest, note if max_bytes > size(highest) else None)
-    found = bisect_right(range(1, highest), max_bytes, key=size)  # the level, if sizes rise with it; 0 fits always
-    level = best(range(max(0, found - NEIGHBOURS), min(highest, found + NEIGHBOURS) + 1))
-    if level == 0 or size(level) < ENOUGH * max_bytes:
-        level = best(range(highest + 1))
-    used = size(level)
-    if used == max_bytes or (level and used >= ENOUGH * max_bytes):
-        return Fitted(write(level), level)
+    found = bisect_right(range(1, highest), max_bytes, key=size)  # the code, if sizes rise with it; 0 fits always
+    code = best(range(max(0, found - NEIGHBOURS), min(highest, found + NEIGHBOURS) + 1))
+    if code == 0 or size(code) < ENOUGH * max_bytes:
+        code = best(range(highest + 1))
+    used = size(code)
+    if used == max_bytes or (code and used >= ENOUGH * max_bytes):
+        return Fitted(write(code), code)
     above = min(other for other in map(size, range(highest + 1)) if other > max_bytes)
-    if level == 0:
+    if code == 0:
         return Fitted(write(0), 0, f"base alone; the smallest file with a residual has {above:,} bytes")
     note = f"{used / max_bytes:.0%} of the budget; the next larger file has {above:,} bytes"
-    return Fitted(write(level), level, note)
+    return Fitted(write(code), code, note)
 
 
 def _outside(max_bytes: int, smallest: int, largest: int, picture: Analysed) -> str:

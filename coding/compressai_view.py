@@ -22,7 +22,7 @@ class CompressAIView(nn.Module):
     def __init__(self, codec: Codec, quality: float = 0.0):
         super().__init__()
         self.codec = codec
-        self.level = codec.level_code(quality)
+        self.code = codec.level_code(quality)
 
     def update(self, force: bool = False) -> bool:
         """False: the integer tables of released weights were built once and are never rebuilt."""
@@ -57,7 +57,7 @@ class CompressAIView(nn.Module):
 
     def _files(self, x: Tensor) -> list[bytes]:
         pictures = to_uint8(x.float().cpu() * 2 - 1)
-        return [self.codec.write(self.codec.analyse(picture), self.level) for picture in pictures]
+        return [self.codec.write(self.codec.analyse(picture), self.code) for picture in pictures]
 
     def _pictures(self, contents: list[Contents]) -> dict[str, Tensor]:
         images = torch.stack([self.codec.render(one).image for one in contents])
@@ -69,6 +69,6 @@ class CompressAIView(nn.Module):
         base = np.full(k.shape, 1 / size) if file.fixed_length else self.codec.base_table[k] / TOTAL
         likelihoods = {"header": np.array([2.0 ** (-8 * (file.header_bytes + file.check_bytes))]), "base": base}
         if found is not None:
-            for name, section in self.codec.residual.coded(found, file.residual.level).items():
+            for name, section in self.codec.residual.coded(found, file.residual.code).items():
                 likelihoods[name] = 2.0 ** -symbol_bits(*section).reshape(getattr(found, name).shape)
         return {name: torch.from_numpy(p) for name, p in likelihoods.items()}

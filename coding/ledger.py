@@ -21,7 +21,7 @@ def ledger(file: CodedPicture) -> Facts:
     bits |= {"check_bits": 8 * file.check_bytes}
     size = sum(bits.values()) // 8
     facts = {"width": file.width, "height": file.height, "bytes": size, "bpp": bpp(size, file.height, file.width)}
-    return facts | {"level": file.residual.level if file.residual else 0} | bits
+    return facts | {"code": file.residual.code if file.residual else 0} | bits
 
 
 def beside(codec: Codec, contents: Contents) -> Facts:
@@ -34,6 +34,6 @@ def beside(codec: Codec, contents: Contents) -> Facts:
     bits = 8 * (file.header_bytes + file.check_bytes)
     bits += fixed if file.fixed_length else table_cost_bits(k, codec.base_table)
     if contents.symbols is not None:
-        coded = codec.residual.coded(contents.symbols, file.residual.level)
+        coded = codec.residual.coded(contents.symbols, file.residual.code)
         bits += sum(float(symbol_bits(*section).sum()) for section in coded.values())
     return {"estimated_bits": round(float(bits), 1), "fixed_length_base_bits": fixed}

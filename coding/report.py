@@ -19,7 +19,7 @@ COLUMNS = {
     "height": ("height", "d"),
     "bytes": ("bytes", "d"),
     "bpp": ("bpp", ".4f"),
-    "level": ("level", "d"),
+    "code": ("code", "d"),
     **dict.fromkeys(f"{part}_bits" for part in ("header", "base", "hyper", "residual", "check", "estimated")),
     "fixed_length_base_bits": None,
     "steps": ("steps", "d"),

@@ -122,8 +122,8 @@ class Run:
             return budget.fit(codec, analysed, allowed, at_most=False)
         if args.max_bytes:
             return budget.fit(codec, analysed, args.max_bytes)
-        level = codec.level_code(args.quality)
-        return budget.Fitted(codec.write(analysed, level), level)
+        code = codec.level_code(args.quality)
+        return budget.Fitted(codec.write(analysed, code), code)
 
     def _fits(self, codec: Codec, path: Path, height: int, width: int) -> None:
         codec.require_allowed(height, width)

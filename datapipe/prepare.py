@@ -15,10 +15,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from datapipe.benchmarks import CROP, download_clic2020, download_kodak
 from datapipe.pictures import start_worker
 from datapipe.shards import find_shards, write_index, write_shards
 from datapipe.sources import read_list
+from datapipe.test_sets import CROP, download_clic2020, download_kodak
 from utils.commandline import answer, positive
 from utils.errors import DiffoError, PictureError
 from utils.files import PICTURES, atomic_write, make_folder

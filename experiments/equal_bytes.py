@@ -54,8 +54,8 @@ def contest(ours: Codec, theirs: Codec, rival: str, path: Path) -> tuple[Row, Ro
     except BudgetError as error:
         raise BudgetError(f"{path}, as coded by {rival}: {error}") from error
     named = {"picture": path.name, "note": None}
-    their = named | {"weights": rival, "level": 0} | scores(image, theirs.decompress(data), data)
-    our = named | {"weights": f"two layers within {rival}", "level": fitted.level, "note": fitted.note}
+    their = named | {"weights": rival, "code": 0} | scores(image, theirs.decompress(data), data)
+    our = named | {"weights": f"two layers within {rival}", "code": fitted.code, "note": fitted.note}
     return their, our | scores(image, ours.decompress(fitted.data), fitted.data)
 
 

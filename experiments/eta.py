@@ -27,7 +27,7 @@ from utils.errors import DiffoError, PictureError
 from utils.files import atomic_write
 from utils.images import read_image
 
-LEVELS = (0, 1, 64, 128, 192, 255)
+CODES = (0, 1, 64, 128, 192, 255)
 FINEST_C = 400  # values of c that are tried, geometric over the sweep's range
 
 
@@ -49,13 +49,13 @@ def run(args: argparse.Namespace) -> None:
         raise DiffoError(f"--metric {metric}: {reason}, or name one that needs no weights, such as nlpd")
     codec = codec_of(args)
     default = codec.params.rate
-    levels = [level for level in LEVELS if level == 0 or codec.has_levels]
+    codes = [code for code in CODES if code == 0 or codec.has_levels]
     etas = np.geomspace(codec.rate.eta_min, codec.rate.eta_max, args.points)
-    sweeps = {name: sweep(codec, paths, levels, etas, metric) for name, paths in pictures.items()}
+    sweeps = {name: sweep(codec, paths, codes, etas, metric) for name, paths in pictures.items()}
     rate = fit(sweeps["fit"], default)
     better = "lower" if METRICS[metric].lower_is_better else "higher"
     about = {"metric": metric, "better": better, "identifiable": sweeps["fit"].identifies_c}
-    about |= {"c": round(rate.c, 5), "levels": levels}
+    about |= {"c": round(rate.c, 5), "codes": codes}
     about |= {name: {"pictures": len(pictures[name])} | found.told(rate, default) for name, found in sweeps.items()}
     about["weights"] = codec.fingerprint.hex()
     points = {name: {"etas": s.etas, "rates": s.rates, "scores": s.sign * s.costs} for name, s in sweeps.items()}
@@ -66,8 +66,8 @@ def run(args: argparse.Namespace) -> None:
         Curve(f"{b:.3f} bpp", found.etas, found.sign * row, rate.eta(b))
         for b, row in zip(found.rates, found.costs, strict=True)
     ]
-    title = f"Noise level of the one step, by rate (diamonds: c = {rate.c:.4g})"
-    chart(curves, args.out_path / "eta.png", "noise level eta", f"{metric} ({better} is better)", title, log_x=True)
+    title = f"Noise code of the one step, by rate (diamonds: c = {rate.c:.4g})"
+    chart(curves, args.out_path / "eta.png", "noise code eta", f"{metric} ({better} is better)", title, log_x=True)
     print(json.dumps(about, indent=1))
     if args.store:
         with_rate(source, rate, args.store)
@@ -79,7 +79,7 @@ class Sweep:
     """Mean scores of one set of pictures.
 
     Attributes:
-        etas: swept noise levels, rising, (E,). rates: mean B_eta at every level, bits per pixel, (R,).
+        etas: swept noise levels, rising, (E,). rates: mean B_eta at every code, bits per pixel, (R,).
         costs: mean over the pictures, (R, E), less is better. sign: -1 where the score is their negative, else 1.
     """
 
@@ -111,23 +111,23 @@ class Sweep:
 
 
 @torch.inference_mode()
-def sweep(codec: Codec, pictures: Sequence[Path], levels: Sequence[int], etas: np.ndarray, metric: str) -> Sweep:
-    """Decode every picture at every level with every eta, and score it.
+def sweep(codec: Codec, pictures: Sequence[Path], codes: Sequence[int], etas: np.ndarray, metric: str) -> Sweep:
+    """Decode every picture at every code with every eta, and score it.
 
     Args:
-        levels: codes as in the file, 0 for the base alone. metric: a key of `measuring.pyiqa_metrics.METRICS`.
+        codes: codes as in the file, 0 for the base alone. metric: a key of `measuring.pyiqa_metrics.METRICS`.
     Raises:
         PictureError: one is too small for the metric.
     """
     sign = 1 if METRICS[metric].lower_is_better else -1
-    costs, rates = np.zeros((len(levels), len(etas))), np.zeros(len(levels))
+    costs, rates = np.zeros((len(codes), len(etas))), np.zeros(len(codes))
     for path in tqdm(pictures, desc="sweeping eta", unit="picture"):
         image = read_image(path)
         if min(image.shape[1:]) < METRICS[metric].min_side:
             raise PictureError(f"{path}: {metric} needs sides from {METRICS[metric].min_side} pixels")
         analysed = codec.analyse(image)
-        for row, level in enumerate(levels):
-            contents = codec.read(codec.write(analysed, level))
+        for row, code in enumerate(codes):
+            contents = codec.read(codec.write(analysed, code))
             rates[row] += contents.file.section_bpp / len(pictures)
             pairs = ((image, codec.render(contents, Sampling(eta=eta)).image) for eta in etas)
             values = score_with_pyiqa([metric], pairs, codec.device)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.blocks import Decoder, Encoder, start_linear
+from utils.errors import ConfigError
 from utils.precision import without_autocast
 
 
@@ -157,8 +158,8 @@ def fit_linear(autoencoder: Autoencoder, pictures: Iterable[Tensor]) -> Tensor:
     # An eigenvector has no sign of its own: its entry of largest magnitude is made positive.
     w = w * w.gather(1, w.abs().argmax(1, keepdim=True)).sign()
     scale = variances[: len(w)].mean().sqrt()
-    if not scale > 0:
-        raise ValueError("the linear shortcut cannot be fitted: no picture has anything but one colour")
+    if scale < 1e-3:  # of a range of 2; a smaller deviation is rounding
+        raise ConfigError("the linear shortcut cannot be fitted: no training picture has anything but one colour")
     shortcut = autoencoder.shortcut
     shortcut.analysis.weight.copy_((w / scale)[..., None, None])
     shortcut.analysis.bias.copy_(-w @ mean / scale)

@@ -12,7 +12,7 @@
 
 and with bit 1, after what a preview needs,
 
-    level         1 byte    1 to 255
+    code          1 byte    of the level, 1 to 255
     hyper length  varint    in bytes
     length        varint    of the residual, in bytes
     hyper, residual         see entropy_coding
@@ -44,15 +44,15 @@ _MAX_VARINT_BYTES = 5
 
 @dataclass(frozen=True)
 class CodedResidual:
-    """The sections above the base: level, 1 to 255, and the coded n_z and n, at least 1 byte each."""
+    """The sections above the base: code of the level, 1 to 255, and the coded n_z and n, at least 1 byte each."""
 
-    level: int
+    code: int
     hyper: bytes
     symbols: bytes
 
     def __post_init__(self) -> None:
-        if not 1 <= self.level <= 255:
-            raise BitstreamError(f"the level of the residual is {self.level}, not 1 to 255: the file is damaged")
+        if not 1 <= self.code <= 255:
+            raise BitstreamError(f"the code of the level is {self.code}, not 1 to 255: the file is damaged")
         if not self.hyper or not self.symbols:
             raise BitstreamError("a section of the residual is empty: the file is damaged")
 
@@ -183,7 +183,7 @@ def _header(picture: CodedPicture) -> bytes:
 def _residual_header(residual: CodedResidual | None) -> bytes:
     if residual is None:
         return b""
-    return bytes((residual.level,)) + _varint(len(residual.hyper)) + _varint(len(residual.symbols))
+    return bytes((residual.code,)) + _varint(len(residual.hyper)) + _varint(len(residual.symbols))
 
 
 def _check_kind(data: bytes) -> None:

@@ -148,7 +148,7 @@ class Codec(nn.Module):
         """Code a picture: uint8 (3, H, W), sides from 16 -> the bytes of a `.dfo` file.
 
         Args:
-            quality: 0 sends the base alone; above it, up to 100, the residual as well, at a level of 255.
+            quality: 0 sends the base alone; above it, up to 100, the residual as well, at a level whose code is 1 to 255.
         Raises:
             CheckpointError: the weights have no fingerprint, or no residual codec for a quality above 0.
             ValueError: a side under 16, or a quality outside its range.
@@ -189,7 +189,7 @@ class Codec(nn.Module):
     @torch.inference_mode()
     @full_precision()
     def write(self, analysed: Analysed, code: int) -> bytes:
-        """The file at a level: 0 for the base alone, else 1 to 255."""
+        """The file of a level's code: 0 for the base alone, else 1 to 255."""
         if code == 0:
             return bitstream.pack(analysed.file)
         symbols = self.residual.symbols(analysed.s, analysed.y, analysed.k, code, self.residual.tables)
@@ -231,7 +231,7 @@ class Codec(nn.Module):
             raise BitstreamError("the file has a residual and its weights have no residual codec: it is damaged")
         p = self.params.residual
         shape = (p.hyper_channels, *hyper_size(*k.shape[1:]))
-        n_z = entropy_coding.decode_symbols(coded.hyper, *self.residual.hyper_coding(shape, coded.level), "hyper")
+        n_z = entropy_coding.decode_symbols(coded.hyper, *self.residual.hyper_coding(shape, coded.code), "hyper")
         n_z = n_z.reshape(shape)
         index = self.residual.table_index(n_z, k)
         n = entropy_coding.decode_symbols(coded.symbols, *self.residual.residual_coding(index), "residual")
@@ -262,7 +262,7 @@ class Codec(nn.Module):
         y_hat = self.vq_base.reconstruct(z_q)  # 1 d h w
         if contents.symbols:
             symbols = contents.symbols
-            y_hat = y_hat + self.residual.restore(symbols.hyper, symbols.residual, k, y_hat, file.residual.level)
+            y_hat = y_hat + self.residual.restore(symbols.hyper, symbols.residual, k, y_hat, file.residual.code)
         x_hat, eta = self.denoise(y_hat, z_q, file, sampling)
         image = self.autoencoder.decode(x_hat)[0, :, : file.height, : file.width]
         if not image.isfinite().all():

@@ -72,6 +72,6 @@ def hinge_generator(fake: Tensor) -> Tensor:
     return -fake.mean()
 
 
-def adaptive_weight(reconstruction_grad: Tensor, adversarial_grad: Tensor) -> Tensor:
+def adaptive_factor(reconstruction_grad: Tensor, adversarial_grad: Tensor) -> Tensor:
     """lambda = |grad L_rec| / (|grad L_adv| + 1e-4) at the decoder's last layer, at most 1e4 (VQGAN, Eq. 7)."""
     return (reconstruction_grad.norm() / (adversarial_grad.norm() + 1e-4)).clamp(0, 1e4).detach()

@@ -22,7 +22,7 @@ class _NoiseInside:
 
 class _Bottleneck(_NoiseInside, EntropyBottleneck):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """As CompressAI's, whose permutation by a tensor waits for the device four times and cannot run on shapes alone."""
+        """CompressAI's forward without its index permutation, which syncs the GPU and fails on meta tensors."""
         by_channel = x.transpose(0, 1)  # C N h w
         likelihood, _, _ = self._likelihood(by_channel.flatten(1)[:, None])
         return x, self.likelihood_lower_bound(likelihood).view(by_channel.shape).transpose(0, 1)

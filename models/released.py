@@ -11,8 +11,8 @@ autoencoder). Each holds exactly the published parameters under `state_dict`; al
 
 import json
 import sys
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,18 +97,15 @@ def save_triple(
     params: CodecParams,
     table: np.ndarray | None = None,
     residual_tables: ResidualTables | None = None,
-    keep: Collection[Path] = (),
 ) -> None:
     """Write the three files.
 
     Args:
         states: state dicts of the networks, in the precision that is to be stored.
         table: integer frequencies of the base indices, int32 (K,), at release. residual_tables: those of the residual.
-        keep: files that are there already with these very weights, and are not written again.
     """
     for network in ("autoencoder", "unet"):
-        if (path := getattr(triple, network)) not in keep:
-            checkpoints.save(path, {"state_dict": states[network]})
+        checkpoints.save(getattr(triple, network), {"state_dict": states[network]})
     ours = {
         "networks": json.dumps(to_mapping(params), sort_keys=True),
         "digests": digests_of(states),
@@ -240,7 +237,11 @@ def start_from_release(folder: str | Path, codec: Codec) -> list[str]:
         CheckpointError: no release there, a damaged one, or one of other sizes; names keys that differ.
     """
     triple = Triple.in_folder(folder)
-    states = states_of(load_triple(triple, densities=True))
+    released = load_triple(triple, densities=True)
+    require_same(
+        replace(codec.params, diffusion=released.params.diffusion), released.params, f"{folder}: of other networks"
+    )
+    states = states_of(released)
     told = [f"{', '.join(states)} from {folder}"]
     anew = codec.residual and "residual" in states and not parted(states["residual"])[1]
     if anew:
@@ -262,7 +263,7 @@ def _flat(mapping: dict[str, Any]) -> dict[str, Any]:
 
 def _params(ours: dict | None, config: str | Path | None, path: Path) -> CodecParams:
     """The parameters stored in the VQ file, which `config` must agree with; those of `config` for foreign files."""
-    stored = build(CodecParams, json.loads(ours["networks"]), str(path)) if ours else None
+    stored = stored_params(ours["networks"], path) if ours else None
     if config is None:
         if stored is None:
             raise CheckpointError(f"{path}: does not say how large its networks are; name their --config")
@@ -270,12 +271,26 @@ def _params(ours: dict | None, config: str | Path | None, path: Path) -> CodecPa
     params = build(CodecParams, load_mapping(config).get("networks", {}), f"{config}: networks")
     if stored is None:
         return params
-    theirs, own = _flat(meaning(params)), _flat(meaning(stored))
-    differing = [key for key in own | theirs if theirs.get(key) != own.get(key)]
-    if differing:
-        told = checkpoints.first_of([f"{key} {theirs.get(key)} for {own.get(key)}" for key in differing])
-        raise CheckpointError(f"{path}: does not fit the configuration {config}: {told}")
+    require_same(params, stored, f"{path}: does not fit the configuration {config}")
     return stored
+
+
+def require_same(asked: CodecParams, stored: CodecParams, told: str) -> None:
+    """Raise CheckpointError, which names the keys, where parameters differ in what affects decoding, the rate's rule apart."""
+    ours, theirs = _flat(meaning(asked)), _flat(meaning(stored))
+    differing = [
+        f"{key} {ours.get(key)} for {theirs.get(key)}" for key in theirs | ours if ours.get(key) != theirs.get(key)
+    ]
+    if differing:
+        raise CheckpointError(f"{told}: {checkpoints.first_of(differing)}")
+
+
+def stored_params(text: str, path: str | Path) -> CodecParams:
+    """The parameters that a checkpoint states as JSON. Raises CheckpointError, ConfigError."""
+    try:
+        return build(CodecParams, json.loads(text), str(path))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: what it says of its networks is damaged ({error})") from error
 
 
 def load_codec(folder: str | Path, device: str | torch.device = "cpu") -> Codec:

@@ -179,7 +179,7 @@ class ResidualHyperprior(nn.Module):
         """The integers that the encoder sends at a level.
 
         Args:
-            s: g_a(x - y, y), 1 x M x h x w. y: 1 x d x h x w. k: int64 1 x h x w. code: level, 1 to 255.
+            s: g_a(x - y, y), 1 x M x h x w. y: 1 x d x h x w. k: int64 1 x h x w. code: of the level, 1 to 255.
             tables: symbols are clamped to them; None (before there are any) clamps to the largest reach.
         """
         s_g = self.gain(self._level(code, s.device)) * s

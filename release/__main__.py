@@ -10,15 +10,13 @@ from pathlib import Path
 
 from datapipe.sources import data_options
 from models.codec import Codec
-from models.records import CodecParams
-from models.released import NAMES, NETWORKS, Triple, assembled, load_triple
+from models.released import NAMES, NETWORKS, Triple, assembled, load_triple, stored_params
 from release.making import COUNTED, require_empty, round_to_half, write_release
 from release.tables import BATCH, count
 from training.checkpointing import AVERAGES, BEST, CHECKPOINTS
 from training.config import RUN_CONFIG, load_config
 from utils import checkpoints
 from utils.commandline import answer, positive
-from utils.config import build
 from utils.distributed import local_device
 from utils.errors import CheckpointError
 
@@ -55,14 +53,16 @@ def chosen(run: Path, iteration: str | None) -> tuple[int, Triple | Path]:
     """
     found = candidates(run)
     if iteration == "best":
-        best = json.loads((run / BEST).read_text()) if (run / BEST).is_file() else {"stage": None}
-        if best["stage"] != "codec":
+        best = checkpoints.read_json(run / BEST) if (run / BEST).is_file() else {}
+        if best.get("stage") != "codec":
             raise CheckpointError(f"{run}: no validation of stage codec has chosen one (validation.folder=DIR)")
         iteration = str(best["step"])
     elif iteration is None:
-        iteration = max(found, key=int, default="any")
+        iteration = max(found, key=int, default=None)
+    if not found:
+        raise CheckpointError(f"{run}: no checkpoint of stage codec; it has not saved yet")
     if iteration not in found:
-        there = ", ".join(sorted(found, key=int)) or "none; has the stage codec saved yet?"
+        there = ", ".join(sorted(found, key=int))
         raise CheckpointError(f"{run}: no checkpoint of stage codec, iteration {iteration}; there are: {there}")
     return int(iteration), found[iteration]
 
@@ -74,10 +74,11 @@ def averaged(path: Path) -> Codec:
         CheckpointError: not a checkpoint of stage codec, or damaged.
     """
     content = checkpoints.read(path)
-    if content.get("stage") != "codec" or not {"networks", "averages", "autoencoder"} <= content.keys():
+    if content.get("stage") != "codec" or not {"networks", "averages"} <= content.keys():
         raise CheckpointError(f"{path}: not a checkpoint of stage codec")
-    params = build(CodecParams, json.loads(content["networks"]), str(path))
-    states = content["averages"] | {"autoencoder": content["autoencoder"]}
+    params = stored_params(content["networks"], path)
+    frozen = {"autoencoder": content["autoencoder"]} if "autoencoder" in content else {}  # else it has an average
+    states = content["averages"] | frozen
     return assembled(params, states, dict.fromkeys(NETWORKS, path))
 
 

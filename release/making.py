@@ -16,18 +16,22 @@ from models.released import ABOUT, DENSITIES, Triple, load_codec, load_triple, s
 from training.config import RUN_CONFIG, TrainConfig
 from utils.config import load_mapping, to_mapping
 from utils.errors import CheckpointError, DiffoError
-from utils.files import atomic_write, make_folder
+from utils.files import atomic_write, make_folder, require_writable
 
-EXACT = ("quantize.embedding.", "scale_network.", "log_gain", "median", DENSITIES)  # stored as they are
+EXACT = {
+    "vq_base": ("quantize.embedding.",),
+    "residual": ("scale_network.", "log_gain", "median", DENSITIES),
+}  # stored as they are
 WRITTEN = ("fingerprint", "iteration", "levels", "c", "sha256", "bytes")  # entries that write_release makes
 STARTS = ("autoencoder", "vq_base", "unet", "release")  # keys of a configuration that name earlier weights
 COUNTED = 2048  # crops whose indices are counted by default
 
 
 def require_empty(out: Path) -> None:
-    """Raise DiffoError, before any work, where something stands already: releases stay as they are."""
+    """Raise DiffoError, before any work, where something stands already, since releases stay as they are, or nothing can."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DiffoError(f"{out}: not an empty folder; a release stays as it is, choose another name")
+    require_writable(next(folder for folder in (out, *out.resolve().parents) if folder.is_dir()))
 
 
 def halved(state: Mapping[str, Tensor], network: str) -> dict[str, Tensor]:
@@ -36,7 +40,9 @@ def halved(state: Mapping[str, Tensor], network: str) -> dict[str, Tensor]:
     Raises:
         CheckpointError: a value that float16 cannot hold; names its tensor.
     """
-    small = {k: v.half() for k, v in state.items() if v.is_floating_point() and not k.startswith(EXACT)}
+    small = {
+        k: v.half() for k, v in state.items() if v.is_floating_point() and not k.startswith(EXACT.get(network, ()))
+    }
     for key, value in small.items():
         if not value.isfinite().all():
             largest = state[key].abs().max().item()

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from datapipe.draws import LEVELS, generator
-from datapipe.pictures import Pictures, stream
+from datapipe.pictures import Batch, Pictures, stream
 from models.codec import Codec
 from models.entropy_coding import centred_table, frequency_table, table_cost_bits
 from models.residual_hyperprior import HYPER_REACH, LEVEL_CODES, SYMBOL_REACH, ResidualTables, Symbols, node_of
@@ -85,23 +86,27 @@ def count(codec: Codec, config: TrainConfig, crops: int, batch: int = BATCH) -> 
     """Code crops of the configuration's training pictures on the codec's device, at every level, and count."""
     pictures = Pictures(config.data, config.codec.crop_size, config.seed)
     counts = Counts.none(codec)
-    batches = stream(pictures, batch, rank=0, world=1, first=0)
-    for start in tqdm(range(0, crops, batch), desc="counting symbols"):
-        crop = next(batches)
-        x = codec.to_latent(crop.image[: crops - start].to(codec.device))
-        k = codec.vq_base.indices(x)
-        counts.base += np.bincount(k.flatten().cpu().numpy(), minlength=len(counts.base))
-        if codec.residual is not None:
-            y = codec.vq_base.reconstruct(codec.vq_base.rows(k))
-            s = codec.residual.analysis(x - y, y)
-            for i, position in enumerate(crop.position[: len(x)].tolist()):
-                one = slice(i, i + 1)
-                for code in _codes(codec.residual.params, config.seed, position):
-                    node = node_of(code, codec.residual.params)
-                    counts.add(codec.residual.symbols(s[one], y[one], k[one], code), node)
+    with closing(stream(pictures, batch, rank=0, world=1, first=0)) as batches:
+        for start in tqdm(range(0, crops, batch), desc="counting symbols"):
+            _count_crops(codec, next(batches)[: crops - start], config.seed, counts)
     for line in pictures.source.unreadable_lines():
         print(line, file=sys.stderr)
     return counts
+
+
+def _count_crops(codec: Codec, crops: Batch, seed: int, counts: Counts) -> None:
+    x = codec.to_latent(crops.image.to(codec.device))
+    k = codec.vq_base.indices(x)
+    counts.base += np.bincount(k.flatten().cpu().numpy(), minlength=len(counts.base))
+    if codec.residual is None:
+        return
+    y = codec.vq_base.reconstruct(codec.vq_base.rows(k))
+    s = codec.residual.analysis(x - y, y)
+    for i, position in enumerate(crops.position.tolist()):
+        one = slice(i, i + 1)
+        for code in _codes(codec.residual.params, seed, position):
+            found = codec.residual.symbols(s[one], y[one], k[one], code)
+            counts.add(found, node_of(code, codec.residual.params))
 
 
 def _codes(params: ResidualParams, seed: int, position: int) -> list[int]:

@@ -165,7 +165,7 @@ def test_its_state_goes_with_the_steps():
     saved = copy.deepcopy(step.state_dict())
     torch.manual_seed(1)
     other = Step(stage)
-    other.load_state_dict(saved, step.averages.average)
+    other.load_state_dict(saved, step.stage.networks(step.averages.average))
     assert other.averages.updates == 1
     shown = pictures(1)
     with torch.no_grad():

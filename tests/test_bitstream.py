@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from models.bitstream import CodedPicture, CodedResidual, noise_seed, pack, unpack
 from utils.errors import BitstreamError
 
-RESIDUAL = CodedResidual(level=200, hyper=b"\x01\x02\x03", symbols=bytes(range(9)))
+RESIDUAL = CodedResidual(code=200, hyper=b"\x01\x02\x03", symbols=bytes(range(9)))
 BASE = CodedPicture(height=30, width=200, fingerprint=b"\xde\xad\xbe\xef", base=bytes(range(26)), fixed_length=True)
 BOTH = CodedPicture(30, 200, b"\xde\xad\xbe\xef", b"base", False, RESIDUAL)
 BASE_END = 13 + 4 + 4  # of BOTH: header, base, checksum
@@ -21,7 +21,7 @@ GOLDEN_BOTH = (
 
 quick = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 sections = st.binary(min_size=1, max_size=200)
-residuals = st.builds(CodedResidual, level=st.integers(1, 255), hyper=sections, symbols=sections)
+residuals = st.builds(CodedResidual, code=st.integers(1, 255), hyper=sections, symbols=sections)
 sides = st.integers(16, 2**20)
 pictures = st.builds(
     CodedPicture,

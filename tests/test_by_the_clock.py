@@ -91,7 +91,10 @@ def test_files_hold_the_averages(stopped_run):
         assert all(torch.equal(value, after["averages"][network][key]) for key, value in written.items())
         assert any(not torch.equal(value, after["codec"][network][key]) for key, value in written.items())
     gt = newest(folder, "gt")  # finished: averages in the weights' place, as stage codec takes them
-    frozen, written = after["autoencoder"], checkpoints.read(folder / "ema_ckpts" / f"GT_vq_model_{gt['step']}.pth.tar")
+    frozen, written = (
+        after["autoencoder"],
+        checkpoints.read(folder / "ema_ckpts" / "gt" / f"GT_vq_model_{gt['step']}.pth.tar"),
+    )
     for key, value in gt["averages"]["autoencoder"].items():
         assert torch.equal(value, frozen[key]) and torch.equal(value, written["state_dict"][key])
         assert torch.equal(value, gt["codec"]["autoencoder"][key])

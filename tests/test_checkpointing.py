@@ -20,7 +20,7 @@ def fake(folder: Path, steps: list[int], keep_last: int = 2) -> Checkpoints:
     kept = Checkpoints(folder, ["gt", "codec"], keep_last)
     for step in steps:
         kept.save(Point("gt", step), {"w": torch.full((2,), float(step))})
-        kept.keep(None)
+        kept.prune(None)
     return kept
 
 
@@ -33,8 +33,8 @@ def test_the_last_and_the_best_stay(saved_run):
     assert set(scores) == {2, 4, 6} and best == {"stage": "codec", "step": step, "loss": scores[step]}
     found = {path.stem for path in (saved_run / "checkpoints").iterdir()}
     assert found == {f"codec_{s}" for s in {5, 6, step}} | {"gt_4"}
-    averages = {path.name for path in (saved_run / "ema_ckpts").iterdir()}
-    assert averages == {name.format(s) for s in {6, step} for name in NAMES.values()} | {"GT_vq_model_4.pth.tar"}
+    averages = tree(saved_run / "ema_ckpts")
+    assert averages == {name.format(s) for s in {6, step} for name in NAMES.values()} | {"gt/GT_vq_model_4.pth.tar"}
 
 
 def tensors(content) -> list[torch.Tensor]:
@@ -72,7 +72,7 @@ def test_a_damaged_checkpoint_is_set_aside(tmp_path):
     assert [point.step for point in refused] == [3, 2] and "gt_3.pth" in refused[Point("gt", 3)]
     kept.set_aside(refused)
     kept.keep_last = 1
-    kept.keep(None)  # the good one is the last one now
+    kept.prune(None)  # the good one is the last one now
     assert tree(tmp_path) == {"checkpoints/gt_1.pth", "checkpoints/gt_2.damaged", "checkpoints/gt_3.damaged"}
     kept.path(Point("gt", 1)).write_bytes(b"short")
     with pytest.raises(CheckpointError, match="no readable checkpoint to go on from"):
@@ -86,7 +86,7 @@ def test_what_a_killed_save_left_is_removed_and_nothing_else(tmp_path):
         (tmp_path / name).touch()
     (tmp_path / "ema_ckpts" / "notes.txt").touch()  # the user's
     kept.remove_unfinished()
-    kept.keep(None)
+    kept.prune(None)
     assert tree(tmp_path) == {"checkpoints/gt_1.pth", "ema_ckpts/notes.txt"}
 
 

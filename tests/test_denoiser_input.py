@@ -52,7 +52,7 @@ def decoded_parts(codec, data):
     k, coded = contents.k, contents.symbols
     z_q = codec.vq_base.quantize.embedding.weight[k].permute(0, 3, 1, 2)
     y = codec.vq_base.decoder(codec.vq_base.post_quant_conv(z_q))
-    r_hat = codec.residual.restore(coded.hyper, coded.residual, k, y, contents.file.residual.level)
+    r_hat = codec.residual.restore(coded.hyper, coded.residual, k, y, contents.file.residual.code)
     assert r_hat.abs().max() > 0.01
     noise = normal(bitstream.noise_seed(contents.file.base), 0, (D, *LATENT))
     return z_q, y + r_hat, noise, contents.file

@@ -123,7 +123,8 @@ def go_on(rank: int, path: str) -> None:
             for number in range(4):
                 if number == 2:
                     again.stage.codec.load_state_dict(first.stage.codec.state_dict())
-                    again.load_state_dict(copy.deepcopy(first.state_dict()), first.averages.average)
+                    averages = again.stage.networks(first.averages.average)
+                    again.load_state_dict(copy.deepcopy(first.state_dict()), averages)
                 first(batch_of(first, range(number * world + rank, number * world + rank + 1)), progress)
             progress = Progress(again.stage.params, 2)
             for number in (2, 3):

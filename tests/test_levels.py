@@ -75,7 +75,7 @@ def test_a_budget_is_used_kept_and_searched_without_the_image_encoder(codec, ana
     monkeypatch.setattr(codec, "write", lambda picture, level: written.append(level) or write(picture, level))
     fitted = budget.fit(codec, analysed, allowed)
     assert 0.97 * allowed <= len(fitted.data) <= allowed and fitted.note is None
-    assert fitted.data == write(analysed, fitted.level)
+    assert fitted.data == write(analysed, fitted.code)
     assert len(written) == len(set(written)) <= 2 + 8 + 2 * budget.NEIGHBOURS
 
 
@@ -96,19 +96,19 @@ def test_sizes_that_are_not_monotone_are_searched(profile, codec, analysed, monk
     for allowed in range(1000, sizes[LEVEL_CODES]):
         found = budget.fit(codec, analysed, allowed)
         used, best = len(found.data), max(size for size in sizes.values() if size <= allowed)
-        assert used == sizes[found.level] <= allowed
-        assert used == best or (found.level and used >= budget.ENOUGH * allowed), allowed
-        if used == allowed or (found.level and used >= budget.ENOUGH * allowed):
+        assert used == sizes[found.code] <= allowed
+        assert used == best or (found.code and used >= budget.ENOUGH * allowed), allowed
+        if used == allowed or (found.code and used >= budget.ENOUGH * allowed):
             assert found.note is None
         else:
             above = min(size for size in sizes.values() if size > allowed)
-            assert f"{above:,} bytes" in found.note and found.note.startswith("base alone") == (found.level == 0)
+            assert f"{above:,} bytes" in found.note and found.note.startswith("base alone") == (found.code == 0)
 
 
 def test_budgets_below_and_outside_the_range(codec, analysed):
     base, smallest, largest = (len(codec.write(analysed, level)) for level in (0, 1, LEVEL_CODES))
     between = budget.fit(codec, analysed, smallest - 1)
-    assert between.level == 0 and len(between.data) == base and f"{smallest:,} bytes" in between.note
+    assert between.code == 0 and len(between.data) == base and f"{smallest:,} bytes" in between.note
     assert budget.fit(codec, analysed, base).note is None
     most = budget.fit(codec, analysed, 10 * largest)
     assert len(most.data) == largest and "largest" in most.note
@@ -222,13 +222,13 @@ def test_inference_writes_budgets_and_previews(release, tmp_path, capsys):
     status, _, _ = call(capsys, "-i", source, "-o", tmp_path / "o", "--max_bytes", 4000, *flags)
     row = json.loads((tmp_path / "o" / "metrics.json").read_text())["pictures"][0]
     data = (tmp_path / "o" / "a.dfo").read_bytes()
-    assert status == 0 and row["bytes"] == len(data) <= 4000 and row["level"] == bitstream.unpack(data).residual.level
+    assert status == 0 and row["bytes"] == len(data) <= 4000 and row["code"] == bitstream.unpack(data).residual.code
     parts = ("header", "base", "hyper", "residual", "check")
     assert sum(row[f"{part}_bits"] for part in parts) == 8 * len(data)
     status, out, _ = call(capsys, "--mode", "inspect", "-i", tmp_path / "o", "--json", "--weights", release)
     told = json.loads(out)
     assert status == 0 and sum(told[f"{part}_bits"] for part in parts) == 8 * len(data)
-    assert all(told[name] == row[name] for name in ("level", "estimated_bits", "fixed_length_base_bits"))
+    assert all(told[name] == row[name] for name in ("code", "estimated_bits", "fixed_length_base_bits"))
     (tmp_path / "cut.dfo").write_bytes(data[: len(data) * 2 // 3])
     inspect = ["--mode", "inspect", "-i", tmp_path / "cut.dfo", "--json"]
     status, _, err = call(capsys, *inspect)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from models.losses import (
-    adaptive_weight,
+    adaptive_factor,
     chroma_distortion,
     commitment,
     distortion,
@@ -97,7 +97,7 @@ def test_hinge_of_the_generator():
 
 def test_adaptive_weight():
     five = torch.tensor([3.0, 4.0], requires_grad=True)
-    assert adaptive_weight(five, torch.tensor([6.0, 8.0])).item() == pytest.approx(5 / 10.0001, rel=1e-6)
-    assert adaptive_weight(five, torch.tensor([3e-4, 4e-4])).item() == pytest.approx(5 / 6e-4, rel=1e-5)
-    assert adaptive_weight(five, torch.zeros(2)).item() == 1e4  # 5e4, but for the limit
-    assert not adaptive_weight(five, torch.ones(2)).requires_grad
+    assert adaptive_factor(five, torch.tensor([6.0, 8.0])).item() == pytest.approx(5 / 10.0001, rel=1e-6)
+    assert adaptive_factor(five, torch.tensor([3e-4, 4e-4])).item() == pytest.approx(5 / 6e-4, rel=1e-5)
+    assert adaptive_factor(five, torch.zeros(2)).item() == 1e4  # 5e4, but for the limit
+    assert not adaptive_factor(five, torch.ones(2)).requires_grad

@@ -24,7 +24,7 @@ def test_st_lpips_is_the_published_one(pair):
     """pyiqa's network with the same weights gives the same number; pyiqa takes [-1, 1] where it is not to normalise."""
     from pyiqa.archs.stlpips_arch import STLPIPS
 
-    path = packaged("stlpips_pytorch", "weights/vST0.0/vgg_shift_tolerant.pth", "stlpips", "")
+    path = packaged("stlpips")
     published = STLPIPS(net="vgg", pretrained=False)
     assert not published.load_state_dict(checkpoints.read(path), strict=False).unexpected_keys
     with torch.no_grad():

@@ -16,10 +16,10 @@ import pytest
 import torch
 from PIL import Image
 
-from datapipe import benchmarks, prepare
-from datapipe.benchmarks import Remote
+from datapipe import prepare, test_sets
 from datapipe.shards import ShardSource, find_shards
 from datapipe.sources import read_list
+from datapipe.test_sets import Remote
 from tests.commands import photograph
 from utils.download import fetch
 from utils.errors import DiffoError
@@ -167,7 +167,7 @@ def remotes(server, files: dict[str, bytes]) -> list[Remote]:
 
 def test_kodak_is_fetched_once_and_checked(server, tmp_path, monkeypatch, capsys):
     pictures = {f"kodim{i:02d}.png": png(i) for i in range(1, 4)}
-    monkeypatch.setattr(benchmarks, "KODAK", remotes(server, pictures))
+    monkeypatch.setattr(test_sets, "KODAK", remotes(server, pictures))
     args = ["download", "kodak", "-o", tmp_path / "k"]
     assert told(capsys, *args).count("fetched, SHA-256 agrees") == 3
     assert {p.name: p.read_bytes() for p in (tmp_path / "k").iterdir()} == pictures
@@ -180,14 +180,14 @@ def test_kodak_here_has_the_known_checksums():
     folder = Path(__file__).resolve().parents[2] / "shared" / "data" / "kodak"
     if not folder.is_dir():
         pytest.skip(f"no Kodak pictures in {folder}")
-    for remote in benchmarks.KODAK:
+    for remote in test_sets.KODAK:
         assert hashlib.sha256((folder / remote.name).read_bytes()).hexdigest()[:16] == remote.sha256
 
 
 def test_clic2020_is_unpacked_and_cropped(server, tmp_path, monkeypatch, capsys):
     """The central square of a picture, its short side scaled to 768: of 192 and 256 columns, those from 32 to 223."""
     archives = {"p.zip": archive({"test/a.png": png(1), "__MACOSX/._a.png": b"x"}), "m.zip": archive({"b.png": png(2)})}
-    monkeypatch.setattr(benchmarks, "CLIC2020", remotes(server, archives))
+    monkeypatch.setattr(test_sets, "CLIC2020", remotes(server, archives))
     assert "2 pictures of the CLIC2020 test set" in told(capsys, "download", "clic2020", "-o", tmp_path / "clic")
     for name, seed in (("test/a.png", 1), ("b.png", 2)):
         assert (tmp_path / "clic" / "full" / name).read_bytes() == png(seed)

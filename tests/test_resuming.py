@@ -154,12 +154,12 @@ def test_a_stage_killed_at_its_end_is_ended_on_resuming(where, name, data, tmp_p
     assert points(killed_run) == [Point("gt", 4)]
     assert main(["--resume", str(killed_run)]) == 0
     assert lines(killed_run, "metrics.jsonl") == lines(whole, "metrics.jsonl")
-    ours, theirs = (checkpoints.read(f / "ema_ckpts" / "GT_vq_model_4.pth.tar") for f in (killed_run, whole))
+    ours, theirs = (checkpoints.read(f / "ema_ckpts" / "gt" / "GT_vq_model_4.pth.tar") for f in (killed_run, whole))
     assert flat(ours) == flat(theirs)
 
 
 def test_a_resumed_run_needs_no_file_that_it_started_from(data, saved_run, tmp_path, monkeypatch):
-    start = Path(shutil.copy(saved_run / "ema_ckpts" / "GT_vq_model_4.pth.tar", tmp_path / "start.pth.tar"))
+    start = Path(shutil.copy(saved_run / "ema_ckpts" / "gt" / "GT_vq_model_4.pth.tar", tmp_path / "start.pth.tar"))
     folder = interrupted(data, tmp_path, monkeypatch, f"autoencoder={start}")
     start.unlink()
     assert main(["--resume", str(folder), "codec.iterations=1"]) == 0

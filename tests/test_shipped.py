@@ -137,8 +137,8 @@ def test_rates_on_kodak(tmp_path):
         for row in json.loads((out / "metrics.json").read_text())["pictures"]:
             assert row["bytes"] <= allowed
             if smallest[row["picture"]] <= allowed <= largest[row["picture"]]:
-                assert row["level"] and row["bytes"] >= 0.97 * allowed
-            elif row["level"] == 0:
+                assert row["code"] and row["bytes"] >= 0.97 * allowed
+            elif row["code"] == 0:
                 assert row["note"].startswith("base alone")
 
 

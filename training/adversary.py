@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from models.losses import PatchDiscriminator, adaptive_weight, hinge_discriminator, hinge_generator
+from models.losses import PatchDiscriminator, adaptive_factor, hinge_discriminator, hinge_generator
 from training.config import StageParams
 from training.optimiser import Optimiser
 from training.parallel import accumulate, parallel, settle, synchronised
@@ -48,7 +48,7 @@ class Adversary:
         if not self.params.adaptive:
             return torch.full_like(loss, self.params.weight)
         gradients = [torch.autograd.grad(term, last_layer, retain_graph=True)[0] for term in (loss, adversarial)]
-        return self.params.weight * adaptive_weight(*distributed.all_reduce_mean(torch.stack(gradients)))
+        return self.params.weight * adaptive_factor(*distributed.all_reduce_mean(torch.stack(gradients)))
 
     def judge(self, image: Tensor, restored: Tensor, parts: list[slice]) -> Tensor:
         """L_D of a batch in micro-batches; its gradient is accumulated for `update`."""

@@ -63,7 +63,10 @@ class Checkpoints:
         refused: dict[Point, str] = {}
         for point in reversed(self.points()):
             try:
-                return checkpoints.read(self.path(point)), refused
+                content = checkpoints.read(self.path(point))
+                if "stage" not in content:
+                    raise CheckpointError(f"{self.path(point)}: not a checkpoint of a run")
+                return content, refused
             except CheckpointError as error:
                 refused[point] = str(error)
         if refused:
@@ -79,18 +82,20 @@ class Checkpoints:
 
     def save_averages(self, point: Point, averages: dict[str, dict[str, Tensor]], params: CodecParams) -> None:
         """Write averaged weights, state dicts by network, under the published names; in stage `gt` the autoencoder alone."""
-        triple = Triple.of(make_folder(self.folder / AVERAGES), point.step)
         if point.stage == "gt":
-            checkpoints.save(triple.autoencoder, {"state_dict": averages["autoencoder"]})
+            (path,) = self._averages(point)
+            make_folder(path.parent)
+            checkpoints.save(path, {"state_dict": averages["autoencoder"]})
         else:
-            save_triple(triple, averages, params)
+            save_triple(Triple.of(make_folder(self.folder / AVERAGES), point.step), averages, params)
 
     def _averages(self, point: Point) -> list[Path]:
         """Files of a point's averages, there or not."""
-        triple = Triple.of(self.folder / AVERAGES, point.step)
-        return [triple.autoencoder] if point.stage == "gt" else list(vars(triple).values())
+        if point.stage == "gt":  # apart: D may go on learning in stage codec, which counts its iterations anew
+            return [Triple.of(self.folder / AVERAGES / "gt", point.step).autoencoder]
+        return list(vars(Triple.of(self.folder / AVERAGES, point.step)).values())
 
-    def keep(self, best: dict | None) -> None:
+    def prune(self, best: dict | None) -> None:
         """Remove all but the last few of the present stage, its best and the last of every earlier stage.
 
         Args:
@@ -104,9 +109,10 @@ class Checkpoints:
         for point in set(points) - {*[p for p in points if p.stage == stage][-self.keep_last :], *last, *chosen}:
             self.path(point).unlink()
         wanted = {path for point in (*last, *chosen) for path in self._averages(point)}
-        for path in (path for name in NAMES.values() for path in (self.folder / AVERAGES).glob(name.format("*"))):
-            if path not in wanted:
-                path.unlink()
+        for path in {
+            path for name in NAMES.values() for path in (self.folder / AVERAGES).rglob(name.format("*"))
+        } - wanted:
+            path.unlink()
         if best:
             atomic_write(self.folder / BEST, (json.dumps(best) + "\n").encode())
         else:
@@ -119,7 +125,7 @@ class Checkpoints:
 
     def remove_unfinished(self) -> None:
         """Remove temporary files that a killed process was writing."""
-        for sub in ("", CHECKPOINTS, AVERAGES):
+        for sub in ("", CHECKPOINTS, AVERAGES, f"{AVERAGES}/gt"):
             remove_leftovers(self.folder / sub)
 
 

@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from datapipe.draws import REVIVAL, DrawParams, generator
 from datapipe.pictures import Batch
+from models.bitstream import CELL
 from models.codec import Codec
 from models.losses import commitment, distortion
-from models.records import CELL, CodecOutput, Draws
+from models.records import CodecOutput, Draws
 from models.vq_base import perplexity
 from training.config import CodecStageParams, TrainConfig
 from training.stage import Stage
@@ -85,11 +86,11 @@ class CodecStage(Stage):
             "commitment": commitment(out.base.z, out.base.z_q),
         } | self.shared_terms(out.image, batch.image)
         if out.auxiliary is not None:
-            terms["rate"] = (self.rate_weight(batch.draws["level"]) * out.residual_bpp).mean()  # lambda_g R
+            terms["rate"] = (self.rate_factor(batch.draws["level"]) * out.residual_bpp).mean()  # lambda_g R
             terms["auxiliary"] = out.auxiliary
         return terms
 
-    def rate_weight(self, level: Tensor) -> Tensor:
+    def rate_factor(self, level: Tensor) -> Tensor:
         """lambda_g of levels (N,), geometric from the first level's to the last's."""
         first, last = self.params.rate_weights
         share = (level.clamp(min=1) - 1) / (self.codec.params.residual.levels - 1)
@@ -106,6 +107,16 @@ class CodecStage(Stage):
             base_only_share=p.base_only_share,
             levels=residual.params.levels if residual else 0,
             uniforms=residual.noise_size(h, w) if residual else 0,
+        )
+
+    @torch.no_grad()
+    def remark(self, batch: Batch) -> str | None:
+        deviation = self.codec.to_latent(batch.image).std().item()
+        if 0.7 < deviation < 1.4:
+            return None
+        return (
+            f"the latent's standard deviation is {deviation:.2f}, and the noise schedule is made for about 1. Stage gt "
+            "rescales it in its last checkpoint alone; public weights are used as they are"
         )
 
     # Code book and averages -----------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def require_weights(params: "StageParams", *names: str) -> None:
+def require_factors(params: "StageParams", *names: str) -> None:
     for name in names:
         require(getattr(params, name) >= 0, f"{name} {getattr(params, name)}: from 0 up")
 
@@ -52,7 +52,8 @@ class StageParams:
             gradients of as many micro-batches as it takes. None takes the whole batch.
         crop_size: pixels, a multiple of 16. ema: decay of the averaged weights.
         perceptual: perceptual terms with their factors in the loss: `lpips` (LPIPS-vgg), `stlpips` (ST-LPIPS-vgg),
-            `features` (of EfficientNet-Lite0) and `ms_ssim` (1 - MS-SSIM, crops above 160 pixels).
+            `features` (of EfficientNet-Lite0) and `ms_ssim` (1 - MS-SSIM, crops above 160 pixels). A file's replaces the
+            default wholly.
         adversary: a discriminator of the stage's pictures.
     """
 
@@ -134,7 +135,7 @@ class GtParams(StageParams):
     def __post_init__(self):
         super().__post_init__()
         require(self.statistics >= 1, f"statistics {self.statistics}: at least 1")
-        require_weights(self, "distortion_weight", "chroma_weight", "latent_noise")
+        require_factors(self, "distortion_weight", "chroma_weight", "latent_noise")
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ class CodecStageParams(StageParams):
         require(0 <= self.base_only_share < 1, f"base_only_share {self.base_only_share}: in [0, 1)")
         share = self.last_step_share
         require(share is None or 0 <= share <= 1, f"last_step_share {share}: in [0, 1], or null")
-        require_weights(self, "distortion_weight", "chroma_weight", "commitment", "train_decoder")
+        require_factors(self, "distortion_weight", "chroma_weight", "commitment", "train_decoder")
 
 
 @dataclass(frozen=True)

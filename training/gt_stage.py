@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from datapipe.draws import DrawParams
 from datapipe.pictures import Batch
 from models.autoencoder import fit_linear
+from models.bitstream import CELL
 from models.codec import Codec
 from models.losses import distortion
-from models.records import CELL
 from training.config import GtParams, TrainConfig
 from training.stage import Restored, Stage
 from training.validation import Evaluated

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from measuring.pyiqa_metrics import VGG16
 from models.losses import ms_ssim_loss
-from training.perceptual_networks import FeatureDistance, StLpips
+from training.perceptual_networks import PACKAGED, FeatureDistance, StLpips, packaged
 from utils.errors import ConfigError
 from utils.imports import quiet
 
@@ -25,17 +25,31 @@ def perceptual_terms(factors: Mapping[str, float], untrained: bool = False) -> n
     return nn.ModuleDict({name: makers[name]() for name, factor in factors.items() if factor})
 
 
+def require_available(factors: Mapping[str, float]) -> None:
+    """Raise ConfigError for a term whose weights are not here, without loading any."""
+    for name in (name for name, factor in factors.items() if factor):
+        if name == "lpips":
+            require_vgg()
+        elif name in PACKAGED:
+            packaged(name)
+
+
+def require_vgg() -> None:
+    if not VGG16.path.is_file():
+        raise ConfigError(
+            f"perceptual.lpips needs the VGG-16 weights {VGG16.path}, which are not there. Fetch them once with "
+            "`python reproduce.py weights`, or train with another term: gt.perceptual.lpips=0 gt.perceptual.ms_ssim=1, "
+            "and the same for codec"
+        )
+
+
 class Lpips(nn.Module):
     """LPIPS-vgg, a mean over the batch; it follows the pictures to their device and precision."""
 
     def __init__(self, untrained: bool = False):
         super().__init__()
-        if not untrained and not VGG16.path.is_file():
-            raise ConfigError(
-                f"perceptual.lpips needs the VGG-16 weights {VGG16.path}, which are not there. Fetch them once with "
-                "`python reproduce.py weights`, or train with another term: gt.perceptual.lpips=0 gt.perceptual.ms_ssim=1, "
-                "and the same for codec"
-            )
+        if not untrained:
+            require_vgg()
         with quiet():
             import lpips
 

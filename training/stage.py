@@ -114,6 +114,10 @@ class Stage(ABC):
         """Further scalars of a step that is logged; a collective."""
         return {}
 
+    def remark(self, batch: Batch) -> str | None:
+        """A line to tell of the stage's first batch, if there is anything to tell."""
+        return None
+
     def begin(self, batches: Iterable[Batch]) -> str:
         """Start the networks from pictures, the same on every rank; a line to tell."""
         raise NotImplementedError(f"stage {self.name} begins with its first step")

@@ -14,7 +14,7 @@ from training.progress import Progress
 from training.stage import Stage
 from utils import distributed
 from utils.ema import Ema
-from utils.errors import NotFinite
+from utils.errors import CheckpointError, NotFinite
 
 
 @dataclass(frozen=True)
@@ -117,9 +117,11 @@ class Step:
     def _flags(self, terms: dict, numbers: dict, dead: Tensor, stop: bool, progress: Progress) -> tuple[Flags, dict]:
         """The flags, in the one wait of a step, and the terms' means over the ranks."""
         seconds = progress.clock() if distributed.is_main() else 0.0
-        own = [float(stop), seconds]
         scalars = torch.stack([term.double() for term in terms.values()])
-        together = distributed.all_reduce_sum(torch.cat([scalars, scalars.new_tensor(own)]))
+        own = [
+            scalars.new_full((1,), value) for value in (float(stop), seconds)
+        ]  # filled on the device: no copy to wait for
+        together = distributed.all_reduce_sum(torch.cat([scalars, *own]))
         means = together[: len(terms)] / distributed.world_size()
         norms = [value for name, value in numbers.items() if name.endswith("grad_norm")]
         finite = torch.cat([means, torch.stack(norms).double()]).isfinite().all()
@@ -165,8 +167,23 @@ class Step:
         state = {"updates": self.averages.updates, "optimiser": self.optimiser.state_dict()}
         return state | ({"adversary": self.adversary.state_dict()} if self.adversary else {})
 
-    def load_state_dict(self, state: dict, averages: dict[str, Tensor]) -> None:
-        self.averages.load_state_dict({"updates": state["updates"], "average": averages})
+    def load_state_dict(self, state: dict, averages: dict[str, dict[str, Tensor]]) -> None:
+        """Go on from a saved state and averages by network; an adversary that it does not have starts anew.
+
+        Raises:
+            CheckpointError: other parameters were trained.
+        """
+        average = {f"{network}.{key}": value for network, own in averages.items() for key, value in own.items()}
+        sizes = [
+            [len(group["params"]) for group in s["param_groups"]]
+            for s in (self.optimiser.state_dict(), state["optimiser"])
+        ]
+        if average.keys() != self.averages.average.keys() or sizes[0] != sizes[1]:
+            raise CheckpointError(
+                f"stage {self.stage.name}: the checkpoint trains other parameters; what decides that, such as "
+                "codec.train_decoder, stays as it was when the stage began"
+            )
+        self.averages.load_state_dict({"updates": state["updates"], "average": average})
         self.optimiser.load_state_dict(state["optimiser"])
-        if self.adversary:
+        if self.adversary and "adversary" in state:
             self.adversary.load_state_dict(state["adversary"])

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import torch
 import yaml
-from torch import Tensor
 from tqdm import tqdm
 
 from datapipe.pictures import Batch, Pictures, stream
 from datapipe.sources import open_source
 from measuring.metrics import MS_SSIM_MIN_SIDE
+from models.bitstream import CELL
+from models.released import require_same, stored_params
 from training.checkpointing import Checkpoints, Point
 from training.config import RUN_CONFIG, TrainConfig
 from training.progress import Progress
@@ -25,7 +26,7 @@ from training.stage import Stage
 from training.stages import STAGES
 from training.start import new_codec, start_from
 from training.step import Done, Step
-from training.validation import CELL, Validation
+from training.validation import Validation
 from utils import checkpoints, distributed
 from utils.config import to_mapping
 from utils.errors import CheckpointError, ConfigError, DiffoError, NotFinite
@@ -80,9 +81,6 @@ class Trainer:
         with StopRequest() as stop, closing(self.log):
             try:
                 start = self._resume()
-                if distributed.is_main():  # also on resuming: overrides may have changed it
-                    text = yaml.safe_dump(to_mapping(self.config), sort_keys=False)
-                    atomic_write(self.folder / RUN_CONFIG, text.encode())
                 for index, name in enumerate(self.config.stages[start.stage :], start.stage):
                     if not self._stage(name, start.saved if index == start.stage else {}, stop):
                         self.log.say(f"stopped as asked; go on with --resume {self.folder}")
@@ -112,9 +110,11 @@ class Trainer:
         progress = Progress(params, saved.get("step", 0), saved.get("seconds", 0.0))
         self.position, self._logged = saved.get("position", 0), None
         if saved:
-            averages = {f"{n}.{k}": v for n, state in saved["averages"].items() for k, v in state.items()}
-            step.load_state_dict(saved["training"], averages)
+            step.load_state_dict(saved["training"], saved["averages"])
             saved.clear()  # moments and averages, as large as the networks
+        if distributed.is_main():  # here, where what was saved has been found to fit; overrides may have changed it
+            text = yaml.safe_dump(to_mapping(self.config), sort_keys=False)
+            atomic_write(self.folder / RUN_CONFIG, text.encode())
         self._tell_start(step, progress)
         with closing(self._batches(stage, self.position)) as batches, self._bar(name, progress) as bar:
             while not progress.done:
@@ -171,8 +171,8 @@ class Trainer:
         """One update and what is logged of it; whether some rank is asked to stop."""
         batch = batch.to(self.device)
         name, number = step.stage.name, progress.step
-        if name == "codec" and number == 0:
-            self._look_at_latent(batch.image)
+        if number == 0 and (remark := step.stage.remark(batch)):
+            self.log.say(remark)
         try:
             done = step(batch, progress, stop.number is not None)
         except NotFinite as error:
@@ -195,16 +195,6 @@ class Trainer:
         self._logged = now
         bar.set_postfix(loss=f"{logs['loss']:.4f}", refresh=False)
         self.log.step(step.stage.name, number, logs)
-
-    def _look_at_latent(self, image: Tensor) -> None:
-        """Say so if the autoencoder's latent is far from what the noise schedule is made for."""
-        with torch.no_grad():
-            deviation = self.codec.to_latent(image).std().item()
-        if not 0.7 < deviation < 1.4:
-            self.log.say(
-                f"the latent's standard deviation is {deviation:.2f}, and the noise schedule is made for about 1. Stage gt "
-                "rescales it in its last checkpoint alone; public weights are used as they are"
-            )
 
     def _tell_unreadable(self) -> None:
         for line in self.source.unreadable_lines():
@@ -258,7 +248,7 @@ class Trainer:
                     frozen = {"autoencoder": content["autoencoder"]} if "autoencoder" in content else {}
                     self.checkpoints.save_averages(point, content["averages"] | frozen, self.config.networks)
                 self.checkpoints.save(point, content | {"finished": finished})
-                self.checkpoints.keep(self.best)
+                self.checkpoints.prune(self.best)
                 self.log.say(f"stage {point.stage}: saved iteration {point.step}")
             except DiffoError as error:
                 told = f"stage {point.stage}, iteration {point.step} is not saved: {error}"
@@ -301,12 +291,15 @@ class Trainer:
                 self.log.say(told)
             return Start(0, {})
         where = f"{self.folder}, {saved['stage']} {saved['step']}"
+        if saved["stage"] == "gt":  # what stage codec starts from is not in it
+            start_from(self.config, self.codec)
+        require_same(self.config.networks, stored_params(saved["networks"], where), f"{where}: of other networks")
         frozen = {"autoencoder": saved["autoencoder"]} if "autoencoder" in saved else {}
         for name, state in (saved.pop("codec") | frozen).items():
             checkpoints.load_strictly(getattr(self.codec, name), state, where)
         self.best = saved["best"]
         if distributed.is_main():
-            self.checkpoints.keep(self.best)  # it may have been killed before it did
+            self.checkpoints.prune(self.best)  # it may have been killed before it did
         self.log.keep_until(saved["stage"], saved["step"], stages)
         self.log.say(f"resumed after {saved['stage']} {saved['step']}: {' '.join(sys.argv[1:])}")
         return self._next(saved, where)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from measuring.metrics import MS_SSIM_MIN_SIDE, ms_ssim, psnr
-from models.records import CELL
+from models.bitstream import CELL
 from training.config import ValidationParams
 from utils import distributed
 from utils.ema import Ema

@@ -1,6 +1,7 @@
 """Checkpoints: read without executing anything, loaded strictly, written atomically, named by digests."""
 
 import hashlib
+import json
 import pickle
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -63,10 +64,20 @@ def read(path: str | Path, inert: Sequence[str] = ()) -> dict:
     except Exception as error:  # a damaged file makes the unpickler raise almost anything, at times without a message
         if out_of_memory(error):
             raise
-        told = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path}: not a readable checkpoint ({told})") from error
+        raise CheckpointError(f"{path}: not a checkpoint, cut short or damaged") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: a checkpoint holds a dictionary, this one a {type(content).__name__}")
+    return content
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file. Raises CheckpointError."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not readable JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: not what it should be")
     return content
 
 

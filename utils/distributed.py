@@ -12,7 +12,7 @@ from torch import Tensor
 
 from utils.errors import DiffoError
 
-# How gloo and nccl report that.
+# Error texts when another rank has ended.
 OTHER_ENDED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 PATIENCE = timedelta(hours=1)  # for the main process, which alone writes checkpoints
 
@@ -106,7 +106,7 @@ def gather_samples(batch: Tensor) -> Tensor:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """What every rank passed, in the order of ranks; small picklable values only."""
+    """The values of all ranks, in order; small picklable ones only."""
     if world_size() == 1:
         return [value]
     values = [None] * world_size()

@@ -1,4 +1,4 @@
-"""Float32 that is float32, since TF32 rounds to 10 bits of mantissa and files must not depend on it; the same bits twice."""
+"""Switches for exact float32 (no TF32, whose rounding files must not depend on) and for deterministic CUDA."""
 
 import os
 from collections.abc import Iterator
