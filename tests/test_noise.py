@@ -27,15 +27,18 @@ def test_philox_gives_the_published_words(counter, key, expected):
 
 
 def test_normals_by_hand():
-    """Channels 4n to 4n + 3 are the pairs that Box and Muller make of the words of counter (row, column, n, step)."""
-    words = philox([torch.tensor(place) for place in (2, 3, 1, 5)], (7, 0))
+    """Channels 4n to 4n + 3 are the pairs that Box and Muller make of the words of counter (row, column, n, step).
+
+    The first word of this seed is small: there, half a step of 2^-24 counts.
+    """
+    words = philox([torch.tensor(place) for place in (2, 3, 1, 5)], (3969, 0))
     uniform = [((word.item() >> 8) + 0.5) / 2**24 for word in words]
     expected = [
         math.sqrt(-2 * math.log(u)) * wave(2 * math.pi * v)
         for u, v in (uniform[:2], uniform[2:])
         for wave in (math.cos, math.sin)
     ]
-    assert normal(7, 5, (8, 3, 4))[0, 4:, 2, 3].tolist() == pytest.approx(expected, abs=1e-6)
+    assert normal(3969, 5, (8, 3, 4))[0, 4:, 2, 3].tolist() == pytest.approx(expected, abs=4e-6)
 
 
 def test_draws_follow_each_other_in_steps_from_0():
