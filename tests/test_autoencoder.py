@@ -128,6 +128,22 @@ def test_without_patch_and_shortcut_it_is_the_published_network(autoencoder):
     assert autoencoder.encoder.conv_in.weight.shape == (8, 3, 3, 3)
 
 
+@pytest.mark.parametrize("common", [False, True])
+def test_noise_on_the_latent_is_scaled_to_its_deviation(monkeypatch, common):
+    """Of each channel or of all, over the whole batch: (0, 2), (0, 4) and (0, 8); the deviation is told, not learnt."""
+    autoencoder = Autoencoder(AutoencoderParams(**SMALL))
+    x = (torch.tensor([2.0, 4.0, 8.0]).view(1, 3, 1, 1) * torch.arange(2.0).view(2, 1, 1, 1)).requires_grad_()
+    monkeypatch.setattr(autoencoder, "encode", lambda image: x)
+    monkeypatch.setattr(autoencoder, "decode", lambda x: x)
+    noise = torch.tensor([[1.0, 2.0, 3.0], [-1.0, 0.5, 0.0]]).view(2, 3, 1, 1)
+    # Bessel's: (a / 2)^2 * 2 = a^2 / 2 of two numbers; of all six, mean 14 / 6: (84 - 6 * (14 / 6)^2) / 5 = 10.266667
+    deviation = torch.tensor([10.266667] * 3 if common else [2.0, 8.0, 32.0]).sqrt().view(1, 3, 1, 1)
+    noisy = autoencoder(torch.zeros(2, 3, 16, 16), noise, common)
+    torch.testing.assert_close(noisy, x + noise * deviation)
+    noisy.sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
+
+
 @torch.inference_mode()
 def test_a_patch_is_folded_into_channels_and_back():
     """Channel c p^2 + p i + j holds the pixel (i, j) of every cell of p x p."""

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from datapipe.pictures import Batch
+from models.autoencoder import fit_linear
 from models.records import CodecOutput
 from models.vq_base import BaseCode
 from tests.commands import photograph
@@ -180,6 +181,19 @@ def test_stage_gt_ends_with_the_averages_and_a_latent_of_unit_variance():
     assert torch.equal(stage.network.state_dict()[layer], plain.state_dict()[layer])
     for key, value in stage.trained.state_dict().items():  # released next
         assert torch.equal(step.averages.average[key], value), key
+
+
+def test_stage_gt_begins_with_its_linear_shortcut():
+    """Fitted to the pictures: an untrained D(E(X)) is their projection. Not where the weights are given."""
+    linear = "networks.autoencoder.shortcut=linear"
+    stage, batch = new_stage("gt", linear), Batch(pictures(8), torch.arange(8))
+    assert stage.begins and not new_stage("gt").begins and not new_stage("gt", linear, "release=folder").begins
+    told = stage.begin([batch])
+    variances = fit_linear(new_stage("gt", linear).network, [batch.image])
+    assert f"{variances[:8].sum() / variances.sum():.1%} of the variance in 8 channels" in told
+    shortcut = stage.network.shortcut
+    error = (shortcut.decode(shortcut.encode(batch.image)) - batch.image).square().mean()
+    assert error.item() == pytest.approx(variances[8:].sum().item() / 768, rel=1e-3)
 
 
 def test_evaluation_of_stage_gt():

@@ -32,6 +32,7 @@ def stopped_run(data, tmp_path_factory):
 
     clock = ("gt.minutes=0.05", "codec.minutes=0.05", "gt.iterations=1000", "codec.iterations=1000")
     options = (*clock, "gt.adversary.weight=0", "gt.statistics=3", "save_every=1", "keep_last=4")
+    options += ("networks.autoencoder.shortcut=linear",)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Step, "__call__", stopped)
         patch.setattr(GtStage, "finish", measuring)
@@ -56,6 +57,7 @@ def test_it_ends_by_the_clock_and_says_so(stopped_run):
     folder, stopped = stopped_run
     told = (folder / "train.log").read_text()
     assert told.count("this stage ends by the clock: it is not repeatable step by step") == 3  # gt, gt resumed, codec
+    assert told.count("linear shortcut: ") == 1  # fitted before the first step, not when it goes on
     assert "stopped as asked" in told and f"finished: {folder}" in told
     assert 0 < stopped["seconds"] < 3  # what was left when it stopped was trained afterwards
     for stage in ("gt", "codec"):

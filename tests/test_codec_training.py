@@ -10,7 +10,7 @@ import torch
 from models import bitstream, diffusion
 from models.codec import Codec
 from models.noise import portable_noise
-from models.records import Draws
+from models.records import ONE_STEP, Draws, Sampling
 from tests.residual import D, picture
 from tests.residual import new_codec as with_residual
 from tests.small_codec import PARAMS, Traced, new_codec, y_of
@@ -126,7 +126,8 @@ def test_a_correction_is_added_to_what_the_decoder_knows(adapter):
     assert torch.equal(out.x_hat, out.y_hat)
     data = codec.compress(image)
     silent = to_uint8(codec.autoencoder.decode(y_of(codec, data))[0])
-    assert torch.equal(codec.decompress(data), silent)
+    for sampling in (ONE_STEP, Sampling(steps=2)):
+        assert torch.equal(codec.decode(data, sampling).image, silent)
     torch.nn.init.normal_(codec.unet.out[-1].weight, std=0.1)
     x, y_hat = torch.randn(2, 1, D, 4, 3, generator=torch.Generator().manual_seed(1))
     t, lq = torch.tensor([2.5]), x.flip(2)

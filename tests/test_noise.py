@@ -1,11 +1,12 @@
 """The decoder's noise: Philox against the published vectors, its moments, and what it depends on."""
 
+import itertools
 import math
 
 import pytest
 import torch
 
-from models.noise import normal, philox
+from models.noise import normal, philox, portable_noise
 
 # Known answers of Random123's Philox4x32-10: counter, key, words.
 VECTORS = [
@@ -25,12 +26,25 @@ def test_philox_gives_the_published_words(counter, key, expected):
     assert [word.item() for word in found] == words(expected)
 
 
-def test_a_normal_by_hand():
-    """Channels 0 and 1 of position (0, 0), seed 0, are Box and Muller's pair of the first vector's first two words."""
-    u, v = ((word >> 8) + 0.5 for word in (0x6627E8D5, 0xE169C58D))
-    u, v = u / 2**24, v / 2**24
-    pair = [math.sqrt(-2 * math.log(u)) * wave(2 * math.pi * v) for wave in (math.cos, math.sin)]
-    assert normal(0, 0, (2, 1, 1)).flatten().tolist() == pytest.approx(pair, abs=1e-6)
+def test_normals_by_hand():
+    """Channels 4n to 4n + 3 are the pairs that Box and Muller make of the words of counter (row, column, n, step).
+
+    The first word of this seed is small: there, half a step of 2^-24 counts.
+    """
+    words = philox([torch.tensor(place) for place in (2, 3, 1, 5)], (3969, 0))
+    uniform = [((word.item() >> 8) + 0.5) / 2**24 for word in words]
+    expected = [
+        math.sqrt(-2 * math.log(u)) * wave(2 * math.pi * v)
+        for u, v in (uniform[:2], uniform[2:])
+        for wave in (math.cos, math.sin)
+    ]
+    assert normal(3969, 5, (8, 3, 4))[0, 4:, 2, 3].tolist() == pytest.approx(expected, abs=4e-6)
+
+
+def test_draws_follow_each_other_in_steps_from_0():
+    like = torch.zeros(1, 6, 2, 3)
+    for step, noise in enumerate(itertools.islice(portable_noise(5, like), 3)):
+        assert torch.equal(noise, normal(5, step, (6, 2, 3)))
 
 
 def test_standard_normal_moments():

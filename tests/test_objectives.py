@@ -194,6 +194,8 @@ def test_the_noise_on_stage_gts_latent():
     assert stage.forward(model, batch).image is batch.image and given["common"] is True
     torch.testing.assert_close(given["noise"], 0.25 * batch.draws["noise"])
     assert given["noise"].shape == (2, 8, 2, 2)
+    new_stage("gt", "gt.latent_noise=0.25").forward(model, batch)
+    assert given["common"] is False
     plain = new_stage("gt")
     plain.forward(model, batch_of(plain))
     assert given["noise"] is None

@@ -134,8 +134,10 @@ def test_an_ended_stage_stays_ended(data, tmp_path, capsys):
     assert json.loads(best.read_text())["stage"] == "gt"
     unscored = ["stages=[gt,codec]", "codec.iterations=1", "validation.folder=null"]
     assert main(["--resume", str(folder), *unscored]) == 0 and not best.exists()
-    assert main(["--resume", str(folder), "codec.iterations=2", f"validation.folder={data}"]) == 0
-    assert points(folder)[-1] == Point("codec", 2) and json.loads(best.read_text())["stage"] == "codec"
+    scored = ["codec.iterations=3", "save_every=100", f"validation.folder={data}"]  # at step 2, saved as the best
+    assert main(["--resume", str(folder), *scored]) == 0
+    assert points(folder)[-2:] == [Point("codec", 2), Point("codec", 3)]
+    assert json.loads(best.read_text())["stage"] == "codec"
 
 
 @pytest.mark.parametrize("where, name", [(Step, "finish"), (Checkpoints, "save_averages")])
