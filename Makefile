@@ -2,7 +2,7 @@
 # make test    the fast tests        make test-slow   the slow ones
 # make lint    undefined names, unused imports, formatting
 # make bench-hostile    10,000 altered files and 1,000 resealed ones: refused, in time and in little memory
-# make bench-parts   seconds for each part of coding, e.g. make bench-parts BENCH="--pictures kodak"
+# make bench-parts   milliseconds for each part of coding, e.g. make bench-parts BENCH="--pictures kodak"
 # make bench-train   training speed and memory, e.g. make bench-train BENCH="--stages codec"
 # Each sets up .venv first, once.
 
@@ -17,7 +17,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3 python; do \
 .DEFAULT_GOAL := demo
 
 demo: $(INSTALLED)
-	@$(PY) inference.py --demo --quality 30 -o results/demo --ddim --one_step --overview --overwrite --metrics lpips-vgg dists
+	@$(PY) inference.py --demo --quality 30 -o results/demo --ddim --one_step --overview --overwrite
 	@echo "pictures and tables: results/demo (start with overview.png)"
 
 test: $(INSTALLED)

@@ -28,36 +28,22 @@ from utils.precision import deterministic
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cfg_path", metavar="YAML", help="configuration (default: configs/config.yaml)")
-    parser.add_argument("--save_dir", metavar="DIR", help="the run's folder, DIR/name, is made in it (default: runs)")
-    parser.add_argument("--steps", type=int, metavar="T", help="steps of the diffusion schedule")
-    parser.add_argument("--resume", metavar="RUN", help="go on with this run folder, with its own configuration")
-    parser.add_argument("--auto_resume", action="store_true", help="go on with the run if it is there, else start it")
-    parser.add_argument(
-        "--data",
-        metavar="PATH",
-        help="training pictures: folder, .txt list, or .tar shards ('set-{000..127}.tar', quoted)",
-    )
-    parser.add_argument(
-        "--iterations",
-        type=int,
-        metavar="N",
-        help="iterations of every stage; by the clock (minutes), the measure of warm-up and start of the adversary",
-    )
-    parser.add_argument("--save_every", type=int, metavar="N", help="iterations between checkpoints")
-    parser.add_argument(
-        "--dry_run",
-        action="store_true",
-        help="print configuration, parameter counts and an estimate of memory, and stop",
-    )
-    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for instance codec.optim.lr=1e-4")
+    add = parser.add_argument
+    add("--cfg_path", metavar="YAML", help="configuration (default: configs/config.yaml)")
+    add("--save_dir", metavar="DIR", help="the run's folder, DIR/name, is made in it (default: runs)")
+    add("--steps", type=int, metavar="T", help="steps of the diffusion schedule")
+    add("--resume", metavar="RUN", help="go on with this run folder, with its own configuration")
+    add("--auto_resume", action="store_true", help="go on with the run if it is there, else start it")
+    add("--data", metavar="PATH", help="pictures: folder, .txt list, or .tar shards ('set-{000..127}.tar', quoted)")
+    add("--iterations", type=int, metavar="N", help="of every stage; by the clock (minutes), the measure of warm-up")
+    add("--save_every", type=int, metavar="N", help="iterations between checkpoints")
+    add("--dry_run", action="store_true", help="print configuration, parameters and an estimate of memory, and stop")
+    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
+    add("overrides", nargs="*", metavar="key=value", help="for instance codec.optim.lr=1e-4")
     args = parser.parse_intermixed_args(argv)
     for option in ("cfg_path", "save_dir", "auto_resume"):
         if args.resume and getattr(args, option):
-            parser.error(
-                f"--resume goes on with the run's own folder and configuration: leave out --{option} (key=value still works)"
-            )
+            parser.error(f"--resume has the run's own folder and configuration: leave out --{option} (key=value works)")
     if args.resume and any(override.startswith("name=") for override in args.overrides):
         parser.error("--resume goes on in the run's own folder: leave out name=")
     return args

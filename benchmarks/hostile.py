@@ -172,12 +172,12 @@ def nonsense(codec: Codec, files: list[bytes], random: Random) -> bytes:
     file = replace(file, base=base, fixed_length=fixed)
     if file.residual is None:
         return pack(file)
-    residual, level = codec.residual, int(random.integers(1, 256))
+    residual, code = codec.residual, int(random.integers(1, 256))
     shape = (codec.params.residual.hyper_channels, *hyper_size(h, w))
-    n_z, hyper = _random_symbols(*residual.hyper_coding(shape, level), random)
+    n_z, hyper = _random_symbols(*residual.hyper_coding(shape, code), random)
     index = residual.table_index(n_z.reshape(shape), torch.from_numpy(k).view(1, h, w))
     _, symbols = _random_symbols(*residual.residual_coding(index), random)
-    return pack(replace(file, residual=CodedResidual(level, hyper, symbols)))
+    return pack(replace(file, residual=CodedResidual(code, hyper, symbols)))
 
 
 def _random_symbols(groups: np.ndarray, tables: np.ndarray, random: Random) -> tuple[np.ndarray, bytes]:
@@ -212,9 +212,9 @@ def attempt(work):
     began = time.process_time()
     try:
         result = work()
-    except KeyboardInterrupt:
-        raise
     except BaseException as error:  # a panic of a library in another language is no Exception
+        if isinstance(error, KeyboardInterrupt):
+            raise
         public = next(kind.__name__ for kind in type(error).__mro__ if not kind.__name__.startswith("_"))
         return public, time.process_time() - began, None
     return "decoded", time.process_time() - began, result

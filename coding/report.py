@@ -12,12 +12,8 @@ from utils.files import atomic_write
 
 # column -> (heading, format) in the printed table, or None: it should fit a terminal, and leaves those to the files
 COLUMNS = {
-    "quality": ("quality", "s"),
-    "weights": ("weights", "s"),
-    "picture": ("picture", "s"),
-    "width": ("width", "d"),
-    "height": ("height", "d"),
-    "bytes": ("bytes", "d"),
+    **{name: (name, "s") for name in ("quality", "weights", "picture")},
+    **{name: (name, "d") for name in ("width", "height", "bytes")},
     "bpp": ("bpp", ".4f"),
     "code": ("code", "d"),
     **dict.fromkeys(f"{part}_bits" for part in ("header", "base", "hyper", "residual", "check", "estimated")),
@@ -27,9 +23,7 @@ COLUMNS = {
     "psnr": ("PSNR dB", ".2f"),
     "ms_ssim": ("MS-SSIM", ".4f"),
     "won": ("won", "s"),
-    "error_r": ("err R", "+.2f"),
-    "error_g": ("err G", "+.2f"),
-    "error_b": ("err B", "+.2f"),
+    **{f"error_{channel}": (f"err {channel.upper()}", "+.2f") for channel in "rgb"},
     "encode_s": ("enc s", ".2f"),
     "write_s": None,
     "decode_s": ("dec s", ".2f"),

@@ -118,8 +118,7 @@ class Run:
         """The file of the quality or the budget that was asked for."""
         args, file = self.args, analysed.file
         if args.target_bpp:
-            allowed = budget.bytes_of_bpp(args.target_bpp, file.height, file.width)
-            return budget.fit(codec, analysed, allowed, at_most=False)
+            return budget.fit(codec, analysed, budget.bytes_of_bpp(args.target_bpp, file.height, file.width), False)
         if args.max_bytes:
             return budget.fit(codec, analysed, args.max_bytes)
         code = codec.level_code(args.quality)

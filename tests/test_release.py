@@ -117,10 +117,10 @@ def test_what_is_loaded_computes_as_the_rounded_codec(folder, rounded):
 def test_a_value_beyond_float16_is_refused_with_its_tensor():
     """The largest float16 is 65504, and what is nearer to 65536 becomes infinite."""
     state = {"out.bias": torch.tensor([0.0, 65519.0]), "log_gain": torch.tensor([1e9])}
-    assert halved(state, "unet")["out.bias"].tolist() == [0, 65504]
+    assert halved(state, "residual")["out.bias"].tolist() == [0, 65504]
     state["out.bias"][0] = -65520
-    with pytest.raises(CheckpointError, match="unet: out.bias: float16.* cannot hold 6.552e.04"):
-        halved(state, "unet")
+    with pytest.raises(CheckpointError, match="residual: out.bias: float16.* cannot hold 6.552e.04"):
+        halved(state, "residual")
 
 
 def test_another_rate_rule_keeps_precision_and_densities(folder, tmp_path):
@@ -245,7 +245,7 @@ def test_the_newest_the_best_or_the_one_that_is_asked_for(run_folder):
     triple.unet.unlink()
     with pytest.raises(CheckpointError, match="iteration 10; there are: 9, 12"):
         chosen(run_folder, "best")
-    with pytest.raises(CheckpointError, match="none; has the stage codec saved yet"):
+    with pytest.raises(CheckpointError, match="it has not saved yet"):
         chosen(points, None)
 
 

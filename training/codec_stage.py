@@ -130,17 +130,13 @@ class CodecStage(Stage):
         own = torch.stack([torch.cat([s.sums, s.counts[:, None]], dim=1) for s in seen]).sum(0)
         together = distributed.all_reduce_sum(own)
         dead = (book.embedding.cluster_size < book.revive_below).any()
-        if self._places_all(step):
+        if self.fresh_book and step == 0:  # which gives every code its first place
             dead = torch.ones_like(dead)
         return Usage(together[:, -1], together[:, :-1], torch.cat([s.z for s in seen]), dead)
 
-    def _places_all(self, step: int) -> bool:
-        """Whether this step gives every code its first place."""
-        return self.fresh_book and step == 0
-
     def follow(self, usage: Usage, dead: bool, step: int, averages: Ema) -> dict[str, Tensor | float]:
         """Move the code book by averages; unused codes start anew at vectors of the batch, alike on every rank."""
-        book, everything, revived = self.codec.vq_base.quantize, self._places_all(step), []
+        book, everything, revived = self.codec.vq_base.quantize, self.fresh_book and step == 0, []
         if not everything:
             book.update(usage.counts, usage.sums)
         if dead:

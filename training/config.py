@@ -10,6 +10,7 @@ from training.speed import SpeedParams
 from utils.config import build, load_mapping
 
 RUN_CONFIG = "config.yaml"  # the resolved configuration, in the run's folder
+Factors = dict[Literal["lpips", "stlpips", "features", "ms_ssim"], float]  # of perceptual terms in the loss
 PATCH_MIN = 32  # pixels; below, the PatchGAN has nothing to normalise over
 
 
@@ -63,7 +64,7 @@ class StageParams:
     microbatch: int | None = None
     crop_size: int = 256
     ema: float = 0.999
-    perceptual: dict[Literal["lpips", "stlpips", "features", "ms_ssim"], float] = field(default_factory=dict)
+    perceptual: Factors = field(default_factory=dict)
     adversary: AdversaryParams = field(default_factory=AdversaryParams)
 
     def __post_init__(self):
@@ -98,9 +99,8 @@ class OptimParams:
     clip: float = 0.0
 
     def __post_init__(self):
-        require(
-            self.lr > 0 and (self.lr_end is None or self.lr_end >= 0), f"lr {self.lr}, lr_end {self.lr_end}: above 0"
-        )
+        good = self.lr > 0 and (self.lr_end is None or self.lr_end >= 0)
+        require(good, f"lr {self.lr}, lr_end {self.lr_end}: above 0")
         require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), f"betas {self.betas}: two, in [0, 1)")
         require(self.warmup >= 0 and self.weight_decay >= 0 and self.clip >= 0, "warmup, weight_decay, clip: from 0 up")
 
@@ -121,9 +121,7 @@ class GtParams(StageParams):
 
     iterations: int = 100_000
     optim: OptimParams = field(default_factory=lambda: OptimParams(betas=(0.5, 0.9)))
-    perceptual: dict[Literal["lpips", "stlpips", "features", "ms_ssim"], float] = field(
-        default_factory=lambda: {"lpips": 1.0}
-    )
+    perceptual: Factors = field(default_factory=lambda: {"lpips": 1.0})
     distortion: Literal["l1", "mse"] = "l1"
     distortion_weight: float = 1.0
     chroma_weight: float = 0.0
@@ -155,9 +153,7 @@ class CodecStageParams(StageParams):
 
     iterations: int = 60_000
     optim: OptimParams = field(default_factory=OptimParams)
-    perceptual: dict[Literal["lpips", "stlpips", "features", "ms_ssim"], float] = field(
-        default_factory=lambda: {"lpips": 0.2}
-    )
+    perceptual: Factors = field(default_factory=lambda: {"lpips": 0.2})
     forward: Literal["published", "decoder"] = "published"
     shift: bool = True
     last_step_share: float | None = None
@@ -170,10 +166,8 @@ class CodecStageParams(StageParams):
 
     def __post_init__(self):
         super().__post_init__()
-        require(
-            len(self.rate_weights) == 2 and min(self.rate_weights) > 0,
-            f"rate_weights {self.rate_weights}: two, above 0",
-        )
+        good = len(self.rate_weights) == 2 and min(self.rate_weights) > 0
+        require(good, f"rate_weights {self.rate_weights}: two, above 0")
         require(0 <= self.base_only_share < 1, f"base_only_share {self.base_only_share}: in [0, 1)")
         share = self.last_step_share
         require(share is None or 0 <= share <= 1, f"last_step_share {share}: in [0, 1], or null")

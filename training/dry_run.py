@@ -23,9 +23,8 @@ from utils.images import find_pictures
 META = torch.device("meta")
 MIB = 2**20
 NOTE = """\
-Activations are the tensors that autograd keeps for the backward pass of one micro-batch, each counted once, from a
-forward pass on shapes alone. On top come temporaries of single operations, cuDNN's workspaces, CUDA's own few hundred
-MiB and, with several processes, the gradients once more (DDP's buckets)."""
+Activations are the tensors that autograd keeps for the backward pass of one micro-batch, from shapes alone. On top come
+temporaries, cuDNN's workspaces, CUDA's own few hundred MiB and, with several processes, the gradients once more (DDP)."""
 
 
 def dry_run(config: TrainConfig) -> str:

@@ -28,19 +28,14 @@ def perceptual_terms(factors: Mapping[str, float], untrained: bool = False) -> n
 def require_available(factors: Mapping[str, float]) -> None:
     """Raise ConfigError for a term whose weights are not here, without loading any."""
     for name in (name for name, factor in factors.items() if factor):
-        if name == "lpips":
-            require_vgg()
-        elif name in PACKAGED:
+        if name in PACKAGED:
             packaged(name)
-
-
-def require_vgg() -> None:
-    if not VGG16.path.is_file():
-        raise ConfigError(
-            f"perceptual.lpips needs the VGG-16 weights {VGG16.path}, which are not there. Fetch them once with "
-            "`python reproduce.py weights`, or train with another term: gt.perceptual.lpips=0 gt.perceptual.ms_ssim=1, "
-            "and the same for codec"
-        )
+        if name == "lpips" and not VGG16.path.is_file():
+            raise ConfigError(
+                f"perceptual.lpips needs the VGG-16 weights {VGG16.path}, which are not there. Fetch them once with "
+                "`python reproduce.py weights`, or train with another term: gt.perceptual.lpips=0 gt.perceptual.ms_ssim=1, "
+                "and the same for codec"
+            )
 
 
 class Lpips(nn.Module):
@@ -49,7 +44,7 @@ class Lpips(nn.Module):
     def __init__(self, untrained: bool = False):
         super().__init__()
         if not untrained:
-            require_vgg()
+            require_available({"lpips": 1.0})
         with quiet():
             import lpips
 

