@@ -9,6 +9,7 @@ from models.blocks import AttnBlock
 from models.codec import Codec
 from tests.commands import NANO
 from training.config import load_config
+from utils.errors import ConfigError
 
 PATCHED = dict(ch=8, ch_mult=(1, 2, 2), num_res_blocks=1, z_channels=8, embed_dim=6, groups=4, n_embed=0)
 SMALL = PATCHED | dict(ch_mult=(1, 1, 1, 2, 2))
@@ -214,7 +215,7 @@ def test_the_shortcut_is_fitted_to_the_principal_components():
 
 
 def test_a_shortcut_needs_more_than_one_colour():
-    with pytest.raises(ValueError, match="one colour"):
+    with pytest.raises(ConfigError, match="one colour"):
         fit_linear(Autoencoder(AutoencoderParams(**PATCHED, patch=4, shortcut="linear")), [torch.ones(1, 3, 16, 16)])
 
 

@@ -193,7 +193,7 @@ def test_latent_size(height, width, latent):
         (edited(BASE, 12, b"\x1b"), "cut after 43 bytes of 44, or its header is damaged"),
         (edited(BASE, 12, b"\x00", 27), "base section is empty"),
         (altered(BASE, 20, b"\xff"), "checksum does not match: the file is damaged"),
-        (edited(BOTH, 21, b"\x00"), "level of the residual is 0, not 1 to 255"),
+        (edited(BOTH, 21, b"\x00"), "the code of the level is 0, not 1 to 255"),
         (edited(BOTH, 22, b"\x00\x0c", 2), "section of the residual is empty"),
         (edited(BOTH, 22, b"\x0c\x00", 2), "section of the residual is empty"),
         (edited(BOTH, 22, b"\x83\x00"), "shortest form"),

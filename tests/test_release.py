@@ -23,7 +23,7 @@ from models.released import (
     states_of,
 )
 from models.residual_hyperprior import HYPER_REACH
-from release.__main__ import chosen, main
+from release.__main__ import averaged, chosen, main
 from release.making import halved, round_to_half, with_rate, write_release
 from release.tables import Counts, count
 from tests.commands import NANO, photograph
@@ -199,13 +199,24 @@ def test_densities_that_a_release_lacks_start_around_its_medians(tmp_path, round
 
 def test_a_release_of_other_sizes_is_refused_with_its_keys(folder, rounded):
     wider = replace(rounded.params, unet=replace(rounded.params.unet, condition_width=4))
-    with pytest.raises(CheckpointError, match=r"ema_model_7.pth: does not fit.* other shape: .*\[8, "):
+    with pytest.raises(CheckpointError, match="of other networks: unet.condition_width 4 for 8"):
         start_from_release(folder, fresh(wider))
-    with pytest.raises(CheckpointError, match="vq_model_7.pth.tar: has a residual codec, .* leaves out"):
+    with pytest.raises(CheckpointError, match="of other networks: residual"):
         start_from_release(folder, fresh(replace(rounded.params, residual=None)))
+    with pytest.raises(CheckpointError, match="of other networks: prediction correction for None"):  # no shape tells
+        start_from_release(folder, fresh(replace(rounded.params, prediction="correction")))
 
 
 # What a release is made of --------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_whose_decoder_goes_on_learning_has_its_average(tmp_path, rounded):
+    checkpoint(tmp_path / "codec_3.pth", rounded, 3)
+    content = checkpoints.read(tmp_path / "codec_3.pth")
+    content["averages"]["autoencoder"] = content.pop("autoencoder")
+    checkpoints.save(tmp_path / "codec_4.pth", content)
+    ours, theirs = (states_of(averaged(tmp_path / f"codec_{step}.pth"))["autoencoder"] for step in (3, 4))
+    assert all(torch.equal(theirs[key], value) for key, value in ours.items())
 
 
 def checkpoint(path: Path, codec: Codec, step: int, stage: str = "codec") -> None:

@@ -167,6 +167,28 @@ def test_a_resumed_run_needs_no_file_that_it_started_from(data, saved_run, tmp_p
     assert main(["--resume", str(folder), "codec.iterations=1"]) == 0
 
 
+def test_stage_codec_starts_from_the_named_files_after_stage_gt_was_resumed(data, saved_run, tmp_path, monkeypatch):
+    start = saved_run / "ema_ckpts" / "ema_model_6.pth"
+    folder = interrupted(data, tmp_path, monkeypatch, f"unet={start}")
+    assert main(["--resume", str(folder), "codec.iterations=1", "codec.optim.lr=1e-9"]) == 0
+    ours, theirs = checkpoints.read(folder / "checkpoints" / "codec_1.pth")["codec"]["unet"], checkpoints.read(start)
+    assert all(torch.allclose(ours[key], value, atol=1e-7) for key, value in theirs["state_dict"].items())
+
+
+def test_overrides_that_do_not_fit_are_told_and_leave_the_run_as_it_was(data, tmp_path, capsys):
+    """An adversary that joins late starts anew."""
+    folder = tmp_path / "nano"
+    assert main(quick(data, tmp_path, "gt.iterations=1", "codec.iterations=1")) == 0
+    resume = ["--resume", str(folder), "codec.iterations=2"]
+    for override, told in (
+        ("codec.train_decoder=0.1", "stage codec: the checkpoint trains other parameters"),
+        ("networks.unet.groups=2", "codec 1: of other networks: unet.groups 2 for 4"),
+    ):
+        assert main([*resume, override]) == 1 and told in capsys.readouterr().err.splitlines()[-1]
+    assert main([*resume, "codec.adversary={weight: 0.5, start: 0}"]) == 0
+    assert "adversarial" in lines(folder, "metrics.jsonl")[-1]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device; on a CPU every run is exact, see above")
 def test_a_deterministic_run_on_cuda_goes_on_bit_for_bit(data, tmp_path):
     """With the device's own defaults of precision and layout, and the last iteration taken once more."""
