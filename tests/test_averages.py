@@ -14,9 +14,10 @@ from tests.commands import photograph
 from tests.stages import batch_of, new_stage, pictures
 from training.config import ValidationParams
 from training.progress import Progress
+from training.stage import Evaluated
 from training.step import Step
 from training.trainer import Trainer
-from training.validation import Evaluated, Validation
+from training.validation import Validation
 from utils.ema import Ema
 
 

@@ -13,8 +13,7 @@ from models.losses import commitment, distortion
 from models.records import CodecOutput, Draws
 from models.vq_base import perplexity
 from training.config import CodecStageParams, TrainConfig
-from training.stage import Stage
-from training.validation import Evaluated
+from training.stage import Evaluated, Stage
 from utils import distributed
 from utils.ema import Ema
 

@@ -13,8 +13,7 @@ from models.bitstream import CELL
 from models.codec import Codec
 from models.losses import distortion
 from training.config import GtParams, TrainConfig
-from training.stage import Restored, Stage
-from training.validation import Evaluated
+from training.stage import Evaluated, Restored, Stage
 from utils import distributed
 
 

@@ -6,6 +6,7 @@ batches and saves what is to be saved.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -18,8 +19,21 @@ from models.losses import chroma_distortion
 from training.config import TrainConfig
 from training.perceptual import perceptual_terms
 from training.speed import Speed
-from training.validation import Evaluated
 from utils.ema import Ema
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A picture as a stage decodes it.
+
+    Attributes:
+        loss: the stage's own, without its adversarial and auxiliary terms; the smallest mean is the best.
+        results: by suffix of the score's name: decoded picture, 1 x 3 x H x W in about [-1, 1], and bits per pixel
+            (None where there is no rate).
+    """
+
+    loss: float
+    results: dict[str, tuple[Tensor, float | None]]
 
 
 class Restored(NamedTuple):

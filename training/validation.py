@@ -1,9 +1,7 @@
 """Scores on pictures that are not trained on, with the averaged weights."""
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,29 +9,13 @@ from torch import Tensor
 from measuring.metrics import MS_SSIM_MIN_SIDE, ms_ssim, psnr
 from models.bitstream import CELL
 from training.config import ValidationParams
+from training.stage import Evaluated, Stage
 from utils import distributed
 from utils.ema import Ema
 from utils.errors import ConfigError, NotFinite, PictureError
 from utils.images import find_pictures, read_image, to_signed, to_uint8
 
-if TYPE_CHECKING:  # a stage gives what is evaluated here
-    from training.stage import Stage
-
 SHOWN = 4  # pictures in the grid
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """A picture as a stage decodes it.
-
-    Attributes:
-        loss: the stage's own, without its adversarial and auxiliary terms; the smallest mean is the best.
-        results: by suffix of the score's name: decoded picture, 1 x 3 x H x W in about [-1, 1], and bits per pixel
-            (None where there is no rate).
-    """
-
-    loss: float
-    results: dict[str, tuple[Tensor, float | None]]
 
 
 class Validation:
@@ -63,7 +45,7 @@ class Validation:
             raise PictureError(f"{path}: {width}x{height} pixels are less than validation.crop {self.params.crop}")
         return centre(picture, self.params.crop)
 
-    def run(self, stage: "Stage", averages: Ema) -> tuple[dict[str, float], list[Tensor]]:
+    def run(self, stage: Stage, averages: Ema) -> tuple[dict[str, float], list[Tensor]]:
         """Mean scores over all pictures, and rows for a grid: originals, then each of the results.
 
         `loss`, `psnr` (dB, RGB, 8 bits), `ms_ssim` (luma; only where no picture is too small for it) and `bpp`.
