@@ -1,4 +1,4 @@
-"""What a checkpoint holds, which ones of a run stay, and which one it goes on from."""
+"""The content of a checkpoint, which ones of a run stay, and which one it goes on from."""
 
 import json
 from pathlib import Path

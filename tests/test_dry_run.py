@@ -1,4 +1,4 @@
-"""What training tells and takes before its first step: dry run, options, modules."""
+"""Training before its first step: dry run, options, modules."""
 
 import re
 

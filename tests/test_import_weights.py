@@ -55,7 +55,7 @@ def lightning(monkeypatch, **attributes) -> ModuleType:
 
 
 def vqgan_content(state: dict) -> dict:
-    """What a VQGAN's training leaves around its parameters."""
+    """Entries that a VQGAN's training leaves around its parameters."""
     loss = {"loss.perceptual_loss.lin0.model.1.weight": torch.ones(1, 4, 1, 1), "loss.logvar": torch.zeros(1)}
     return {
         "epoch": 16,

@@ -122,7 +122,7 @@ def test_a_stage_that_is_ended_early_is_ended_all_the_same(iterations, data, tmp
 
 
 def test_an_ended_stage_stays_ended(data, tmp_path, capsys):
-    """What ends stage gt, averages and a scaled latent, cannot be taken back. Stage codec has nothing of the kind.
+    """The end of stage gt, averages and a scaled latent, cannot be taken back. Stage codec has nothing of the kind.
 
     The best of an ended stage is no longer named when the next one saves without a validation of its own.
     """

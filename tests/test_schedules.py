@@ -174,7 +174,7 @@ def test_schedules_follow_the_share_of_the_time(clock):
 
 
 def test_every_rank_goes_by_the_main_processs_clock(clock, monkeypatch):
-    """What another rank puts into the sums of a step: its flags' last two entries are stop and the clock's seconds."""
+    """The share that another rank puts into the sums of a step: its flags' last two entries are stop and the clock's seconds."""
     step = Step(new_stage("gt", "gt.minutes=1", "gt.adversary.weight=0"))
     clock.now += 40
     sent = []
