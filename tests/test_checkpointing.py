@@ -70,6 +70,8 @@ def test_a_damaged_checkpoint_is_set_aside(tmp_path):
     content, refused = kept.newest()
     assert content["step"] == 1 and torch.equal(content["w"], torch.ones(2))
     assert [point.step for point in refused] == [3, 2] and "gt_3.pth" in refused[Point("gt", 3)]
+    checkpoints.save(kept.path(Point("gt", 3)), {"w": torch.ones(2)})  # readable, and of nobody's run
+    assert "not a checkpoint of a run" in kept.newest()[1][Point("gt", 3)]
     kept.set_aside(refused)
     kept.keep_last = 1
     kept.prune(None)  # the good one is the last one now

@@ -57,6 +57,11 @@ def test_counts_and_activations_are_those_of_real_networks(name):
     assert 0.9 * real < estimated < 1.25 * real
 
 
+def test_one_of_several_ranks_tells(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    assert main(["--cfg_path", str(NANO), "--dry_run"]) == 0 and capsys.readouterr().out == ""
+
+
 def test_training_needs_neither_pyiqa_nor_transformers():
     run("-c", "import sys, main_diffusion_train_vq; sys.exit(bool({'pyiqa', 'transformers'} & set(sys.modules)))")
 

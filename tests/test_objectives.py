@@ -219,3 +219,12 @@ def test_the_codec_stage_asks_for_its_random_numbers():
     given = stage.forward(lambda image, draws: SimpleNamespace(image=image, draws=draws), Batch(None, None, drawn))
     assert given.draws.shift is False and torch.equal(given.draws.noise, drawn["noise"])
     assert math.isclose(given.draws.spread[0], drawn["spread"][0])
+
+
+@pytest.mark.parametrize("deviation, told", [(0.5, True), (0.8, False), (1.3, False), (2.0, True)])
+def test_a_latent_that_the_noise_schedule_is_not_made_for_is_told(deviation, told, monkeypatch):
+    stage = new_stage("codec")
+    latent = deviation * torch.tensor([-1.0, 1.0]).repeat(500)
+    monkeypatch.setattr(stage.codec, "to_latent", lambda image: latent)
+    remark = stage.remark(batch_of(stage))
+    assert (f"standard deviation is {deviation:.2f}" in remark) if told else remark is None

@@ -248,6 +248,9 @@ def test_the_newest_the_best_or_the_one_that_is_asked_for(run_folder):
     assert chosen(run_folder, "9") == (9, points / "codec_9.pth") and chosen(run_folder, "10") == (10, triple)
     with pytest.raises(CheckpointError, match="no validation of stage codec"):
         chosen(run_folder, "best")
+    (run_folder / "best.json").write_text('{"stage": "co')
+    with pytest.raises(CheckpointError, match="best.json: not readable JSON"):
+        chosen(run_folder, "best")
     (run_folder / "best.json").write_text('{"stage": "codec", "step": 10, "loss": 0.5}')
     assert chosen(run_folder, "best") == (10, triple)
     for asked in ("11", "20", "last"):

@@ -175,6 +175,19 @@ def test_stage_codec_starts_from_the_named_files_after_stage_gt_was_resumed(data
     assert all(torch.allclose(ours[key], value, atol=1e-7) for key, value in theirs["state_dict"].items())
 
 
+def test_asked_in_its_last_step_a_stage_stops_before_the_next(data, tmp_path, monkeypatch):
+    plain = Step.__call__
+
+    def asked(self, batch, progress, stop=False):
+        done = plain(self, batch, progress, stop)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return done
+
+    monkeypatch.setattr(Step, "__call__", asked)
+    assert main(quick(data, tmp_path, "gt.iterations=1", "codec.iterations=1")) == 128 + signal.SIGTERM
+    assert points(tmp_path / "nano") == [Point("gt", 1)]
+
+
 def test_overrides_that_do_not_fit_are_told_and_leave_the_run_as_it_was(data, tmp_path, capsys):
     """An adversary that joins late starts anew."""
     folder = tmp_path / "nano"

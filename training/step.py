@@ -118,9 +118,8 @@ class Step:
         """The flags, in the one wait of a step, and the terms' means over the ranks."""
         seconds = progress.clock() if distributed.is_main() else 0.0
         scalars = torch.stack([term.double() for term in terms.values()])
-        own = [
-            scalars.new_full((1,), value) for value in (float(stop), seconds)
-        ]  # filled on the device: no copy to wait for
+        # Filled on the device: a copy from the host would be a second wait.
+        own = [scalars.new_full((1,), value) for value in (float(stop), seconds)]
         together = distributed.all_reduce_sum(torch.cat([scalars, *own]))
         means = together[: len(terms)] / distributed.world_size()
         norms = [value for name, value in numbers.items() if name.endswith("grad_norm")]
