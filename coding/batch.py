@@ -10,9 +10,12 @@ from tqdm import tqdm
 
 from coding import report
 from coding.plan import STREAM, Job, inputs, plan
+from coding.table import Table
 from utils.errors import DiffoError
 from utils.files import make_folder, require_writable
 
+TABLE = "metrics"
+TABLES = [f"{TABLE}.csv", f"{TABLE}.json"]
 WRITTEN = {"roundtrip": [STREAM, ".png"], "compress": [STREAM], "decompress": [".png"]}
 
 
@@ -24,23 +27,22 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.mode == "inspect":
         return _each(plan(_inputs(args), None, None, [], []), _inspection(args), args)
-    tables = [*report.TABLES, *(["overview.png"] if args.overview else [])]
-    jobs = plan(_inputs(args), args.out_path, args.ref_path, WRITTEN[args.mode], tables)
+    sheet = ["overview.png"] if args.overview else []
+    jobs = plan(_inputs(args), args.out_path, args.ref_path, WRITTEN[args.mode], [*TABLES, *sheet])
     written = [job.output(suffix) for job in jobs for suffix in WRITTEN[args.mode]]
-    there = [path for path in written + [args.out_path / name for name in tables] if path.exists()]
+    there = [path for path in written + [args.out_path / name for name in sheet] if path.exists()]
     if there and not args.overwrite:
         raise DiffoError(f"{there[0]} is there already ({len(there)} such outputs); --overwrite replaces them")
     require_writable(make_folder(args.out_path))
     from coding.run import Run  # torch takes seconds: wrong usage is answered before
 
     work = Run(args)
-    status = _each(jobs, work.job, args)
-    if work.rows:
-        report.write_tables(work.rows, args.out_path, work.about())  # before metrics that may take long
+    with Table(args.out_path, TABLE, work.about) as work.table:
+        status = _each(jobs, work.job, args)
         work.extra_metrics()
-        report.write_tables(work.rows, args.out_path, work.about())
         if args.overview and work.pairs:
             work.overview()
+    if work.rows:
         print(report.aligned_table([*work.rows, report.mean_row(work.rows)]))
     return status
 

@@ -1,14 +1,8 @@
-"""The table of a coding run: one row per picture, printed, and written as CSV and JSON."""
+"""Rows of measurements, their columns and means, and the table that is printed of them."""
 
-import csv
-import io
-import json
 import math
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
-
-from utils.files import atomic_write
 
 # column -> (heading, format) in the printed table, or None: it should fit a terminal, and leaves those to the files
 COLUMNS = {
@@ -31,8 +25,6 @@ COLUMNS = {
     "note": ("note", "s"),
 }
 WITHOUT_MEAN = ("picture", "width", "height", "steps")
-
-TABLES = ["metrics.csv", "metrics.json"]
 
 Row = dict[str, str | int | float | None]
 
@@ -63,24 +55,6 @@ def aligned_table(rows: list[Row]) -> str:
     rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
     form = "  ".join([f"{{:<{widths[0]}}}", *(f"{{:>{width}}}" for width in widths[1:])])
     return "\n".join([form.format(*lines[0]), rule, *(form.format(*line) for line in lines[1:])])
-
-
-def write_tables(rows: list[Row], folder: Path, about: dict) -> None:
-    """metrics.csv (one line per picture) and metrics.json (the same, their mean, and how they were made)."""
-    write_rows(rows, folder / TABLES[0])
-    content = json.dumps({"about": about, "mean": mean_row(rows), "pictures": rows})
-    # JSON has no infinity: equal pictures have a PSNR of null.
-    plain = json.loads(content, parse_constant=lambda _: None)
-    atomic_write(folder / TABLES[1], (json.dumps(plain, indent=1) + "\n").encode())
-
-
-def write_rows(rows: list[Row], path: Path) -> None:
-    """The rows as CSV."""
-    text = io.StringIO()
-    table = csv.DictWriter(text, columns_of(rows), restval="", extrasaction="ignore", lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
-    atomic_write(path, text.getvalue().encode(errors="backslashreplace"))  # names of files need not be text
 
 
 def _cell(value: str | int | float | None, form: str) -> str:

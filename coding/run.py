@@ -10,6 +10,7 @@ from torch import Tensor
 
 from coding import budget, ledger, report
 from coding.plan import STREAM, Job
+from coding.table import Table
 from measuring.charts import contact_sheet
 from measuring.metrics import colour_shift, ms_ssim, psnr
 from measuring.pyiqa_metrics import score_with_pyiqa, unavailable
@@ -67,6 +68,7 @@ class Run:
         self.device = self.weights.device
         if self.weights.fixed:
             self.weights.codec()  # wrong ones are told before any picture is read
+        self.table: Table | None = None  # that rows are added to
         self.rows: list[report.Row] = []
         self.pairs: list[tuple[Path, Path, report.Row]] = []  # original, decoded
 
@@ -105,6 +107,7 @@ class Run:
                 row |= zip(("error_r", "error_g", "error_b"), colour_shift(original, decoded.image), strict=True)
                 self.pairs.append((job.reference or job.source, job.output(".png"), row))
         self.rows.append(row)
+        self.table.add(row)
 
     def _encode(self, job: Job, picture: Tensor) -> report.Row:
         codec = self.weights.codec()
