@@ -1,0 +1,195 @@
+"""Pictures coded by releases and by other codecs: one row for each, its file, what that decodes to, and its scores."""
+
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import chain
+from pathlib import Path
+
+from torch import Tensor
+from tqdm import tqdm
+
+from coding.plan import STREAM
+from coding.report import Row
+from coding.table import Table
+from experiments.baselines import Baseline
+from measuring.evaluator import Evaluator
+from measuring.metrics import bpp
+from models.codec import Codec
+from models.records import ONE_STEP, Sampling
+from utils.distributed import gather_objects, is_main, rank, world_size
+from utils.errors import DiffoError
+from utils.files import atomic_write, make_folder
+from utils.images import read_image, write_image
+
+KEY = ("codec", "label", "picture")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A release at one quality, decoded in one way: a point of a curve, or a row of a table.
+
+    Attributes:
+        codec, label: names of its rows, and of the folders of its files. model: the networks.
+        quality: 0, the base alone, to 100. sampling: how to denoise.
+    """
+
+    codec: str
+    label: str
+    model: Codec
+    quality: float = 0.0
+    sampling: Sampling = ONE_STEP
+
+    @property
+    def setting(self) -> str:
+        """Quality and sampling, in words."""
+        steps = self.sampling.steps
+        return f"quality {self.quality:g}, " + ("one step" if steps is None else f"{steps} steps of the schedule")
+
+
+def fill(table: Table, jobs: Sequence[Callable[[], list[Row]]], told: str) -> None:
+    """Do the jobs, on all ranks in turn, and add the rows that each gives to the one table."""
+    count = world_size()
+    with tqdm(total=len(jobs), desc=told, unit="picture", disable=not (jobs and is_main())) as bar:
+        for first in range(0, len(jobs), count):
+            mine = jobs[first + rank()]() if first + rank() < len(jobs) else []
+            for row in chain(*gather_objects(mine)):
+                table.add(row)
+            bar.update(min(count, len(jobs) - first))
+
+
+class Coding:
+    """The pictures of one command: what has been coded of them stands in its table, and is not coded again.
+
+    A row stands as long as picture, weights, setting or bytes to be met, and its files, are the same; a score that
+    it lacks is taken from the decoded picture.
+
+    Args:
+        pictures: paths by name. folder: for `files` and `decoded`.
+    """
+
+    def __init__(self, table: Table, pictures: dict[str, Path], folder: Path, evaluator: Evaluator):
+        self.table, self.pictures, self.folder, self.evaluator = table, pictures, folder, evaluator
+        self._checks = {name: f"{zlib.crc32(path.read_bytes()):08x}" for name, path in pictures.items()}
+
+    def code(self, variants: Sequence[Variant]) -> None:
+        """Every picture by every variant.
+
+        Raises:
+            PictureError: a picture cannot be read. DiffoError: a file cannot be written.
+        """
+        for codec in dict.fromkeys(variant.codec for variant in variants):
+            todo = {
+                name: [v for v in variants if v.codec == codec and not self._stands(v.codec, v.label, name, self._of(v))]
+                for name in self.pictures
+            }
+            self._fill(codec, self._code_picture, todo)
+
+    def match(self, baselines: Iterable[Baseline], variants: Sequence[Variant]) -> None:
+        """Every picture by every other codec within the bytes that each variant took for it; errors as `code`."""
+        for baseline in baselines:
+            todo = {}
+            for name in self.pictures:
+                targets = {f"at {v.label}": self.table.get(v.codec, v.label, name)["bytes"] for v in variants}
+                todo[name] = [
+                    (label, size)
+                    for label, size in targets.items()
+                    if not self._stands(baseline.name, label, name, within(size))
+                ]
+            self._fill(baseline.label, lambda name, todo, codec=baseline: self._match_picture(codec, name, todo), todo)
+
+    def rows(self, codec: str, label: str) -> list[Row]:
+        """The rows of one codec and label, one for each picture."""
+        return [self.table.get(codec, label, name) for name in self.pictures]
+
+    def _fill(self, told: str, work: Callable[[str, list], list[Row]], todo: dict[str, list]) -> None:
+        fill(self.table, [lambda name=name: work(name, todo[name]) for name in todo if todo[name]], told)
+
+    def _code_picture(self, name: str, variants: list[Variant]) -> list[Row]:
+        image, rows = read_image(self.pictures[name]), []
+        analysed = cache(lambda model: model.analyse(image))
+        for v in variants:
+            if self._stands(v.codec, v.label, name, self._of(v), scored=False):
+                rows.append(self._scored(self.table.get(v.codec, v.label, name), image))
+                continue
+            data = v.model.write(analysed(v.model), v.model.level_code(v.quality))
+            decoded = v.model.decode(data, v.sampling)
+            row = self._row(v.codec, v.label, name, image, self._of(v), data=data, suffix=STREAM)
+            row |= {"payload_bytes": len(data), "scale": 1.0, "setting": v.setting, "eta": decoded.eta}
+            rows.append(self._scored(row, image, decoded.image))
+        return rows
+
+    def _match_picture(self, baseline: Baseline, name: str, targets: list[tuple[str, int]]) -> list[Row]:
+        image, rows = read_image(self.pictures[name]), []
+        for label, size in targets:
+            if self._stands(baseline.name, label, name, within(size), scored=False):
+                rows.append(self._scored(self.table.get(baseline.name, label, name), image))
+                continue
+            coded = baseline.fit(image, size)
+            if coded is None:
+                row = self._row(baseline.name, label, name, image, within(size))
+                rows.append(row | {"bytes": None, "floor_bytes": len(baseline.smallest(image).data)})
+                continue
+            made = {"data": coded.data, "suffix": baseline.suffix}
+            row = self._row(baseline.name, label, name, image, within(size), **made)
+            row |= {"payload_bytes": coded.payload, "scale": coded.scale, "setting": coded.setting}
+            rows.append(self._scored(row, image, coded.decoded))
+        return rows
+
+    def _row(
+        self, codec: str, label: str, name: str, image: Tensor, of: str, data: bytes = b"", suffix: str = ""
+    ) -> Row:
+        """What any codec's row says of a picture, and of its file, which is written."""
+        height, width = image.shape[1:]
+        row: Row = dict(zip(KEY, (codec, label, name), strict=True))
+        row |= {"width": width, "height": height, "made_from": f"{of} ({self._checks[name]})"}
+        if data:
+            path = self.folder / "files" / codec / label / f"{Path(name).with_suffix('')}{suffix}"
+            make_folder(path.parent)
+            atomic_write(path, data)
+            row |= {"bytes": len(data), "bpp": bpp(len(data), height, width)}
+        return row
+
+    def _scored(self, row: Row, image: Tensor, decoded: Tensor | None = None) -> Row:
+        """The row with its scores; the decoded picture, where it is given, is written, else it is read."""
+        path = self._decoded(*(row[name] for name in KEY))
+        if decoded is None:
+            decoded = read_image(path)
+        else:
+            make_folder(path.parent)
+            write_image(path, decoded)
+        return row | self.evaluator(image, decoded)
+
+    def _stands(self, codec: str, label: str, name: str, of: str, scored: bool = True) -> bool:
+        """Whether the table has this row, made of the same; `scored`: and all scores are in it."""
+        row = self.table.get(codec, label, name)
+        if row is None or row["made_from"] != f"{of} ({self._checks[name]})":
+            return False
+        if row["bytes"] is None:
+            return True
+        has_scores = not scored or all(score in row for score in self.evaluator.names)
+        return has_scores and self._decoded(codec, label, name).is_file()
+
+    def _decoded(self, codec: str, label: str, name: str) -> Path:
+        return self.folder / "decoded" / codec / label / f"{Path(name).with_suffix('')}.png"
+
+    def _of(self, variant: Variant) -> str:
+        return f"weights {variant.model.fingerprint.hex()}, {variant.setting}"
+
+
+def within(size: int) -> str:
+    """What another codec's file is made of: the bytes that it must not exceed."""
+    return f"within {size} bytes"
+
+
+def curve_of(name: str, model: Codec, qualities: Sequence[float]) -> list[Variant]:
+    """A release at all those qualities that it has, the base alone among them if it has no others.
+
+    Raises:
+        DiffoError: it has none of them.
+    """
+    has = [quality for quality in qualities if quality == 0 or model.has_levels]
+    if not has:
+        raise DiffoError(f"{name}: this release codes the base alone: add 0 to --qualities, or leave it out")
+    return [Variant(name, f"{quality:g}", model, quality) for quality in has]

@@ -1,0 +1,95 @@
+"""What a command leaves beside its rows: their means with intervals as CSV, JSON, Markdown and on the terminal."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+
+from coding.report import COLUMNS, Row, align, columns_of
+from coding.table import write_json, write_rows
+from measuring.intervals import bootstrap
+from measuring.scores import SCORES
+from utils.files import atomic_write
+
+SIZES = ("bytes", "payload_bytes", "bpp", "eta")
+LOW, HIGH = "_low", "_high"  # ends of a mean's 95 % interval
+PAPER = "paper_"  # begins the columns of what the paper printed
+
+HEADINGS = {"codec": "codec", "label": "quality", "pictures": "pictures", "reached": "reached"}
+
+
+def mean_of(rows: Sequence[Row], scores: Sequence[str]) -> Row:
+    """Means over the pictures of one codec and label; a mean is over all of them, or it is not there.
+
+    `reached` counts the pictures for which there is a file, `half_size` those coded at half size; `floor_bytes` is the
+    mean of the smallest files of the pictures that were not reached.
+    """
+    mean: Row = {"codec": rows[0]["codec"], "label": rows[0]["label"], "pictures": len(rows)}
+    mean["reached"] = sum(row["bytes"] is not None for row in rows)
+    mean["half_size"] = sum(row.get("scale") == 0.5 for row in rows)
+    floors = [row["floor_bytes"] for row in rows if row["bytes"] is None]
+    mean["floor_bytes"] = fmean(floors) if floors else None
+    for name in SIZES:
+        values = [row.get(name) for row in rows]
+        mean[name] = None if None in values else fmean(values)
+    for name in scores:
+        if interval := bootstrap([row.get(name) for row in rows]):
+            mean |= {name: interval.mean, name + LOW: interval.low, name + HIGH: interval.high}
+    return mean
+
+
+def heading(column: str) -> str:
+    """A column's name for readers: the score's, with its unit and which way is better."""
+    paper = column.startswith(PAPER)
+    name = column.removeprefix(PAPER)
+    if score := SCORES.get(name):
+        arrow = "↓" if score.lower_is_better else "↑"
+        told = f"{score.heading} {score.unit}".strip() + f" {arrow}"
+    else:
+        told = HEADINGS.get(name) or (COLUMNS.get(name) or (name.replace("_", " "),))[0]
+    return f"{told}, paper" if paper else told
+
+
+def write_summary(rows: Sequence[Row], folder: Path, name: str, about: dict, title: str) -> None:
+    """`<name>.csv`, `.json` and `.md` of finished rows, printed as well."""
+    write_rows(rows, folder / f"{name}.csv")
+    write_json({"title": title, "about": about, "rows": list(rows)}, folder / f"{name}.json")
+    told = [f"# {title}", "", *markdown(lines_of(rows)), "", *(f"- {key}: {_words(about[key])}" for key in about)]
+    if any(key.endswith(LOW) for row in rows for key in row):
+        told.append("- in brackets: 95 % intervals of the means, by bootstrap over pictures")
+    told += [f"- {heading(key)}: {SCORES[key].convention}" for key in columns_of(rows) if key in SCORES]
+    atomic_write(folder / f"{name}.md", ("\n".join(told) + "\n").encode(errors="backslashreplace"))
+    print(align(lines_of(rows, intervals=False)))
+    print(f"written to {folder}: {name}.csv, {name}.json, {name}.md")
+
+
+def lines_of(rows: Sequence[Row], intervals: bool = True) -> list[list[str]]:
+    """The rows as cells in words, headings first; intervals stand in brackets after their mean, or are left out."""
+    columns = [key for key in columns_of(rows) if not key.endswith((LOW, HIGH))]
+    lines = [[heading(key) for key in columns]]
+    for row in rows:
+        ends = {key: (row.get(key + LOW), row.get(key + HIGH)) for key in columns if intervals}
+        brackets = {key: f" [{_number(key, a)}, {_number(key, b)}]" for key, (a, b) in ends.items() if a is not None}
+        lines.append([_number(key, row.get(key)) + brackets.get(key, "") for key in columns])
+    return lines
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table; the first ones are its headings."""
+    ruled = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in ruled]
+
+
+def _number(key: str, value: str | int | float | None) -> str:
+    if value is None:
+        return "-"
+    if not isinstance(value, float):
+        return str(value)
+    if score := SCORES.get(key.removeprefix(PAPER)):
+        return f"{value:.{score.decimals}f}"
+    return f"{value:.0f}" if key.endswith("bytes") else f"{value:.4g}"
+
+
+def _words(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_words(item)}" for key, item in value.items()) or "none"
+    return f"`{value}`" if isinstance(value, str) else str(value)
