@@ -2,16 +2,18 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 from tqdm import tqdm
 
 from coding import report
-from coding.plan import STREAM, Job, inputs, plan
+from coding.plan import STREAM, Job, inputs, names_a_file, plan
 from utils.errors import DiffoError
-from utils.files import make_folder, require_writable
+from utils.files import made_folder, require_writable
 
 WRITTEN = {"roundtrip": [STREAM, ".png"], "compress": [STREAM], "decompress": [".png"]}
 
@@ -24,25 +26,60 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.mode == "inspect":
         return _each(plan(_inputs(args), None, None, [], []), _inspection(args), args)
+    files, suffixes = _inputs(args), WRITTEN[args.mode]
     tables = [*report.TABLES, *(["overview.png"] if args.overview else [])]
-    jobs = plan(_inputs(args), args.out_path, args.ref_path, WRITTEN[args.mode], tables)
-    written = [job.output(suffix) for job in jobs for suffix in WRITTEN[args.mode]]
-    there = [path for path in written + [args.out_path / name for name in tables] if path.exists()]
-    if there and not args.overwrite:
-        raise DiffoError(f"{there[0]} is there already ({len(there)} such outputs); --overwrite replaces them")
-    require_writable(make_folder(args.out_path))
-    from coding.run import Run  # torch takes seconds: wrong usage is answered before
+    folder = args.out_path
+    if names_a_file(args.out_path, suffixes, len(files)):
+        folder, tables = args.out_path.parent, []
+        if args.overview:
+            raise DiffoError(f"{args.out_path}: one file; --overview needs a folder, name one with -o DIR")
+    jobs = plan(files, args.out_path, args.ref_path, suffixes, tables)
+    written = [job.output(suffix) for job in jobs for suffix in suffixes]
+    _require_free(written + [folder / name for name in tables], args)
+    with made_folder(folder):
+        require_writable(folder)
+        from coding.run import Run  # torch takes seconds: wrong usage is answered before
 
-    work = Run(args)
-    status = _each(jobs, work.job, args)
-    if work.rows:
-        report.write_tables(work.rows, args.out_path, work.about())  # before metrics that may take long
+        work = Run(args)
+        status = _each(jobs, work.job, args)
+        if not work.rows:
+            return status
+        if tables:
+            report.write_tables(work.rows, args.out_path, work.about())  # before metrics that may take long
         work.extra_metrics()
-        report.write_tables(work.rows, args.out_path, work.about())
+        if tables:
+            report.write_tables(work.rows, args.out_path, work.about())
         if args.overview and work.pairs:
             work.overview()
-        print(report.aligned_table([*work.rows, report.mean_row(work.rows)]))
+    print(report.aligned_table([*work.rows, report.mean_row(work.rows)] if len(work.rows) > 1 else work.rows))
+    print(_where(work.done, suffixes, folder, tables))
     return status
+
+
+def _require_free(written: list[Path], args: argparse.Namespace) -> None:
+    """Raise DiffoError for outputs that are there, with --overwrite for pictures that are somebody else's.
+
+    Such a picture is replaced only where it is named itself, with -o.
+    """
+    there = [path for path in written if path.exists()]
+    pictures = [path for path in there if path.suffix == ".png" and path != args.out_path]
+    if pictures:
+        from utils.images import is_ours
+
+        for path in pictures:
+            if not is_ours(path):
+                raise DiffoError(f"{path}: is there, and no picture of this codec's: it stays; choose another -o")
+    if there and not args.overwrite:
+        raise DiffoError(f"{there[0]} is there already ({len(there)} such outputs); --overwrite replaces them")
+
+
+def _where(jobs: list[Job], suffixes: list[str], folder: Path, tables: list[str]) -> str:
+    """One line that says where the outputs of these jobs are."""
+    if len(jobs) == 1:
+        names = [str(jobs[0].output(suffix).relative_to(folder)) for suffix in suffixes]
+    else:
+        names = [f"{len(jobs)} {suffix}" for suffix in suffixes]
+    return f"written to {folder}{os.sep}: {', '.join([*names, *tables])}"
 
 
 def _inputs(args: argparse.Namespace) -> list[tuple[Path, Path]]:
@@ -58,7 +95,8 @@ def _each(jobs: list[Job], work: Callable[[Job], None], args: argparse.Namespace
     failed = 0
     for job in tqdm(jobs, desc=args.mode, unit="picture", disable=len(jobs) < 2 or args.mode == "inspect"):
         try:
-            work(job)
+            with made_folder(job.target.parent) if job.target else nullcontext():
+                work(job)
         except DiffoError as error:
             failed += 1
             told = str(error) if str(job.source) in str(error) else f"{job.source}: {error}"
@@ -87,7 +125,8 @@ def _inspection(args: argparse.Namespace) -> Callable[[Job], None]:
             facts |= ledger.beside(codec, codec.read(data, args.preview))
         facts["base_coding"] = "fixed length" if file.fixed_length else "range coder"
         facts |= {"weights": file.fingerprint.hex(), "release": release}
-        lines = [f"{name:22} {value}" for name, value in facts.items()]
+        told = facts | {"release": release or "none of those that ship"}
+        lines = [f"{name:22} {value}" for name, value in told.items()]
         print(json.dumps(facts) if args.json else "\n".join([*lines, ""]))
 
     return inspect
