@@ -12,9 +12,12 @@ from tqdm import tqdm
 
 from coding import report
 from coding.plan import STREAM, Job, inputs, names_a_file, plan
+from coding.table import Table
 from utils.errors import DiffoError
 from utils.files import made_folder, require_writable
 
+TABLE = "metrics"
+TABLES = [f"{TABLE}.csv", f"{TABLE}.json"]
 WRITTEN = {"roundtrip": [STREAM, ".png"], "compress": [STREAM], "decompress": [".png"]}
 
 
@@ -27,33 +30,34 @@ def run(args: argparse.Namespace) -> int:
     if args.mode == "inspect":
         return _each(plan(_inputs(args), None, None, [], []), _inspection(args), args)
     files, suffixes = _inputs(args), WRITTEN[args.mode]
-    tables = [*report.TABLES, *(["overview.png"] if args.overview else [])]
-    folder = args.out_path
-    if names_a_file(args.out_path, suffixes, len(files)):
-        folder, tables = args.out_path.parent, []
-        if args.overview:
-            raise DiffoError(f"{args.out_path}: one file; --overview needs a folder, name one with -o DIR")
-    jobs = plan(files, args.out_path, args.ref_path, suffixes, tables)
+    alone = names_a_file(args.out_path, suffixes, len(files))
+    if alone and args.overview:
+        raise DiffoError(f"{args.out_path}: one file; --overview needs a folder, name one with -o DIR")
+    folder, tables = (args.out_path.parent, []) if alone else (args.out_path, TABLES)
+    sheet = ["overview.png"] if args.overview else []
+    jobs = plan(files, args.out_path, args.ref_path, suffixes, [*tables, *sheet], {} if alone else _known(folder))
     written = [job.output(suffix) for job in jobs for suffix in suffixes]
-    _require_free(written + [folder / name for name in tables], args)
+    _require_free(written + [folder / name for name in sheet], args)
     with made_folder(folder):
         require_writable(folder)
         from coding.run import Run  # torch takes seconds: wrong usage is answered before
 
-        work = Run(args)
-        status = _each(jobs, work.job, args)
-        if not work.rows:
-            return status
-        if tables:
-            report.write_tables(work.rows, args.out_path, work.about())  # before metrics that may take long
-        work.extra_metrics()
-        if tables:
-            report.write_tables(work.rows, args.out_path, work.about())
-        if args.overview and work.pairs:
-            work.overview()
-    print(report.aligned_table([*work.rows, report.mean_row(work.rows)] if len(work.rows) > 1 else work.rows))
-    print(_where(work.done, suffixes, folder, tables))
+        work = Run(args, folder)
+        with nullcontext() if alone else Table(folder, TABLE, work.about) as work.table:
+            status = _each(jobs, work.job, args)
+            work.extra_metrics()
+            if sheet and work.pairs:
+                work.overview()
+    if work.rows:
+        print(report.aligned_table([*work.rows, report.mean_row(work.rows)] if len(work.rows) > 1 else work.rows))
+        print(_where(work.done, suffixes, folder, [*tables, *sheet]))
     return status
+
+
+def _known(folder: Path) -> dict[str, str]:
+    """Output of every input in the table of a folder."""
+    with Table(folder, TABLE, dict, writes=False) as table:
+        return {row["picture"]: row["output"] for row in table.rows if "output" in row}
 
 
 def _require_free(written: list[Path], args: argparse.Namespace) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from coding import budget, ledger, report
 from coding.plan import STREAM, Job
+from coding.table import Table
 from measuring.charts import contact_sheet
 from measuring.metrics import MS_SSIM_MIN_SIDE, colour_shift, ms_ssim, psnr
 from measuring.pyiqa_metrics import score_with_pyiqa, unavailable
@@ -62,13 +63,14 @@ class Weights:
 class Run:
     """One invocation: the weights, how to denoise, and what has been measured so far."""
 
-    def __init__(self, args: argparse.Namespace):
-        self.args = args
+    def __init__(self, args: argparse.Namespace, folder: Path):
+        self.args, self.folder = args, folder
         self.unavailable = {name: unavailable(name) for name in args.metrics}  # unknown names stop here
         self.weights = Weights(args)
         self.device = self.weights.device
         if self.weights.fixed:
             self.weights.codec()  # wrong ones are told before any picture is read
+        self.table: Table | None = None  # that rows are added to, if any
         self.rows: list[report.Row] = []
         self.done: list[Job] = []
         self.pairs: list[tuple[Path, Path, report.Row]] = []  # original, decoded
@@ -80,7 +82,8 @@ class Run:
             DiffoError: this input cannot be done; no file is left half written.
         """
         args = self.args
-        row: report.Row = {"picture": job.name}
+        output = job.output(".png" if args.mode == "decompress" else STREAM)
+        row: report.Row = {"picture": job.name, "output": str(output.relative_to(self.folder))}
         picture = None if args.mode == "decompress" else read_image(job.source, args.max_pixels)
         original = read_image(job.reference, args.max_pixels) if job.reference else picture
         if picture is not None:
@@ -109,6 +112,8 @@ class Run:
             row["note"] = "; ".join(filter(None, notes)) or None
         self.rows.append(row)
         self.done.append(job)
+        if self.table:
+            self.table.add(row)
 
     def _encode(self, job: Job, picture: Tensor) -> report.Row:
         codec = self.weights.codec()
@@ -166,7 +171,7 @@ class Run:
         for original, decoded, row in self.pairs:
             told = f"{row['bpp']:.4f} bpp, {row['bytes']:,} bytes, {row['psnr']:.2f} dB"
             sheet.append((*self._pair(original, decoded), f"{original.stem}, 24 bpp", told))
-        contact_sheet(sheet, self.args.out_path / "overview.png")
+        contact_sheet(sheet, self.folder / "overview.png")
 
     def _pair(self, original: Path, decoded: Path) -> tuple[Tensor, Tensor]:
         """Both pictures again, since those of a whole folder would not fit into memory."""

@@ -7,7 +7,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from coding import budget
-from coding.report import Row, aligned_table, mean_row, write_rows
+from coding.report import Row, aligned_table, mean_row
+from coding.table import write_rows
 from experiments.inputs import codec_of, photographs
 from measuring.metrics import MS_SSIM_MIN_SIDE, bpp, ms_ssim, psnr
 from models.codec import Codec
