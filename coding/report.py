@@ -7,24 +7,26 @@ from collections.abc import Sequence
 # column -> (heading, format) in the printed table, or None: it should fit a terminal, and leaves those to the files
 COLUMNS = {
     **{name: (name, "s") for name in ("quality", "weights", "picture")},
+    "output": None,
     **{name: (name, "d") for name in ("width", "height", "bytes")},
     "bpp": ("bpp", ".4f"),
-    "code": ("code", "d"),
+    "code": ("level/255", "d"),
     **dict.fromkeys(f"{part}_bits" for part in ("header", "base", "hyper", "residual", "check", "estimated")),
     "fixed_length_base_bits": None,
     "steps": ("steps", "d"),
-    "eta": ("eta", ".3f"),
+    "eta": ("noise eta", ".3f"),
     "psnr": ("PSNR dB", ".2f"),
     "ms_ssim": ("MS-SSIM", ".4f"),
     "won": ("won", "s"),
-    **{f"error_{channel}": (f"err {channel.upper()}", "+.2f") for channel in "rgb"},
-    "encode_s": ("enc s", ".2f"),
+    **{f"error_{name[0]}": (f"{name} error", "+.2f") for name in ("red", "green", "blue")},
+    "encode_s": ("encode s", ".2f"),
     "write_s": None,
-    "decode_s": ("dec s", ".2f"),
+    "decode_s": ("decode s", ".2f"),
     "read_s": None,
     "note": ("note", "s"),
 }
 WITHOUT_MEAN = ("picture", "width", "height", "steps")
+EXPLAINED = ("ms_ssim",)  # columns that are kept where no row has a value: the note says why
 
 Row = dict[str, str | int | float | None]
 
@@ -32,7 +34,8 @@ Row = dict[str, str | int | float | None]
 def columns_of(rows: Sequence[Row]) -> list[str]:
     """Columns that any row fills, in their order; extra metrics last."""
     extra = [name for row in rows for name in row if name not in COLUMNS]
-    return [name for name in [*COLUMNS, *dict.fromkeys(extra)] if any(row.get(name) is not None for row in rows)]
+    filled = {name for row in rows for name, value in row.items() if value is not None or name in EXPLAINED}
+    return [name for name in [*COLUMNS, *dict.fromkeys(extra)] if name in filled]
 
 
 def mean_row(rows: Sequence[Row]) -> Row:

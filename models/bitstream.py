@@ -31,6 +31,7 @@ MAGIC = b"DfO"
 VERSION = 1
 FINGERPRINT_BYTES = 4
 MAX_SIDE = 1 << 20
+LEAST_RESIDUAL = 9  # bytes that the shortest residual adds: code, two lengths, two sections of a byte, CRC-32
 CELL = 16  # pixels per latent position, along each side
 
 _FLAG_FIXED_LENGTH = 1

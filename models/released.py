@@ -187,14 +187,14 @@ def load_triple(
     residual = (ours or {}).get("residual")
     if residual is not None:
         states["residual"] = residual["state_dict"] | (residual.get("densities", {}) if densities else {})
-    codec = assembled(_params(ours, config, triple.vq_base), states, triple.files)
-    digests = digests_of(states)
+    params, digests = _params(ours, config, triple.vq_base), digests_of(states)
     for network, expected in (ours or {}).get("digests", {}).items():
-        if digests[network] != expected:
+        if digests[network] != expected:  # told before differing keys, which would not say why they differ
             raise CheckpointError(
-                f"{getattr(triple, network)}: does not belong to {triple.vq_base}, which was released with another "
-                f"{network}; take the three files of one release"
+                f"{getattr(triple, network)}: from another release than {triple.vq_base}, or not its {network}: "
+                "take the three files of one release"
             )
+    codec = assembled(params, states, triple.files)
     if ours and ours["base_table"] is not None:
         codec.base_table = ours["base_table"].numpy()
     if residual and residual["tables"]:

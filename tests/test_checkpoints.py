@@ -242,8 +242,17 @@ def test_files_of_two_releases_are_refused(tmp_path, plain, network):
     other = released(tmp_path, new_states(1))
     mixed = replace(plain, **{network: getattr(other, network)})
     name = NAMES[network].format(7)
-    with pytest.raises(CheckpointError, match=f"{name}: does not belong to .*plain.*with another {network}"):
+    with pytest.raises(
+        CheckpointError, match=f"{name}: from another release than .*plain.*not its {network}: take the three"
+    ):
         load_triple(mixed)
+
+
+def test_files_of_releases_of_two_sizes_are_told_so_rather_than_by_their_keys(tmp_path, plain):
+    params = replace(PARAMS, unet=replace(PARAMS.unet, model_channels=2 * PARAMS.unet.model_channels))
+    other = released(tmp_path, states_of(Codec(params)), params)
+    with pytest.raises(CheckpointError, match="ema_model_7.pth: from another release than [^;]*$"):
+        load_triple(replace(plain, unet=other.unet))
 
 
 def test_names_that_were_never_published(tmp_path, states):

@@ -7,7 +7,7 @@ import torch
 from PIL import Image, ImageFile
 
 from utils.errors import DiffoError, PictureError
-from utils.images import find_pictures, read_image, to_signed, to_uint8, write_image
+from utils.images import find_pictures, is_ours, read_image, to_signed, to_uint8, write_image
 
 HEIGHT, WIDTH = 24, 40
 
@@ -199,6 +199,15 @@ def test_a_written_picture_is_read_back_and_only_as_png(tmp_path):
         with pytest.raises(DiffoError, match=told):
             write_image(tmp_path / name, picture)
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_written_pictures_say_that_they_are_srgb_and_ours(tmp_path):
+    picture = torch.from_numpy(noise(3, HEIGHT, WIDTH))
+    write_image(tmp_path / "a.png", picture)
+    assert b"\0\0\0\1sRGB\0" in (tmp_path / "a.png").read_bytes() and is_ours(tmp_path / "a.png")
+    foreign = saved(tmp_path, Image.open(tmp_path / "a.png"), "b.png")
+    (tmp_path / "c.png").write_bytes(b"Software DiffO")
+    assert not any(map(is_ours, (foreign, tmp_path / "c.png", tmp_path / "none.png", tmp_path)))
 
 
 def test_grey_values_survive_the_way_there_and_back():

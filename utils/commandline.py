@@ -61,6 +61,14 @@ def _settle_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse's, which keeps the lines of its description and takes no abbreviated option, and so do its commands."""
+
+    def __init__(self, *args, **kwargs):
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(*args, formatter_class=formatter, allow_abbrev=False, **kwargs)
+
+
 def number(kind: Callable[[str], Number], allowed: Callable[[Number], bool], words: str) -> Callable[[str], Number]:
     """An argparse type: a number that is allowed; `words` say which ones are."""
 

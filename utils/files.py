@@ -69,6 +69,18 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
     return Path(path)
 
 
+@contextmanager
+def made_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """`make_folder` for a block that writes into it: of the folders that were made, those left empty are removed."""
+    missing = [folder for folder in (Path(path), *Path(path).parents) if not folder.exists()]
+    try:
+        yield make_folder(path)
+    finally:
+        for folder in missing:
+            with suppress(OSError):
+                folder.rmdir()
+
+
 def require_writable(folder: Path) -> None:
     """Raise DiffoError, before any work, if no file can be written into a folder."""
     probe = folder / f".{os.getpid()}.{secrets.token_hex(4)}.tmp"

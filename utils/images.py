@@ -10,11 +10,13 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile, ImageOps, PngImagePlugin
 
 from utils.errors import PictureError
 from utils.files import PICTURES, atomic_path, find_files
 from utils.limits import MAX_PIXELS, MIN_SIDE
+
+SOFTWARE = "DiffO"  # in the `Software` text of the PNGs written here, by which they are known again
 
 
 def read_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> torch.Tensor:
@@ -40,14 +42,25 @@ def decode_image(data: bytes, name: str) -> torch.Tensor:
 
 
 def write_image(path: str | os.PathLike[str], picture: torch.Tensor) -> None:
-    """Write a uint8 tensor (3, H, W), RGB, as a PNG file, complete or not at all.
+    """Write a uint8 tensor (3, H, W), sRGB, as a PNG file that says so and names its writer, complete or not at all.
 
     Raises PictureError if the name does not end in .png, DiffoError if the folder cannot be written.
     """
     if Path(path).suffix.lower() != ".png":
         raise PictureError(f"{path}: pictures are written as PNG; give a name that ends in .png")
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add(b"sRGB", b"\0")  # rendering intent: perceptual
+    chunks.add_text("Software", SOFTWARE)
     with atomic_path(path) as temporary:
-        Image.fromarray(picture.permute(1, 2, 0).cpu().contiguous().numpy()).save(temporary, format="PNG")
+        image = Image.fromarray(picture.permute(1, 2, 0).cpu().contiguous().numpy())
+        image.save(temporary, format="PNG", pnginfo=chunks)
+
+
+def is_ours(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is a PNG that `write_image` wrote; False for one that is missing or is no picture."""
+    with suppress(Exception), _strict_pillow(), Image.open(path) as image:
+        return image.format == "PNG" and image.info.get("Software") == SOFTWARE
+    return False
 
 
 def to_signed(values: torch.Tensor) -> torch.Tensor:
