@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 # column -> (heading, format) in the printed table, or None: it should fit a terminal, and leaves those to the files
 COLUMNS = {
-    **{name: (name, "s") for name in ("quality", "weights", "picture")},
+    **{name: (name, "s") for name in ("codec", "label", "weights", "picture")},
     "output": None,
     **{name: (name, "d") for name in ("width", "height", "bytes")},
     "bpp": ("bpp", ".4f"),

@@ -1,47 +1,79 @@
-"""One model at several rates: inference.py once per quality, then a table of means and a chart for every score."""
+"""Rate against score (Figs. 6 and 8): releases and other codecs on one chart for every score, BD-rates beside it."""
 
 import argparse
-import json
+from collections.abc import Sequence
 
-from coding import batch, options
-from coding.batch import TABLES
-from coding.report import COLUMNS, aligned_table
-from coding.table import write_rows
-from experiments.inputs import photographs
+from coding.report import Row
+from experiments.baselines import BASELINES
+from experiments.coded import Coding, Variant, baselines_of, curve_of, measured
+from experiments.inputs import about, releases_of
+from experiments.summary import write_summary
+from measuring.bd_rate import bd_rate
 from measuring.charts import Curve, chart
-from measuring.pyiqa_metrics import unavailable
+from measuring.scores import SCORES
+from models.codec import Codec
+from utils.distributed import is_main
 from utils.errors import DiffoError
 
 
 def run(args: argparse.Namespace) -> None:
-    """Files and tables below --out_path by quality, their means in rates.csv, and a chart for every score.
+    """rates.csv by picture, means, bd_rate and a chart for every score.
 
     Raises:
-        DiffoError: an option is wrong, before anything is coded; or a picture could not be coded.
+        DiffoError: an option is wrong, before anything is coded; a picture cannot be read.
     """
-    photographs(args.data)
-    for metric in args.metrics:
-        unavailable(metric)  # unknown names stop here
-    runs = {quality: options.parse(_command(args, quality)) for quality in args.qualities}
-    rows = []
-    for quality, named in runs.items():
-        if batch.run(named):
-            raise DiffoError(f"--quality {quality}: not every picture could be coded; the errors are above")
-        rows.append({"quality": quality} | json.loads((named.out_path / TABLES[1]).read_text())["mean"])
-        rows[-1].pop("picture")
-    write_rows(rows, args.out_path / "rates.csv")
-    for metric in ("psnr", "ms_ssim", *args.metrics):
-        points = [(row["bpp"], row[metric]) for row in rows if row.get(metric) is not None]
-        if points:
-            x, y = zip(*points, strict=True)
-            name = COLUMNS.get(metric, (metric,))[0]
-            title = f"{name} by rate: one model, mean over {args.data.name}"
-            chart([Curve(name, x, y)], args.out_path / f"{metric}.png", "bits per pixel (files)", name, title)
-    print(aligned_table(rows))
+    releases = releases_of(args)
+    means = points(args, releases)
+    if not is_main():
+        return
+    told = about(args, releases)
+    write_summary(means, args.out_path, "means", told, f"Rates and scores on {args.data.name}")
+    if args.anchor:
+        rows = [{"codec": codec} | bd for codec, bd in bd_rates(means, args.anchor).items()]
+        write_summary(rows, args.out_path, "bd_rate", told, f"BD-rate against {args.anchor}, percent")
+    draw(means, args)
 
 
-def _command(args: argparse.Namespace, quality: str) -> list[str]:
-    flags = ["-i", args.data, "-o", args.out_path / f"quality_{quality}", "--quality", quality, "--one_step", "--ddim"]
-    flags += ["--overwrite", "--recursive", "--device", args.device, "--metrics", *args.metrics]
-    flags += ["--weights", args.weights] if args.weights else []
-    return [str(flag) for flag in flags]
+def points(args: argparse.Namespace, releases: dict[str, Codec]) -> list[Row]:
+    """Means of every release at --qualities, and of --codecs at the first one's bytes. Errors as `run`."""
+    baselines = baselines_of(args.codecs)
+    if args.anchor and args.anchor not in [*releases, *(baseline.name for baseline in baselines)]:
+        raise DiffoError(f"--anchor {args.anchor}: not among what is measured here (--weights, --codecs)")
+    if clash := sorted(set(releases) & set(BASELINES)):
+        raise DiffoError(f"--weights: a release is called {clash[0]}, as another codec is; rename its folder")
+    curves = [curve_of(name, codec, args.qualities) for name, codec in releases.items()]
+    return measured(args, "rates", releases, [variant for curve in curves for variant in curve], baselines)
+
+
+def curve(means: Sequence[Row], codec: str, score: str) -> list[tuple[float, float]]:
+    """(bpp, score) of a codec's rows that have both, by rate."""
+    rows = [row for row in means if row["codec"] == codec]
+    return sorted((row["bpp"], row[score]) for row in rows if row.get(score) is not None and row["bpp"] is not None)
+
+
+def bd_rates(means: Sequence[Row], anchor: str) -> dict[str, Row]:
+    """For every codec but the anchor, BD-rate by score in percent, or why there is none, in words."""
+    found: dict[str, Row] = {}
+    for codec in dict.fromkeys(row["codec"] for row in means if row["codec"] != anchor):
+        found[codec] = {}
+        for score in (name for name in SCORES if any(name in row for row in means)):
+            pair = [curve(means, name, score) for name in (anchor, codec)]
+            try:
+                found[codec][score] = bd_rate(*pair, lower_is_better=SCORES[score].lower_is_better)
+            except DiffoError as error:
+                found[codec][score] = str(error)
+    return found
+
+
+def draw(means: Sequence[Row], args: argparse.Namespace) -> None:
+    """`<score>.png` and `.pdf` for every score that has a mean."""
+    labels = {name: baseline.label for name, baseline in BASELINES.items()}
+    for name, score in SCORES.items():
+        curves = []
+        for codec in dict.fromkeys(row["codec"] for row in means):
+            if points := curve(means, codec, name):
+                curves.append(Curve(labels.get(codec, codec), *zip(*points, strict=True)))
+        if curves:
+            title = f"{score.heading} by rate, mean over {args.data.name}"
+            unit = f"{score.heading}{', ' + score.unit if score.unit else ''} ({score.better} is better)"
+            chart(curves, args.out_path / f"{name}.png", "bits per pixel (files)", unit, title)

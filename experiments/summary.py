@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
-from coding.report import COLUMNS, Row, align, columns_of
+from coding.report import COLUMNS, Row, align
 from coding.table import write_json, write_rows
 from measuring.intervals import bootstrap
 from measuring.scores import SCORES
@@ -51,20 +51,27 @@ def heading(column: str) -> str:
 
 def write_summary(rows: Sequence[Row], folder: Path, name: str, about: dict, title: str) -> None:
     """`<name>.csv`, `.json` and `.md` of finished rows, printed as well."""
-    write_rows(rows, folder / f"{name}.csv")
+    columns = filled(rows)
+    write_rows(rows, folder / f"{name}.csv", columns)
     write_json({"title": title, "about": about, "rows": list(rows)}, folder / f"{name}.json")
     told = [f"# {title}", "", *markdown(lines_of(rows)), "", *(f"- {key}: {_words(about[key])}" for key in about)]
     if any(key.endswith(LOW) for row in rows for key in row):
         told.append("- in brackets: 95 % intervals of the means, by bootstrap over pictures")
-    told += [f"- {heading(key)}: {SCORES[key].convention}" for key in columns_of(rows) if key in SCORES]
+    told += [f"- {heading(key)}: {SCORES[key].convention}" for key in columns if key in SCORES]
     atomic_write(folder / f"{name}.md", ("\n".join(told) + "\n").encode(errors="backslashreplace"))
     print(align(lines_of(rows, intervals=False)))
     print(f"written to {folder}: {name}.csv, {name}.json, {name}.md")
 
 
+def filled(rows: Sequence[Row]) -> list[str]:
+    """Columns that any row fills, in the rows' own order."""
+    columns = dict.fromkeys(key for row in rows for key in row)
+    return [key for key in columns if any(row.get(key) is not None for row in rows)]
+
+
 def lines_of(rows: Sequence[Row], intervals: bool = True) -> list[list[str]]:
     """The rows as cells in words, headings first; intervals stand in brackets after their mean, or are left out."""
-    columns = [key for key in columns_of(rows) if not key.endswith((LOW, HIGH))]
+    columns = [key for key in filled(rows) if not key.endswith((LOW, HIGH))]
     lines = [[heading(key) for key in columns]]
     for row in rows:
         ends = {key: (row.get(key + LOW), row.get(key + HIGH)) for key in columns if intervals}
