@@ -17,7 +17,7 @@ from utils.distributed import is_main
 from utils.errors import DiffoError
 
 # label -> (detail_branch, perceptual_branch), which are the paper's residual and base branch
-BRANCHES = {"base branch only": (False, True), "residual branch only": (True, False), "both": (True, True)}
+BRANCHES = {"base only": (False, True), "residual only": (True, False), "both": (True, True)}
 
 
 def run(args: argparse.Namespace) -> None:
@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> None:
     means = measured(args, "pictures", releases, variants)
     if is_main():
         title = f"Fig. 4: branches, {args.data.name}"
-        write_summary(beside_paper(means, "branches"), args.out_path, "branches", about(args, releases), title)
+        write_summary(beside_paper(means, "paper-fig4"), args.out_path, "branches", about(args, releases), title)
 
 
 def variants_of(name: str, codec: Codec, quality: float) -> list[Variant]:

@@ -1,5 +1,7 @@
 """Pictures coded by releases and by other codecs: one row for each, its file, what that decodes to, and its scores."""
 
+import argparse
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -13,12 +15,14 @@ from tqdm import tqdm
 from coding.plan import STREAM
 from coding.report import Row
 from coding.table import Table
-from experiments.baselines import Baseline
+from experiments.baselines import BASELINES, Baseline
+from experiments.inputs import about, named_photographs
+from experiments.summary import mean_of
 from measuring.evaluator import Evaluator
 from measuring.metrics import bpp
 from models.codec import Codec
 from models.records import ONE_STEP, Sampling
-from utils.distributed import gather_objects, is_main, rank, world_size
+from utils.distributed import gather_objects, is_main, local_device, rank, world_size
 from utils.errors import DiffoError
 from utils.files import atomic_write, make_folder
 from utils.images import read_image, write_image
@@ -45,7 +49,59 @@ class Variant:
     def setting(self) -> str:
         """Quality and sampling, in words."""
         steps = self.sampling.steps
-        return f"quality {self.quality:g}, " + ("one step" if steps is None else f"{steps} steps of the schedule")
+        return f"quality {self.quality:g}, " + ("one step" if steps is None else f"{steps} of the schedule's steps")
+
+    @property
+    def made_from(self) -> str:
+        return f"weights {self.model.fingerprint.hex()}, {self.setting}"
+
+
+def evaluator_of(args: argparse.Namespace) -> Evaluator:
+    """The evaluator of --metrics; says which of them cannot be had, and why. Raises DiffoError for an unknown name."""
+    evaluator = Evaluator(args.metrics, local_device(args.device))
+    if is_main():
+        for reason in evaluator.left_out.values():
+            print(f"left out: {reason}", file=sys.stderr)
+    return evaluator
+
+
+def baselines_of(names: Sequence[str]) -> list[Baseline]:
+    """Other codecs by name; says which of them cannot be had, and why. Raises DiffoError for an unknown name."""
+    if unknown := [name for name in names if name not in BASELINES]:
+        raise DiffoError(f"--codecs {unknown[0]}: unknown; known are {', '.join(BASELINES)}")
+    chosen = {name: BASELINES[name].unavailable() for name in names}
+    if is_main():
+        for reason in filter(None, chosen.values()):
+            print(f"left out: {reason}", file=sys.stderr)
+    return [BASELINES[name] for name, reason in chosen.items() if reason is None]
+
+
+def table_of(args: argparse.Namespace, name: str, releases: dict[str, Codec], key: Sequence[str] = KEY) -> Table:
+    """The table of a command's rows, in --out_path; the main process writes it."""
+    return Table(args.out_path, name, lambda: about(args, releases), key, writes=is_main())
+
+
+def measured(
+    args: argparse.Namespace,
+    name: str,
+    releases: dict[str, Codec],
+    variants: Sequence[Variant],
+    baselines: Sequence[Baseline] = (),
+) -> list[Row]:
+    """--data coded by every variant, and by other codecs at the first release's bytes: rows in `<name>.csv`, their means.
+
+    Raises:
+        DiffoError: an option is wrong, before anything is coded; or as `Coding.code`.
+    """
+    evaluator, pictures = evaluator_of(args), named_photographs(args.data, args.limit)
+    first = [variant for variant in variants if variant.codec == variants[0].codec]
+    points = [(variant.codec, variant.label) for variant in variants]
+    points += [(baseline.name, at(variant.label)) for baseline in baselines for variant in first]
+    with table_of(args, name, releases) as table:
+        coding = Coding(table, pictures, args.out_path, evaluator)
+        coding.code(variants)
+        coding.match(baselines, first)
+        return [mean_of(coding.rows(*point), evaluator.names) for point in points]
 
 
 def fill(table: Table, jobs: Sequence[Callable[[], list[Row]]], told: str) -> None:
@@ -81,22 +137,23 @@ class Coding:
         """
         for codec in dict.fromkeys(variant.codec for variant in variants):
             todo = {
-                name: [v for v in variants if v.codec == codec and not self._stands(v.codec, v.label, name, self._of(v))]
+                name: [v for v in variants if v.codec == codec and not self._stands(v.codec, v.label, name, v.made_from)]
                 for name in self.pictures
             }
             self._fill(codec, self._code_picture, todo)
 
-    def match(self, baselines: Iterable[Baseline], variants: Sequence[Variant]) -> None:
-        """Every picture by every other codec within the bytes that each variant took for it; errors as `code`."""
+    def match(self, baselines: Iterable[Baseline], variants: Sequence[Variant], made_from: str = "") -> None:
+        """Every picture by every other codec within the bytes that each variant took for it; errors as `code`.
+
+        Args:
+            made_from: what else decides the rows, for instance the weights of a codec that has some.
+        """
         for baseline in baselines:
             todo = {}
             for name in self.pictures:
-                targets = {f"at {v.label}": self.table.get(v.codec, v.label, name)["bytes"] for v in variants}
-                todo[name] = [
-                    (label, size)
-                    for label, size in targets.items()
-                    if not self._stands(baseline.name, label, name, within(size))
-                ]
+                sizes = {at(v.label): self.table.get(v.codec, v.label, name)["bytes"] for v in variants}
+                goals = [(label, size, f"{made_from}within {size} bytes") for label, size in sizes.items()]
+                todo[name] = [goal for goal in goals if not self._stands(baseline.name, goal[0], name, goal[2])]
             self._fill(baseline.label, lambda name, todo, codec=baseline: self._match_picture(codec, name, todo), todo)
 
     def rows(self, codec: str, label: str) -> list[Row]:
@@ -110,40 +167,38 @@ class Coding:
         image, rows = read_image(self.pictures[name]), []
         analysed = cache(lambda model: model.analyse(image))
         for v in variants:
-            if self._stands(v.codec, v.label, name, self._of(v), scored=False):
+            if self._stands(v.codec, v.label, name, v.made_from, scored=False):
                 rows.append(self._scored(self.table.get(v.codec, v.label, name), image))
                 continue
             data = v.model.write(analysed(v.model), v.model.level_code(v.quality))
             decoded = v.model.decode(data, v.sampling)
-            row = self._row(v.codec, v.label, name, image, self._of(v), data=data, suffix=STREAM)
+            row = self._row(v.codec, v.label, name, image, v.made_from, data=data, suffix=STREAM)
             row |= {"payload_bytes": len(data), "scale": 1.0, "setting": v.setting, "eta": decoded.eta}
             rows.append(self._scored(row, image, decoded.image))
         return rows
 
-    def _match_picture(self, baseline: Baseline, name: str, targets: list[tuple[str, int]]) -> list[Row]:
+    def _match_picture(self, baseline: Baseline, name: str, goals: list[tuple[str, int, str]]) -> list[Row]:
         image, rows = read_image(self.pictures[name]), []
-        for label, size in targets:
-            if self._stands(baseline.name, label, name, within(size), scored=False):
+        for label, size, made_from in goals:
+            if self._stands(baseline.name, label, name, made_from, scored=False):
                 rows.append(self._scored(self.table.get(baseline.name, label, name), image))
-                continue
-            coded = baseline.fit(image, size)
-            if coded is None:
-                row = self._row(baseline.name, label, name, image, within(size))
-                rows.append(row | {"bytes": None, "floor_bytes": len(baseline.smallest(image).data)})
-                continue
-            made = {"data": coded.data, "suffix": baseline.suffix}
-            row = self._row(baseline.name, label, name, image, within(size), **made)
-            row |= {"payload_bytes": coded.payload, "scale": coded.scale, "setting": coded.setting}
-            rows.append(self._scored(row, image, coded.decoded))
+            elif coded := baseline.fit(image, size):
+                made = {"data": coded.data, "suffix": baseline.suffix}
+                row = self._row(baseline.name, label, name, image, made_from, **made)
+                row |= {"payload_bytes": coded.payload, "scale": coded.scale, "setting": coded.setting}
+                rows.append(self._scored(row, image, coded.decoded))
+            else:
+                floor = {"bytes": None, "floor_bytes": len(baseline.smallest(image).data)}
+                rows.append(self._row(baseline.name, label, name, image, made_from) | floor)
         return rows
 
     def _row(
-        self, codec: str, label: str, name: str, image: Tensor, of: str, data: bytes = b"", suffix: str = ""
+        self, codec: str, label: str, name: str, image: Tensor, made_from: str, data: bytes = b"", suffix: str = ""
     ) -> Row:
         """What any codec's row says of a picture, and of its file, which is written."""
         height, width = image.shape[1:]
         row: Row = dict(zip(KEY, (codec, label, name), strict=True))
-        row |= {"width": width, "height": height, "made_from": f"{of} ({self._checks[name]})"}
+        row |= {"width": width, "height": height, "made_from": f"{made_from}, picture {self._checks[name]}"}
         if data:
             path = self.folder / "files" / codec / label / f"{Path(name).with_suffix('')}{suffix}"
             make_folder(path.parent)
@@ -161,10 +216,10 @@ class Coding:
             write_image(path, decoded)
         return row | self.evaluator(image, decoded)
 
-    def _stands(self, codec: str, label: str, name: str, of: str, scored: bool = True) -> bool:
+    def _stands(self, codec: str, label: str, name: str, made_from: str, scored: bool = True) -> bool:
         """Whether the table has this row, made of the same; `scored`: and all scores are in it."""
         row = self.table.get(codec, label, name)
-        if row is None or row["made_from"] != f"{of} ({self._checks[name]})":
+        if row is None or row["made_from"] != f"{made_from}, picture {self._checks[name]}":
             return False
         if row["bytes"] is None:
             return True
@@ -174,13 +229,10 @@ class Coding:
     def _decoded(self, codec: str, label: str, name: str) -> Path:
         return self.folder / "decoded" / codec / label / f"{Path(name).with_suffix('')}.png"
 
-    def _of(self, variant: Variant) -> str:
-        return f"weights {variant.model.fingerprint.hex()}, {variant.setting}"
 
-
-def within(size: int) -> str:
-    """What another codec's file is made of: the bytes that it must not exceed."""
-    return f"within {size} bytes"
+def at(label: str) -> str:
+    """The label of another codec's rows that were matched to those of `label`."""
+    return f"at {label}"
 
 
 def curve_of(name: str, model: Codec, qualities: Sequence[float]) -> list[Variant]:

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 
 from coding.report import Row
 from experiments.baselines import BASELINES
-from experiments.coded import Coding, Variant, baselines_of, curve_of, measured
+from experiments.coded import baselines_of, curve_of, measured
 from experiments.inputs import about, releases_of
-from experiments.summary import write_summary
+from experiments.published import published, records
+from experiments.summary import BD_RATE, write_summary
 from measuring.bd_rate import bd_rate
 from measuring.charts import Curve, chart
 from measuring.scores import SCORES
@@ -29,8 +30,9 @@ def run(args: argparse.Namespace) -> None:
     told = about(args, releases)
     write_summary(means, args.out_path, "means", told, f"Rates and scores on {args.data.name}")
     if args.anchor:
-        rows = [{"codec": codec} | bd for codec, bd in bd_rates(means, args.anchor).items()]
-        write_summary(rows, args.out_path, "bd_rate", told, f"BD-rate against {args.anchor}, percent")
+        found, reasons = bd_rates(means, args.anchor)
+        rows = [{"codec": codec} | row for codec, row in found.items()]
+        write_summary(rows, args.out_path, "bd_rate", told | reasons, f"BD-rate against {args.anchor}")
     draw(means, args)
 
 
@@ -39,6 +41,9 @@ def points(args: argparse.Namespace, releases: dict[str, Codec]) -> list[Row]:
     baselines = baselines_of(args.codecs)
     if args.anchor and args.anchor not in [*releases, *(baseline.name for baseline in baselines)]:
         raise DiffoError(f"--anchor {args.anchor}: not among what is measured here (--weights, --codecs)")
+    sets = {record.dataset for record in records() if record.bpp and record.dataset}
+    if args.published and args.published not in sets:
+        raise DiffoError(f"--published {args.published}: no such set; there are {', '.join(sorted(sets))}")
     if clash := sorted(set(releases) & set(BASELINES)):
         raise DiffoError(f"--weights: a release is called {clash[0]}, as another codec is; rename its folder")
     curves = [curve_of(name, codec, args.qualities) for name, codec in releases.items()]
@@ -51,22 +56,23 @@ def curve(means: Sequence[Row], codec: str, score: str) -> list[tuple[float, flo
     return sorted((row["bpp"], row[score]) for row in rows if row.get(score) is not None and row["bpp"] is not None)
 
 
-def bd_rates(means: Sequence[Row], anchor: str) -> dict[str, Row]:
-    """For every codec but the anchor, BD-rate by score in percent, or why there is none, in words."""
+def bd_rates(means: Sequence[Row], anchor: str) -> tuple[dict[str, Row], dict[str, str]]:
+    """For every codec but the anchor, BD-rate in percent by score; and why some are missing."""
     found: dict[str, Row] = {}
+    reasons: dict[str, str] = {}
     for codec in dict.fromkeys(row["codec"] for row in means if row["codec"] != anchor):
         found[codec] = {}
         for score in (name for name in SCORES if any(name in row for row in means)):
             pair = [curve(means, name, score) for name in (anchor, codec)]
             try:
-                found[codec][score] = bd_rate(*pair, lower_is_better=SCORES[score].lower_is_better)
+                found[codec][BD_RATE + score] = bd_rate(*pair, SCORES[score].lower_is_better)
             except DiffoError as error:
-                found[codec][score] = str(error)
-    return found
+                reasons[f"{codec}, {SCORES[score].heading}"] = str(error)
+    return found, reasons
 
 
 def draw(means: Sequence[Row], args: argparse.Namespace) -> None:
-    """`<score>.png` and `.pdf` for every score that has a mean."""
+    """`<score>.png` and `.pdf` for every score that has a mean, with the published points of set --published."""
     labels = {name: baseline.label for name, baseline in BASELINES.items()}
     for name, score in SCORES.items():
         curves = []
@@ -74,6 +80,17 @@ def draw(means: Sequence[Row], args: argparse.Namespace) -> None:
             if points := curve(means, codec, name):
                 curves.append(Curve(labels.get(codec, codec), *zip(*points, strict=True)))
         if curves:
+            curves += published_curves(args.published, name) if args.published else []
             title = f"{score.heading} by rate, mean over {args.data.name}"
-            unit = f"{score.heading}{', ' + score.unit if score.unit else ''} ({score.better} is better)"
+            better = "lower" if score.lower_is_better else "higher"
+            unit = f"{score.heading}{', ' + score.unit if score.unit else ''} ({better} is better)"
             chart(curves, args.out_path / f"{name}.png", "bits per pixel (files)", unit, title)
+
+
+def published_curves(dataset: str, score: str) -> list[Curve]:
+    """Points of other codecs as they were published, for one set and score."""
+    points: dict[str, list[tuple[float, float]]] = {}
+    for record in published(dataset, score):
+        label = f"{record.system} ({record.source}: {record.kind})"
+        points.setdefault(label, []).append((record.bpp, record.scores[score]))
+    return [Curve(label, *zip(*sorted(found), strict=True), measured=False) for label, found in points.items()]

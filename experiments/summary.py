@@ -6,6 +6,7 @@ from statistics import fmean
 
 from coding.report import COLUMNS, Row, align
 from coding.table import write_json, write_rows
+from experiments.published import KINDS, published
 from measuring.intervals import bootstrap
 from measuring.scores import SCORES
 from utils.files import atomic_write
@@ -13,8 +14,9 @@ from utils.files import atomic_write
 SIZES = ("bytes", "payload_bytes", "bpp", "eta")
 LOW, HIGH = "_low", "_high"  # ends of a mean's 95 % interval
 PAPER = "paper_"  # begins the columns of what the paper printed
+BD_RATE, CHANGE = "bd-rate-", "change-of-"  # begin columns of a score's BD-rate, and of its change from a reference
 
-HEADINGS = {"codec": "codec", "label": "quality", "pictures": "pictures", "reached": "reached"}
+HEADINGS = {"reached": "pictures reached", "encode_s": "encode s", "decode_s": "decode s"}
 
 
 def mean_of(rows: Sequence[Row], scores: Sequence[str]) -> Row:
@@ -37,16 +39,35 @@ def mean_of(rows: Sequence[Row], scores: Sequence[str]) -> Row:
     return mean
 
 
+def beside_paper(means: Sequence[Row], source: str) -> list[Row]:
+    """The rows with what the paper printed for their labels, and how that came to us; and those that it alone has.
+
+    Args:
+        source: of the records in `experiments.published`, for instance paper-table2.
+    """
+    records = {record.variant: record for record in published(source=source)}
+    rows = []
+    for mean in [*means, *({"codec": "paper alone", "label": v} for v in records if v not in {m["label"] for m in means})]:
+        record, row = records.get(mean["label"]), {}
+        for key in dict.fromkeys([*mean, *(record.scores if record else ())]):
+            row[key] = mean.get(key)
+            if record and key in record.scores:
+                row[PAPER + key] = record.scores[key]
+        rows.append(row | {"paper's kind": f"{KINDS[record.kind]}; {record.note}"} if record else row)
+    return rows
+
+
 def heading(column: str) -> str:
     """A column's name for readers: the score's, with its unit and which way is better."""
-    paper = column.startswith(PAPER)
     name = column.removeprefix(PAPER)
-    if score := SCORES.get(name):
-        arrow = "↓" if score.lower_is_better else "↑"
-        told = f"{score.heading} {score.unit}".strip() + f" {arrow}"
+    plain = name.removeprefix(BD_RATE).removeprefix(CHANGE)
+    if score := SCORES.get(plain):
+        told = f"{score.heading} {score.unit}".strip() + (" ↓" if score.lower_is_better else " ↑")
     else:
         told = HEADINGS.get(name) or (COLUMNS.get(name) or (name.replace("_", " "),))[0]
-    return f"{told}, paper" if paper else told
+    told = f"BD-rate % of {score.heading}" if name.startswith(BD_RATE) else told
+    told = f"change of {told}" if name.startswith(CHANGE) else told
+    return f"{told}, paper" if column != name else told
 
 
 def write_summary(rows: Sequence[Row], folder: Path, name: str, about: dict, title: str) -> None:
@@ -91,7 +112,9 @@ def _number(key: str, value: str | int | float | None) -> str:
         return "-"
     if not isinstance(value, float):
         return str(value)
-    if score := SCORES.get(key.removeprefix(PAPER)):
+    if key.removeprefix(PAPER).startswith(BD_RATE):
+        return f"{value:+.2f}"
+    if score := SCORES.get(key.removeprefix(PAPER).removeprefix(CHANGE)):
         return f"{value:.{score.decimals}f}"
     return f"{value:.0f}" if key.endswith("bytes") else f"{value:.4g}"
 

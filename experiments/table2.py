@@ -27,8 +27,8 @@ def run(args: argparse.Namespace) -> None:
         for steps, name in sorted(by_steps.items())
     ]
     if 2 in by_steps:
-        variants.append(Variant(by_steps[2], "train 2, infer 1", releases[by_steps[2]], args.quality))
+        variants.append(Variant(by_steps[2], "trained with 2 steps, run with 1", releases[by_steps[2]], args.quality))
     means = measured(args, "pictures", releases, variants)
     if is_main():
         title = f"Table 2: steps of the schedule, {args.data.name}"
-        write_summary(beside_paper(means, "table2"), args.out_path, "table2", about(args, releases), title)
+        write_summary(beside_paper(means, "paper-table2"), args.out_path, "table2", about(args, releases), title)
