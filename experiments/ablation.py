@@ -39,7 +39,9 @@ def run(args: argparse.Namespace) -> None:
     if is_main():
         reference = rows[args.reference]
         means = [
-            {"codec": name, "changes": change_of(name)} | mean_of(found, evaluator.names) | differences(found, reference, evaluator.names)
+            {"codec": name, "changes": change_of(name)}
+            | mean_of(found, evaluator.names)
+            | differences(found, reference, evaluator.names)
             for name, found in rows.items()
         ]
         title = f"Fig. 10: ablations beside {args.reference}, {args.data.name}"

@@ -38,7 +38,9 @@ def variants_of(name: str, codec: Codec, quality: float) -> list[Variant]:
     """The codec as it was trained; one with both branches also with either switched off. Errors as `run`."""
     params = codec.params
     if params.adapter != "published" or params.prediction != "latent":
-        raise DiffoError(f"{name}: these branches are parts of adapter published with prediction latent, and it has others")
+        raise DiffoError(
+            f"{name}: these branches are parts of adapter published with prediction latent, and it has others"
+        )
     trained = params.detail_branch, params.perceptual_branch
     if trained != BRANCHES["both"]:
         label = next((label for label, flags in BRANCHES.items() if flags == trained), "neither branch")

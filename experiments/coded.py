@@ -137,7 +137,9 @@ class Coding:
         """
         for codec in dict.fromkeys(variant.codec for variant in variants):
             todo = {
-                name: [v for v in variants if v.codec == codec and not self._stands(v.codec, v.label, name, v.made_from)]
+                name: [
+                    v for v in variants if v.codec == codec and not self._stands(v.codec, v.label, name, v.made_from)
+                ]
                 for name in self.pictures
             }
             self._fill(codec, self._code_picture, todo)

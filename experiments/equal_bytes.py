@@ -55,12 +55,7 @@ def run(args: argparse.Namespace) -> None:
     (name, ours), *others = releases.items()
     if others:
         raise DiffoError("--weights: one release is compared with those of --against; name one")
-    rivals = {folder.resolve().name: load_codec(folder, ours.device) for folder in args.against}
-    if len(rivals) < len(args.against):
-        raise DiffoError("--against: two releases of one folder name, which their rows would share; rename one")
-    for rival, codec in rivals.items():
-        if codec.has_levels:
-            raise DiffoError(f"--against: {rival} has a residual codec; compare with releases of the base alone")
+    rivals = rivals_of(args, ours)
     evaluator, pictures = evaluator_of(args), named_photographs(args.data, args.limit)
     variants = [Variant(BASE, rival, codec) for rival, codec in rivals.items()]
     with table_of(args, "pictures", releases | rivals) as table:
@@ -75,6 +70,17 @@ def run(args: argparse.Namespace) -> None:
     if is_main():
         title = f"{name} within the bytes of base-only releases, {args.data.name}"
         write_summary(means, args.out_path, "equal_bytes", about(args, releases | rivals), title)
+
+
+def rivals_of(args: argparse.Namespace, ours: Codec) -> dict[str, Codec]:
+    """The codecs of --against by name. Raises DiffoError for one with a residual codec, and for two of one name."""
+    rivals = {folder.resolve().name: load_codec(folder, ours.device) for folder in args.against}
+    if len(rivals) < len(args.against):
+        raise DiffoError("--against: two releases of one folder name, which their rows would share; rename one")
+    for rival, codec in rivals.items():
+        if codec.has_levels:
+            raise DiffoError(f"--against: {rival} has a residual codec; compare with releases of the base alone")
+    return rivals
 
 
 def wins(side: list[Row], other: list[Row], scores: list[str]) -> Row:

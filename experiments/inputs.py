@@ -40,11 +40,6 @@ def named_photographs(folder: Path, limit: int | None = None) -> dict[str, Path]
     return {str(relative): path for path, relative in found[::step][:limit]}
 
 
-def codec_of(args: argparse.Namespace) -> Codec:
-    """The codec of --weights, one release. Raises CheckpointError as `load_codec`."""
-    return load_codec(args.weights or SMALL, local_device(args.device))
-
-
 def releases_of(args: argparse.Namespace) -> dict[str, Codec]:
     """The codecs of --weights by their folders' names, in the order in which they were given.
 

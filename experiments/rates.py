@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from coding.report import Row
-from experiments.baselines import BASELINES
+from experiments.baselines import BASELINES, Baseline
 from experiments.coded import baselines_of, curve_of, measured
 from experiments.inputs import about, releases_of
 from experiments.published import published, records
@@ -29,15 +29,22 @@ def run(args: argparse.Namespace) -> None:
         return
     told = about(args, releases)
     write_summary(means, args.out_path, "means", told, f"Rates and scores on {args.data.name}")
-    if args.anchor:
-        found, reasons = bd_rates(means, args.anchor)
+    if anchor := anchor_of(args):
+        found, reasons = bd_rates(means, anchor)
         rows = [{"codec": codec} | row for codec, row in found.items()]
-        write_summary(rows, args.out_path, "bd_rate", told | reasons, f"BD-rate against {args.anchor}")
+        write_summary(rows, args.out_path, "bd_rate", told | reasons, f"BD-rate against {anchor}")
     draw(means, args)
 
 
 def points(args: argparse.Namespace, releases: dict[str, Codec]) -> list[Row]:
     """Means of every release at --qualities, and of --codecs at the first one's bytes. Errors as `run`."""
+    baselines = baselines_for(args, releases)
+    curves = [curve_of(name, codec, args.qualities) for name, codec in releases.items()]
+    return measured(args, "rates", releases, [variant for curve in curves for variant in curve], baselines)
+
+
+def baselines_for(args: argparse.Namespace, releases: dict[str, Codec]) -> list[Baseline]:
+    """The codecs of --codecs that can be had. Raises DiffoError for names that are unknown, or clash."""
     baselines = baselines_of(args.codecs)
     if args.anchor and args.anchor not in [*releases, *(baseline.name for baseline in baselines)]:
         raise DiffoError(f"--anchor {args.anchor}: not among what is measured here (--weights, --codecs)")
@@ -46,8 +53,12 @@ def points(args: argparse.Namespace, releases: dict[str, Codec]) -> list[Row]:
         raise DiffoError(f"--published {args.published}: no such set; there are {', '.join(sorted(sets))}")
     if clash := sorted(set(releases) & set(BASELINES)):
         raise DiffoError(f"--weights: a release is called {clash[0]}, as another codec is; rename its folder")
-    curves = [curve_of(name, codec, args.qualities) for name, codec in releases.items()]
-    return measured(args, "rates", releases, [variant for curve in curves for variant in curve], baselines)
+    return baselines
+
+
+def anchor_of(args: argparse.Namespace) -> str | None:
+    """What BD-rates are against: --anchor, or the first of --codecs."""
+    return args.anchor or next(iter(args.codecs), None)
 
 
 def curve(means: Sequence[Row], codec: str, score: str) -> list[tuple[float, float]]:

@@ -47,7 +47,10 @@ def beside_paper(means: Sequence[Row], source: str) -> list[Row]:
     """
     records = {record.variant: record for record in published(source=source)}
     rows = []
-    for mean in [*means, *({"codec": "paper alone", "label": v} for v in records if v not in {m["label"] for m in means})]:
+    for mean in [
+        *means,
+        *({"codec": "paper alone", "label": v} for v in records if v not in {m["label"] for m in means}),
+    ]:
         record, row = records.get(mean["label"]), {}
         for key in dict.fromkeys([*mean, *(record.scores if record else ())]):
             row[key] = mean.get(key)
@@ -70,11 +73,11 @@ def heading(column: str) -> str:
     return f"{told}, paper" if column != name else told
 
 
-def write_summary(rows: Sequence[Row], folder: Path, name: str, about: dict, title: str) -> None:
-    """`<name>.csv`, `.json` and `.md` of finished rows, printed as well."""
+def write_summary(rows: Sequence[Row], folder: Path, name: str, about: dict, title: str, **more: object) -> None:
+    """`<name>.csv`, `.json`, with `more`, and `.md` of finished rows, printed as well."""
     columns = filled(rows)
     write_rows(rows, folder / f"{name}.csv", columns)
-    write_json({"title": title, "about": about, "rows": list(rows)}, folder / f"{name}.json")
+    write_json({"title": title, "about": about, "rows": list(rows)} | more, folder / f"{name}.json")
     told = [f"# {title}", "", *markdown(lines_of(rows)), "", *(f"- {key}: {_words(about[key])}" for key in about)]
     if any(key.endswith(LOW) for row in rows for key in row):
         told.append("- in brackets: 95 % intervals of the means, by bootstrap over pictures")

@@ -7,7 +7,7 @@ from datapipe.sources import demo_photographs
 from experiments.coded import table_of
 from experiments.inputs import about, releases_of
 from experiments.published import KINDS, Published, published
-from experiments.rates import bd_rates, points
+from experiments.rates import anchor_of, bd_rates, points
 from experiments.summary import PAPER, write_summary
 from experiments.timing import TOTAL, measure
 from models.codec import Codec
@@ -27,7 +27,8 @@ def run(args: argparse.Namespace) -> None:
     means = points(args, releases)
     if not is_main():
         return
-    bd, reasons = bd_rates(means, args.anchor)
+    anchor = anchor_of(args)
+    bd, reasons = bd_rates(means, anchor)
     paper = {record.system: record for record in published(source="paper-table1")}
     rows = []
     with table_of(args, "seconds", releases, ("codec",)) as table:
@@ -38,9 +39,11 @@ def run(args: argparse.Namespace) -> None:
             row |= {key: table.get(name)[key] for key in ("encode_s", "decode_s")}
             rows.append(row | printed(paper[OURS]))
     rows += [{"codec": codec} | row for codec, row in bd.items() if codec not in releases]
-    rows += [{"codec": f"{system} (paper alone)"} | printed(record) for system, record in paper.items() if system != OURS]
-    told = about(args, releases, anchor=args.anchor, size=SIZE, repeats=args.repeats) | reasons
-    write_summary(rows, args.out_path, "table1", told, f"Table 1: BD-rate against {args.anchor}, size and speed")
+    rows += [
+        {"codec": f"{system} (paper alone)"} | printed(record) for system, record in paper.items() if system != OURS
+    ]
+    told = about(args, releases, anchor=anchor, size=SIZE, repeats=args.repeats) | reasons
+    write_summary(rows, args.out_path, "table1", told, f"Table 1: BD-rate against {anchor}, size and speed")
 
 
 def made_from(codec: Codec, args: argparse.Namespace) -> str:

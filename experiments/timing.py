@@ -60,7 +60,10 @@ def run(args: argparse.Namespace) -> None:
                 how += f"{args.repeats} repeats, {device}, {torch.get_num_threads()} threads"
                 done = [row for row in table.rows if (row["codec"], row["size"]) == (name, size)]
                 if not done or any(row["made_from"] != how for row in done):
-                    done = [{"codec": name, "size": size} | row | {"made_from": how} for row in measure(codec, picture, size, args)]
+                    done = [
+                        {"codec": name, "size": size} | row | {"made_from": how}
+                        for row in measure(codec, picture, size, args)
+                    ]
                     for row in done:
                         table.add(row)
                 shown += done

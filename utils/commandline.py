@@ -3,6 +3,7 @@
 import argparse
 import io
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from typing import TypeVar
@@ -67,6 +68,11 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args, **kwargs):
         formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(*args, formatter_class=formatter, allow_abbrev=False, **kwargs)
+
+
+def command_line(program: str, argv: list[str] | None) -> str:
+    """The line that was given, to be pasted into a shell; `argv` None stands for the process's own arguments."""
+    return shlex.join(["python", program, *(sys.argv[1:] if argv is None else argv)])
 
 
 def number(kind: Callable[[str], Number], allowed: Callable[[Number], bool], words: str) -> Callable[[str], Number]:
