@@ -211,7 +211,7 @@ BASELINES = {
             module="pillow_heif",
             payload=media_bytes,
         ),
-        # At quality 20 it stops halving the picture, and files get smaller again by up to six steps.
+        # From quality 19 on libjxl no longer halves the picture, and files are up to six steps smaller than before.
         Baseline(
             *("jxl", "JPEG XL", ".jxl", _jxl, range(100), "quality {}"),
             package="pillow-jxl-plugin",
