@@ -16,6 +16,8 @@ from models.codec import Codec
 from utils.distributed import is_main
 from utils.errors import DiffoError
 
+THE_PAPERS = "trained with 2 steps, run with 1"  # the variant of its Table 2 that is the paper's codec
+
 
 def run(args: argparse.Namespace) -> None:
     """rates.csv by picture, means, bd_rate and a chart for every score.
@@ -102,6 +104,8 @@ def published_curves(dataset: str, score: str) -> list[Curve]:
     """Points of other codecs as they were published, for one set and score."""
     points: dict[str, list[tuple[float, float]]] = {}
     for record in published(dataset, score):
+        if record.variant not in ("", THE_PAPERS):
+            continue  # an ablation
         label = f"{record.system} ({record.source}: {record.kind})"
         points.setdefault(label, []).append((record.bpp, record.scores[score]))
     return [Curve(label, *zip(*sorted(found), strict=True), measured=False) for label, found in points.items()]

@@ -4,6 +4,7 @@ import argparse
 
 from experiments.coded import Variant, measured
 from experiments.inputs import about, releases_of
+from experiments.rates import THE_PAPERS
 from experiments.summary import beside_paper, write_summary
 from models.records import Sampling
 from utils.distributed import is_main
@@ -27,7 +28,7 @@ def run(args: argparse.Namespace) -> None:
         for steps, name in sorted(by_steps.items())
     ]
     if 2 in by_steps:
-        variants.append(Variant(by_steps[2], "trained with 2 steps, run with 1", releases[by_steps[2]], args.quality))
+        variants.append(Variant(by_steps[2], THE_PAPERS, releases[by_steps[2]], args.quality))
     means = measured(args, "pictures", releases, variants)
     if is_main():
         title = f"Table 2: steps of the schedule, {args.data.name}"
