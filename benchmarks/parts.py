@@ -25,7 +25,7 @@ from datapipe.sources import demo_photographs
 from experiments.inputs import photographs
 from models import entropy_coding
 from models.codec import Codec
-from models.released import SMALL, load_codec
+from models.released import SMALL, load_release
 from utils.commandline import answer, positive
 from utils.distributed import local_device
 from utils.files import atomic_write
@@ -122,7 +122,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def bench(args: argparse.Namespace) -> None:
     device = local_device(args.device)
     paths = photographs(args.pictures) if args.pictures else demo_photographs()
-    codec = load_codec(args.weights, device)
+    codec = load_release(args.weights, device)
     level, stopwatch = codec.level_code(args.quality), Stopwatch(device)
     for owner, attribute, part in NETWORKS:
         if (network := getattr(codec, owner) if owner else codec) is not None:
