@@ -32,7 +32,7 @@ from models.codec import Codec
 from models.entropy_coding import encode_indices, encode_symbols
 from models.released import SMALL, load_release
 from models.residual_networks import hyper_size
-from utils.commandline import answer, positive
+from utils.commandline import answer, command_parser, positive
 from utils.errors import BitstreamError, DiffoError
 from utils.images import read_image
 
@@ -237,7 +237,7 @@ class Memory:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     add = parser.add_argument
     add("--weights", type=Path, default=SMALL, metavar="DIR", help="release folder (default: the small one that ships)")
     add("--pictures", type=Path, metavar="DIR", help="pictures (default: demo photographs)")

@@ -5,7 +5,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from utils.commandline import number, positive
+from utils.commandline import command_parser, number, positive
 from utils.limits import MAX_PIXELS
 
 MODES = ("roundtrip", "compress", "decompress", "inspect")
@@ -18,9 +18,7 @@ noise_seed = number(int, lambda value: 0 <= value < 2**32, "in 0 to 2^32 - 1")
 
 def parse(argv: list[str] | None, description: str | None = None) -> argparse.Namespace:
     """The options; `command` among them is the line that was given, to be pasted into a shell. Wrong usage exits with 2."""
-    parser = argparse.ArgumentParser(
-        prog="inference.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(description, "inference.py")
     _add_files(parser)
     _add_coding(parser)
     args = parser.parse_args(argv)

@@ -9,9 +9,19 @@ from typing import TypeVar
 
 from utils.errors import DiffoError, out_of_memory
 from utils.files import disk_is_full
+from utils.version import __version__
 
 FAILED, INTERRUPTED = 1, 130
 Number = TypeVar("Number", int, float)
+
+
+def command_parser(description: str | None, prog: str | None = None) -> argparse.ArgumentParser:
+    """A parser for the options of a command: described as written, with `--version`, options never abbreviated."""
+    parser = argparse.ArgumentParser(
+        prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"DiffO {__version__}")
+    return parser
 
 
 def answer(work: Callable[..., int | None], *args) -> int:
