@@ -10,17 +10,17 @@ import argparse
 import sys
 from pathlib import Path
 
-from utils.commandline import Parser, answer, positive
+from utils.commandline import answer, command_parser, positive
 
 QUALITIES = ("0", "0.4", "20", "40", "60", "80", "100")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__)
+    parser = command_parser(__doc__)
     commands = parser.add_subparsers(dest="experiment", required=True)
     weights = commands.add_parser("weights", help="fetch the weights of perceptual metrics")
     weights.add_argument("--timeout", type=float, default=20, metavar="S", help="for a connection (default 20 seconds)")
-    common = Parser(add_help=False)
+    common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
         "--weights", type=Path, metavar="DIR", help="release folder (default: the small one that ships)"
     )

@@ -1,5 +1,5 @@
-"""Released weights: `load_codec` gives a codec that writes and reads files; `python -m release` makes a release."""
+"""Released weights: `load_codec` gives a codec for pictures and bytes; `python -m release` makes a release."""
 
-from models.released import load_codec
+from coding.api import load_codec
 
 __all__ = ["load_codec"]

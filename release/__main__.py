@@ -16,13 +16,13 @@ from release.tables import BATCH, count
 from training.checkpointing import AVERAGES, BEST, CHECKPOINTS
 from training.config import RUN_CONFIG, load_config
 from utils import checkpoints
-from utils.commandline import Parser, answer, positive
+from utils.commandline import answer, command_parser, positive
 from utils.distributed import local_device
 from utils.errors import CheckpointError
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser("python -m release", description=__doc__)
+    parser = command_parser(__doc__, "python -m release")
     parser.add_argument("run", type=Path, help="run folder of main_diffusion_train_vq.py")
     parser.add_argument("out", type=Path, help="release folder, for instance weights/mine")
     parser.add_argument("--iteration", metavar="N", help="or `best` by validation (default: the newest)")
