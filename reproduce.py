@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from utils.commandline import answer, command_parser, positive
+from utils.commandline import answer, command_parser, loading, positive
 
 QUALITIES = ("0", "0.4", "20", "40", "60", "80", "100")
 
@@ -51,8 +51,8 @@ def run(args: argparse.Namespace) -> None:
         from measuring.pyiqa_metrics import download_weights
 
         return download_weights(args.timeout)
-    from experiments import equal_bytes, eta, rates  # torch takes seconds: wrong usage is answered before
-
+    with loading():
+        from experiments import equal_bytes, eta, rates  # torch takes seconds: wrong usage is answered before
     {"eta": eta, "rates": rates, "equal_bytes": equal_bytes}[args.experiment].run(args)
 
 

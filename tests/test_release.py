@@ -23,7 +23,8 @@ from models.released import (
     states_of,
 )
 from models.residual_hyperprior import HYPER_REACH
-from release.__main__ import averaged, chosen, main
+from release.__main__ import main
+from release.from_run import averaged, chosen
 from release.making import halved, round_to_half, with_rate, write_release
 from release.tables import Counts, count
 from tests.commands import NANO, photograph

@@ -3,8 +3,10 @@
 import argparse
 import io
 import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from utils.errors import DiffoError, out_of_memory
@@ -65,6 +67,21 @@ def _status(work: Callable[..., int | None], args: tuple) -> int:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     return FAILED
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """For imports that take seconds: Ctrl-C ends the process at once, as extension modules may swallow its exception."""
+
+    def end(*_) -> None:
+        os.write(2, b"interrupted\n")
+        os._exit(INTERRUPTED)
+
+    before = signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _settle_output() -> None:
