@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 
 from coding.options import quality
-from utils.commandline import Parser, answer, command_line, number, positive
+from utils.commandline import answer, command_line, command_parser, loading, number, positive
 
 QUALITIES = (0.0, 0.4, 20.0, 40.0, 60.0, 80.0, 100.0)
 METRICS = ("psnr", "psnr_red", "ms_ssim", "stlpips-alex", "lpips-vgg", "dists", "fsim", "nlpd")
@@ -42,7 +42,7 @@ def size(text: str) -> str:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__)
+    parser = command_parser(__doc__)
     commands = parser.add_subparsers(dest="experiment", required=True, metavar="COMMAND")
     weights = commands.add_parser("weights", help="fetch the weights of learned scores")
     weights.add_argument("--timeout", type=float, default=20, metavar="S", help="for a connection (default 20 seconds)")
@@ -149,9 +149,10 @@ def run(args: argparse.Namespace) -> None:
         from measuring.weights import download_weights
 
         return download_weights(args.timeout)
-    from utils.distributed import local_device, process_group  # torch takes seconds: wrong usage is answered before
+    with loading():  # torch takes seconds: wrong usage is answered before
+        from utils.distributed import local_device, process_group
 
-    experiment = importlib.import_module(f"experiments.{args.experiment}")
+        experiment = importlib.import_module(f"experiments.{args.experiment}")
     with process_group(local_device(args.device)):
         experiment.run(args)
 

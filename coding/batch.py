@@ -13,6 +13,7 @@ from tqdm import tqdm
 from coding import report
 from coding.plan import STREAM, Job, inputs, names_a_file, plan
 from coding.table import Table
+from utils.commandline import loading
 from utils.errors import DiffoError
 from utils.files import made_folder, require_writable
 
@@ -40,8 +41,9 @@ def run(args: argparse.Namespace) -> int:
     _require_free(written + [folder / name for name in sheet], args)
     with made_folder(folder):
         require_writable(folder)
+    with loading():
         from coding.run import Run  # torch takes seconds: wrong usage is answered before
-
+    with made_folder(folder):
         work = Run(args, folder)
         with nullcontext() if alone else Table(folder, TABLE, work.about) as work.table:
             status = _each(jobs, work.job, args)
@@ -68,8 +70,8 @@ def _require_free(written: list[Path], args: argparse.Namespace) -> None:
     there = [path for path in written if path.exists()]
     pictures = [path for path in there if path.suffix == ".png" and path != args.out_path]
     if pictures:
-        from utils.images import is_ours
-
+        with loading():
+            from utils.images import is_ours
         for path in pictures:
             if not is_ours(path):
                 raise DiffoError(f"{path}: is there, and no picture of this codec's: it stays; choose another -o")
@@ -89,8 +91,8 @@ def _where(jobs: list[Job], suffixes: list[str], folder: Path, tables: list[str]
 def _inputs(args: argparse.Namespace) -> list[tuple[Path, Path]]:
     if not args.demo:
         return inputs(args.in_path, args.mode in ("decompress", "inspect"), args.recursive)
-    from datapipe.sources import demo_photographs
-
+    with loading():
+        from datapipe.sources import demo_photographs
     return [(path, Path(path.name)) for path in demo_photographs()]
 
 
@@ -112,11 +114,11 @@ def _each(jobs: list[Job], work: Callable[[Job], None], args: argparse.Namespace
 
 def _inspection(args: argparse.Namespace) -> Callable[[Job], None]:
     """Prints header, ledger and, where the weights are named or ship, the estimated cost of a file."""
-    from coding import ledger
-    from coding.run import Weights, read_bytes
-    from models.bitstream import VERSION, unpack
-    from models.released import release_named
-
+    with loading():
+        from coding import ledger
+        from coding.run import Weights, read_bytes
+        from models.bitstream import VERSION, unpack
+        from models.released import release_named
     weights = Weights(args)
 
     def inspect(job: Job) -> None:

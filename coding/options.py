@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from utils.commandline import Parser, command_line, number, positive
+from utils.commandline import command_line, command_parser, number, positive
 from utils.limits import MAX_PIXELS
 
 MODES = ("roundtrip", "compress", "decompress", "inspect")
@@ -16,7 +16,7 @@ noise_seed = number(int, lambda value: 0 <= value < 2**32, "in 0 to 2^32 - 1")
 
 def parse(argv: list[str] | None, description: str | None = None) -> argparse.Namespace:
     """The options; `command` among them is the line that was given, to be pasted into a shell. Wrong usage exits with 2."""
-    parser = Parser(prog="inference.py", description=description)
+    parser = command_parser(description, "inference.py")
     _add_files(parser)
     _add_coding(parser)
     args = parser.parse_args(argv)
@@ -27,7 +27,7 @@ def parse(argv: list[str] | None, description: str | None = None) -> argparse.Na
     return args
 
 
-def _add_files(parser: Parser) -> None:
+def _add_files(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("-i", "--in_path", type=Path, nargs="+", metavar="PATH", help="pictures, .dfo files, or folders of them")
     add(
@@ -53,7 +53,7 @@ def _add_files(parser: Parser) -> None:
     add("--config", type=Path, metavar="YAML", help="sizes of the networks, where the files lack them")
 
 
-def _add_coding(parser: Parser) -> None:
+def _add_coding(parser: argparse.ArgumentParser) -> None:
     size = parser.add_argument_group("rate (without these flags: the base alone)").add_mutually_exclusive_group()
     add = size.add_argument
     add("--quality", type=quality, default=0.0, metavar="Q", help="0, the base alone, to 100; any number between")

@@ -17,7 +17,7 @@ from measuring.metrics import MS_SSIM_MIN_SIDE, colour_shift, ms_ssim, psnr
 from models.bitstream import unpack
 from models.codec import Codec
 from models.records import Analysed, Sampling
-from models.released import SMALL, Triple, load_codec, load_triple, release_of
+from models.released import SMALL, Triple, load_release, load_triple, release_of
 from utils.distributed import local_device
 from utils.errors import BitstreamError, DiffoError, PictureError, out_of_memory
 from utils.files import atomic_write
@@ -49,7 +49,7 @@ class Weights:
         if args.ckpt:
             codec = load_triple(Triple(args.ckpt, args.vqckpt, args.GT_vqckpt), args.config, self.device)
         else:
-            codec = load_codec(args.weights or (SMALL if self.fixed else release_of(fingerprint)), self.device)
+            codec = load_release(args.weights or (SMALL if self.fixed else release_of(fingerprint)), self.device)
         trained = codec.params.diffusion.steps
         if args.steps not in (None, trained):
             raise DiffoError(f"--steps {args.steps}: these weights were trained with a schedule of {trained} steps")

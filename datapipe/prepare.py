@@ -19,7 +19,7 @@ from datapipe.pictures import start_worker
 from datapipe.shards import find_shards, write_index, write_shards
 from datapipe.sources import read_list
 from datapipe.test_sets import CROP, download_clic2020, download_kodak
-from utils.commandline import Parser, answer, positive
+from utils.commandline import answer, command_parser, positive
 from utils.errors import DiffoError, PictureError
 from utils.files import PICTURES, atomic_write, make_folder
 from utils.images import find_pictures, read_image
@@ -28,10 +28,10 @@ CHECKERS = min(4, os.cpu_count() or 1)  # processes that decode for --check
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="python -m datapipe.prepare", description=__doc__)
+    parser = command_parser(__doc__, "python -m datapipe.prepare")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(work, name: str, told: str) -> Parser:
+    def command(work, name: str, told: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=told, description=told)
         sub.set_defaults(work=work)
         return sub

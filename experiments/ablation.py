@@ -9,7 +9,7 @@ from experiments.coded import Coding, Variant, evaluator_of, table_of
 from experiments.inputs import ROOT, about, named_photographs
 from experiments.summary import CHANGE, HIGH, LOW, mean_of, write_summary
 from measuring.intervals import paired
-from models.released import ABOUT, load_codec
+from models.released import ABOUT, load_release
 from training.config import RUN_CONFIG
 from utils.config import load_mapping
 from utils.distributed import is_main, local_device
@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> None:
     if args.reference not in folders:
         known = ", ".join(folders)
         raise DiffoError(f"--reference {args.reference}: none of the releases is called so; there are {known}")
-    releases = {name: load_codec(folder, local_device(args.device)) for name, folder in folders.items()}
+    releases = {name: load_release(folder, local_device(args.device)) for name, folder in folders.items()}
     evaluator, pictures = evaluator_of(args), named_photographs(args.data, args.limit)
     variants = [Variant(name, f"{args.quality:g}", codec, args.quality) for name, codec in releases.items()]
     variants = [v if v.model.has_levels else Variant(v.codec, "0", v.model) for v in variants]

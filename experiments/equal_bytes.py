@@ -14,7 +14,7 @@ from experiments.inputs import about, named_photographs, releases_of
 from experiments.summary import mean_of, write_summary
 from measuring.scores import SCORES
 from models.codec import Codec
-from models.released import load_codec
+from models.released import load_release
 from utils.distributed import is_main
 from utils.errors import BudgetError, DiffoError
 
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
 
 def rivals_of(args: argparse.Namespace, ours: Codec) -> dict[str, Codec]:
     """The codecs of --against by name. Raises DiffoError for one with a residual codec, and for two of one name."""
-    rivals = {folder.resolve().name: load_codec(folder, ours.device) for folder in args.against}
+    rivals = {folder.resolve().name: load_release(folder, ours.device) for folder in args.against}
     if len(rivals) < len(args.against):
         raise DiffoError("--against: two releases of one folder name, which their rows would share; rename one")
     for rival, codec in rivals.items():

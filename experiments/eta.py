@@ -23,7 +23,7 @@ from measuring.scores import SCORES, unavailable
 from models.codec import Codec
 from models.diffusion import RateParams
 from models.records import Sampling
-from models.released import ABOUT, SMALL, load_codec
+from models.released import ABOUT, SMALL, load_release
 from release.making import require_empty, with_rate
 from training.config import RUN_CONFIG
 from utils.distributed import is_main, local_device
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     metric = args.metric
     if reason := unavailable(metric):
         raise DiffoError(f"--metric {metric}: {reason}, or name one that needs no weights, such as nlpd")
-    codec = load_codec(source, local_device(args.device))
+    codec = load_release(source, local_device(args.device))
     default = codec.params.rate
     codes = [code for code in CODES if code == 0 or codec.has_levels]
     etas = np.geomspace(codec.rate.eta_min, codec.rate.eta_max, args.points)

@@ -12,7 +12,7 @@ import torch
 
 from coding.plan import inputs
 from models.codec import Codec
-from models.released import SMALL, load_codec
+from models.released import SMALL, load_release
 from utils.distributed import local_device, world_size
 from utils.errors import DiffoError
 
@@ -44,12 +44,12 @@ def releases_of(args: argparse.Namespace) -> dict[str, Codec]:
     """The codecs of --weights by their folders' names, in the order in which they were given.
 
     Raises:
-        DiffoError: two of one name. CheckpointError: as `load_codec`.
+        DiffoError: two of one name. CheckpointError: as `load_release`.
     """
     folders = {folder.resolve().name: folder for folder in args.weights or [SMALL]}
     if len(folders) < len(args.weights or folders):
         raise DiffoError("--weights: two releases of one folder name, which their rows would share; rename one")
-    return {name: load_codec(folder, local_device(args.device)) for name, folder in folders.items()}
+    return {name: load_release(folder, local_device(args.device)) for name, folder in folders.items()}
 
 
 def about(args: argparse.Namespace, releases: dict[str, Codec], **more: object) -> dict:

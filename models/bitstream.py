@@ -170,7 +170,8 @@ def _read_residual(data: bytes, at: int) -> tuple[CodedResidual, int]:
         _check_layer(data, end + _CRC_BYTES)
     except _Cut as error:
         raise BitstreamError(
-            f"the file is cut after {len(data)} bytes, within its residual: --preview decodes the base, which is whole"
+            f"the file is cut after {len(data)} bytes, within its residual; its base is whole, and a preview decodes that "
+            "(preview=True, --preview)"
         ) from error
     return CodedResidual(data[at], bytes(data[start:middle]), bytes(data[middle:end])), end + _CRC_BYTES
 

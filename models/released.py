@@ -266,7 +266,10 @@ def _params(ours: dict | None, config: str | Path | None, path: Path) -> CodecPa
     stored = stored_params(ours["networks"], path) if ours else None
     if config is None:
         if stored is None:
-            raise CheckpointError(f"{path}: does not say how large its networks are; name their --config")
+            raise CheckpointError(
+                f"{path}: does not say how large its networks are; name their configuration (--config), or make a release of "
+                "the three files (python -m release.import_weights diffo)"
+            )
         return stored
     params = build(CodecParams, load_mapping(config).get("networks", {}), f"{config}: networks")
     if stored is None:
@@ -293,8 +296,8 @@ def stored_params(text: str, path: str | Path) -> CodecParams:
         raise CheckpointError(f"{path}: what it says of its networks is damaged ({error})") from error
 
 
-def load_codec(folder: str | Path, device: str | torch.device = "cpu") -> Codec:
-    """The codec of a release folder, with `compress(image) -> bytes` and `decompress(bytes) -> image`.
+def load_release(folder: str | Path, device: str | torch.device = "cpu") -> Codec:
+    """The codec of a release folder; `coding.api.load_codec` puts it behind functions for any program.
 
     Raises:
         CheckpointError: no release there, or a damaged one.

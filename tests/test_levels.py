@@ -12,7 +12,7 @@ from coding import budget, ledger
 from coding.compressai_view import CompressAIView
 from measuring.metrics import bpp
 from models import bitstream
-from models.released import Triple, load_codec, load_triple, save_triple, states_of
+from models.released import Triple, load_release, load_triple, save_triple, states_of
 from models.residual_hyperprior import LEVEL_CODES, node_of
 from release.tables import Counts, gaussian_pmf
 from tests.commands import call, photograph
@@ -169,7 +169,7 @@ def test_eta_follows_from_all_sections(codec, analysed):
 
 
 def test_every_part_of_the_residual_codec_is_in_the_fingerprint(codec, release, tmp_path):
-    before = load_codec(release).fingerprint
+    before = load_release(release).fingerprint
     states, tables = states_of(codec), codec.residual.tables
     other = replace(tables, symbols=np.roll(tables.symbols, 1, axis=0))
     changed = {**states, "residual": states["residual"] | {"log_gain": states["residual"]["log_gain"] + 0.1}}

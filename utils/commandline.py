@@ -4,15 +4,32 @@ import argparse
 import io
 import os
 import shlex
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from utils.errors import DiffoError, out_of_memory
 from utils.files import disk_is_full
+from utils.version import __version__
 
 FAILED, INTERRUPTED = 1, 130
 Number = TypeVar("Number", int, float)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse's, where sub-commands, whose parsers are of this class, take no abbreviated options either."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs, allow_abbrev=False)
+
+
+def command_parser(description: str | None, prog: str | None = None) -> argparse.ArgumentParser:
+    """A parser for the options of a command: described as written, with `--version`, options never abbreviated."""
+    parser = _Parser(prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"DiffO {__version__}")
+    return parser
 
 
 def answer(work: Callable[..., int | None], *args) -> int:
@@ -53,6 +70,21 @@ def _status(work: Callable[..., int | None], args: tuple) -> int:
     return FAILED
 
 
+@contextmanager
+def loading() -> Iterator[None]:
+    """For imports that take seconds: Ctrl-C ends the process at once, as extension modules may swallow its exception."""
+
+    def end(*_) -> None:
+        os.write(2, b"interrupted\n")
+        os._exit(INTERRUPTED)
+
+    before = signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _settle_output() -> None:
     """Write out what stdout keeps. Where that fails, nothing is kept: Python would meet it again at exit."""
     try:
@@ -60,14 +92,6 @@ def _settle_output() -> None:
             sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse's, which keeps the lines of its description and takes no abbreviated option, and so do its commands."""
-
-    def __init__(self, *args, **kwargs):
-        formatter = argparse.RawDescriptionHelpFormatter
-        super().__init__(*args, formatter_class=formatter, allow_abbrev=False, **kwargs)
 
 
 def command_line(program: str, argv: list[str] | None) -> str:

@@ -41,6 +41,15 @@ def decode_image(data: bytes, name: str) -> torch.Tensor:
         return _read_open_file(io.BytesIO(data), name)
 
 
+def from_pillow(image: Image.Image, name: str, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
+    """An image of Pillow, opened or made, as `read_image` would read it from a file; the image itself stays as it is.
+
+    `name` is what errors call it. Raises PictureError.
+    """
+    with _strict_pillow():
+        return _read_opened(image, name, max_pixels)
+
+
 def write_image(path: str | os.PathLike[str], picture: torch.Tensor) -> None:
     """Write a uint8 tensor (3, H, W), sRGB, as a PNG file that says so and names its writer, complete or not at all.
 
@@ -109,6 +118,10 @@ def _read_open_file(file: BinaryIO, path: str | os.PathLike[str], max_pixels: in
         empty = file.seek(0, os.SEEK_END) == 0
         kind = "empty file" if empty else "not a picture, of an unknown kind, or cut short"
         raise PictureError(f"{path}: {kind}") from error
+    return _read_opened(image, path, max_pixels)
+
+
+def _read_opened(image: Image.Image, path: str | os.PathLike[str], max_pixels: int) -> torch.Tensor:
     width, height = image.size
     if width * height > max_pixels:
         raise PictureError(f"{path}: {width}x{height} is more than the {max_pixels} pixels allowed")
@@ -119,7 +132,7 @@ def _read_open_file(file: BinaryIO, path: str | os.PathLike[str], max_pixels: in
     except Exception as error:
         raise PictureError(f"{path}: damaged or cut short ({_one_line(error)})") from error
     with suppress(Exception):  # a damaged EXIF block counts as none, the picture is still good
-        ImageOps.exif_transpose(image, in_place=True)
+        image = ImageOps.exif_transpose(image)
     values = _to_rgb(image, path)
     return torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)))
 
