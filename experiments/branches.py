@@ -9,7 +9,7 @@ import argparse
 import copy
 from dataclasses import replace
 
-from experiments.coded import Variant, measured
+from experiments.coded import Variant, at_quality, measured
 from experiments.inputs import about, releases_of
 from experiments.summary import beside_paper, write_summary
 from models.codec import Codec
@@ -41,6 +41,7 @@ def variants_of(name: str, codec: Codec, quality: float) -> list[Variant]:
         raise DiffoError(
             f"{name}: these branches are parts of adapter published with prediction latent, and it has others"
         )
+    at_quality(name, codec, quality)
     trained = params.detail_branch, params.perceptual_branch
     if trained != BRANCHES["both"]:
         label = next((label for label, flags in BRANCHES.items() if flags == trained), "neither branch")

@@ -4,7 +4,7 @@ import argparse
 
 from coding.report import Row
 from datapipe.sources import demo_photographs
-from experiments.coded import table_of
+from experiments.coded import at_quality, table_of
 from experiments.inputs import about, releases_of
 from experiments.published import KINDS, Published, published
 from experiments.rates import anchor_of, bd_rates, points
@@ -24,6 +24,8 @@ def run(args: argparse.Namespace) -> None:
         DiffoError: an option is wrong, before anything is coded.
     """
     releases = releases_of(args)
+    for name, codec in releases.items():
+        at_quality(name, codec, args.quality)
     means = points(args, releases)
     if not is_main():
         return

@@ -2,7 +2,7 @@
 
 import argparse
 
-from experiments.coded import Variant, measured
+from experiments.coded import Variant, at_quality, measured
 from experiments.inputs import about, releases_of
 from experiments.rates import THE_PAPERS
 from experiments.summary import beside_paper, write_summary
@@ -21,6 +21,7 @@ def run(args: argparse.Namespace) -> None:
     by_steps: dict[int, str] = {}
     for name, codec in releases.items():
         steps = codec.params.diffusion.steps
+        at_quality(name, codec, args.quality)
         if (other := by_steps.setdefault(steps, name)) != name:
             raise DiffoError(f"--weights: {other} and {name} were both trained with {steps} steps; leave out one")
     variants = [

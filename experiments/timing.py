@@ -20,13 +20,12 @@ from tqdm import tqdm
 
 from coding.report import Row
 from datapipe.sources import demo_photographs
-from experiments.coded import table_of
+from experiments.coded import at_quality, table_of
 from experiments.inputs import about, photographs, releases_of
 from experiments.stopwatch import READ, REST, WRITE, Stopwatch, seconds
 from experiments.summary import write_summary
 from models.codec import Codec
 from utils.distributed import is_main
-from utils.errors import DiffoError
 from utils.files import atomic_write
 from utils.images import read_image, write_image
 
@@ -47,8 +46,7 @@ def run(args: argparse.Namespace) -> None:
     """
     releases = releases_of(args)
     for name, codec in releases.items():
-        if args.quality and not codec.has_levels:
-            raise DiffoError(f"--quality {args.quality:g}: {name} codes the base alone; time it at quality 0")
+        at_quality(name, codec, args.quality)
     picture = (photographs(args.data) if args.data else demo_photographs())[0]
     if not is_main():
         return
