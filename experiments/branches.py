@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from experiments.coded import Variant, at_quality, measured
 from experiments.inputs import about, releases_of
-from experiments.summary import beside_paper, write_summary
+from experiments.summary import beside_paper, origin, write_summary
 from models.codec import Codec
 from utils.distributed import is_main
 from utils.errors import DiffoError
@@ -31,7 +31,8 @@ def run(args: argparse.Namespace) -> None:
     means = measured(args, "pictures", releases, variants)
     if is_main():
         title = f"Fig. 4: branches, {args.data.name}"
-        write_summary(beside_paper(means, "paper-fig4"), args.out_path, "branches", about(args, releases), title)
+        told = about(args, releases, paper=origin("paper-fig4"))
+        write_summary(beside_paper(means, "paper-fig4"), args.out_path, "branches", told, title)
 
 
 def variants_of(name: str, codec: Codec, quality: float) -> list[Variant]:

@@ -13,6 +13,7 @@ from utils.files import atomic_write
 
 SIZES = ("bytes", "payload_bytes", "bpp", "eta")
 LOW, HIGH = "_low", "_high"  # ends of a mean's 95 % interval
+KIND = "paper's kind"  # a key of experiments.published.KINDS
 PAPER = "paper_"  # begins the columns of what the paper printed
 BD_RATE, CHANGE = "bd-rate-", "change-of-"  # begin columns of a score's BD-rate, and of its change from a reference
 
@@ -56,8 +57,14 @@ def beside_paper(means: Sequence[Row], source: str) -> list[Row]:
             row[key] = mean.get(key)
             if record and key in record.scores:
                 row[PAPER + key] = record.scores[key]
-        rows.append(row | {"paper's kind": f"{KINDS[record.kind]}; {record.note}"} if record else row)
+        rows.append(row | {KIND: record.kind} if record else row)
     return rows
+
+
+def origin(source: str) -> str:
+    """Where the values of the paper are from, and what limits them."""
+    record = published(source=source)[0]
+    return f"{record.where}; {record.note}"
 
 
 def heading(column: str) -> str:
@@ -82,6 +89,7 @@ def write_summary(rows: Sequence[Row], folder: Path, name: str, about: dict, tit
     if any(key.endswith(LOW) for row in rows for key in row):
         told.append("- in brackets: 95 % intervals of the means, by bootstrap over pictures")
     told += [f"- {heading(key)}: {SCORES[key].convention}" for key in columns if key in SCORES]
+    told += [f"- {kind}: {KINDS[kind]}" for kind in dict.fromkeys(row[KIND] for row in rows if KIND in row)]
     atomic_write(folder / f"{name}.md", ("\n".join(told) + "\n").encode(errors="backslashreplace"))
     print(align(lines_of(rows, intervals=False)))
     print(f"written to {folder}: {name}.csv, {name}.json, {name}.md")

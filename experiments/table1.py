@@ -6,9 +6,9 @@ from coding.report import Row
 from datapipe.sources import demo_photographs
 from experiments.coded import at_quality, table_of
 from experiments.inputs import about, releases_of
-from experiments.published import KINDS, Published, published
+from experiments.published import Published, published
 from experiments.rates import anchor_of, bd_rates, points
-from experiments.summary import PAPER, write_summary
+from experiments.summary import KIND, PAPER, origin, write_summary
 from experiments.timing import TOTAL, measure
 from models.codec import Codec
 from utils.distributed import is_main
@@ -44,8 +44,8 @@ def run(args: argparse.Namespace) -> None:
     rows += [
         {"codec": f"{system} (paper alone)"} | printed(record) for system, record in paper.items() if system != OURS
     ]
-    told = about(args, releases, anchor=anchor, size=SIZE, repeats=args.repeats) | reasons
-    write_summary(rows, args.out_path, "table1", told, f"Table 1: BD-rate against {anchor}, size and speed")
+    told = about(args, releases, anchor=anchor, size=SIZE, repeats=args.repeats, paper=origin("paper-table1"))
+    write_summary(rows, args.out_path, "table1", told | reasons, f"Table 1: BD-rate against {anchor}, size and speed")
 
 
 def made_from(codec: Codec, args: argparse.Namespace) -> str:
@@ -61,5 +61,4 @@ def seconds(codec: Codec, args: argparse.Namespace) -> Row:
 def printed(record: Published) -> Row:
     """A record's values in the columns of the paper."""
     values = record.scores | {key: getattr(record, key) for key in ("parameters", "encode_s", "decode_s")}
-    told = f"{KINDS[record.kind]}; {record.note}; seconds on {record.hardware}"
-    return {PAPER + key: value for key, value in values.items()} | {"paper's kind": told}
+    return {PAPER + key: value for key, value in values.items()} | {KIND: record.kind}
