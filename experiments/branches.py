@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from experiments.coded import Variant, at_quality, measured
 from experiments.inputs import about, releases_of
-from experiments.summary import beside_paper, origin, write_summary
+from experiments.summary import beside_paper, draw_bars, origin, write_summary
 from models.codec import Codec
 from utils.distributed import is_main
 from utils.errors import DiffoError
@@ -33,6 +33,7 @@ def run(args: argparse.Namespace) -> None:
         title = f"Fig. 4: branches, {args.data.name}"
         told = about(args, releases, paper=origin("paper-fig4"))
         write_summary(beside_paper(means, "paper-fig4"), args.out_path, "branches", told, title)
+        draw_bars(means, args.out_path, args.metrics, ("codec", "label"), title)
 
 
 def variants_of(name: str, codec: Codec, quality: float) -> list[Variant]:

@@ -7,7 +7,8 @@ from statistics import fmean
 from coding.report import COLUMNS, Row, align
 from coding.table import write_json, write_rows
 from experiments.published import KINDS, published
-from measuring.intervals import bootstrap
+from measuring.charts import bars
+from measuring.intervals import Interval, bootstrap
 from measuring.scores import SCORES
 from utils.files import atomic_write
 
@@ -99,6 +100,20 @@ def filled(rows: Sequence[Row]) -> list[str]:
     """Columns that any row fills, in the rows' own order."""
     columns = dict.fromkeys(key for row in rows for key in row)
     return [key for key in columns if any(row.get(key) is not None for row in rows)]
+
+
+def draw_bars(rows: Sequence[Row], folder: Path, columns: Sequence[str], names: Sequence[str], title: str) -> None:
+    """A bar chart for each of these columns that a row fills, `<column>.png` and `.pdf`.
+
+    Args:
+        names: columns whose words together name a row's bar.
+    """
+    for key in (key for key in filled(rows) if key in columns):
+        found = [row for row in rows if row.get(key) is not None]
+        values = {
+            " ".join(str(r[n]) for n in names): Interval(r[key], r.get(key + LOW), r.get(key + HIGH)) for r in found
+        }
+        bars(values, folder / f"{key}.png", heading(key), title)
 
 
 def lines_of(rows: Sequence[Row], intervals: bool = True) -> list[list[str]]:

@@ -8,7 +8,7 @@ from experiments.coded import at_quality, table_of
 from experiments.inputs import about, releases_of
 from experiments.published import Published, published
 from experiments.rates import anchor_of, bd_rates, points
-from experiments.summary import KIND, PAPER, origin, write_summary
+from experiments.summary import BD_RATE, KIND, PAPER, draw_bars, origin, write_summary
 from experiments.timing import TOTAL, measure
 from models.codec import Codec
 from utils.distributed import is_main
@@ -45,7 +45,9 @@ def run(args: argparse.Namespace) -> None:
         {"codec": f"{system} (paper alone)"} | printed(record) for system, record in paper.items() if system != OURS
     ]
     told = about(args, releases, anchor=anchor, size=SIZE, repeats=args.repeats, paper=origin("paper-table1"))
-    write_summary(rows, args.out_path, "table1", told | reasons, f"Table 1: BD-rate against {anchor}, size and speed")
+    title = f"Table 1: BD-rate against {anchor}, size and speed"
+    write_summary(rows, args.out_path, "table1", told | reasons, title)
+    draw_bars(rows, args.out_path, [BD_RATE + name for name in args.metrics], ("codec",), title)
 
 
 def made_from(codec: Codec, args: argparse.Namespace) -> str:

@@ -5,7 +5,7 @@ import argparse
 from experiments.coded import Variant, at_quality, measured
 from experiments.inputs import about, releases_of
 from experiments.rates import THE_PAPERS
-from experiments.summary import beside_paper, origin, write_summary
+from experiments.summary import beside_paper, draw_bars, origin, write_summary
 from models.records import Sampling
 from utils.distributed import is_main
 from utils.errors import DiffoError
@@ -35,3 +35,4 @@ def run(args: argparse.Namespace) -> None:
         title = f"Table 2: steps of the schedule, {args.data.name}"
         told = about(args, releases, paper=origin("paper-table2"))
         write_summary(beside_paper(means, "paper-table2"), args.out_path, "table2", told, title)
+        draw_bars(means, args.out_path, args.metrics, ("label",), title)

@@ -23,10 +23,10 @@ from datapipe.sources import demo_photographs
 from experiments.coded import at_quality, table_of
 from experiments.inputs import about, photographs, releases_of
 from experiments.stopwatch import READ, REST, WRITE, Stopwatch, seconds
-from experiments.summary import write_summary
+from experiments.summary import draw_bars, write_summary
 from models.codec import Codec
 from utils.distributed import is_main
-from utils.files import atomic_write
+from utils.files import atomic_write, make_folder
 from utils.images import read_image, write_image
 
 KEY = ("codec", "size", "way", "part")
@@ -68,6 +68,15 @@ def run(args: argparse.Namespace) -> None:
     told = about(args, releases, precision=args.precision, quality=args.quality, repeats=args.repeats)
     rows = [{"part": row["part"]} | {k: v for k, v in row.items() if k not in ("part", "made_from")} for row in shown]
     write_summary(rows, args.out_path, "timing", told, "Milliseconds of every part of coding a picture")
+    for way in WAYS:
+        make_folder(args.out_path / way)
+        draw_bars(
+            [row for row in rows if row["way"] == way],
+            args.out_path / way,
+            ["ms"],
+            ("codec", "size", "part"),
+            f"Milliseconds to {way}",
+        )
 
 
 def measure(codec: Codec, picture: Path, size: str, args: argparse.Namespace) -> list[Row]:
