@@ -102,8 +102,10 @@ def filled(rows: Sequence[Row]) -> list[str]:
     return [key for key in columns if any(row.get(key) is not None for row in rows)]
 
 
-def draw_bars(rows: Sequence[Row], folder: Path, columns: Sequence[str], names: Sequence[str], title: str) -> None:
-    """A bar chart for each of these columns that a row fills, `<column>.png` and `.pdf`.
+def draw_bars(
+    rows: Sequence[Row], folder: Path, columns: Sequence[str], names: Sequence[str], title: str, stem: str = ""
+) -> None:
+    """A bar chart for each of these columns that a row fills, `<stem><column>.png` and `.pdf`.
 
     Args:
         names: columns whose words together name a row's bar.
@@ -113,7 +115,7 @@ def draw_bars(rows: Sequence[Row], folder: Path, columns: Sequence[str], names: 
         values = {
             " ".join(str(r[n]) for n in names): Interval(r[key], r.get(key + LOW), r.get(key + HIGH)) for r in found
         }
-        bars(values, folder / f"{key}.png", heading(key), title)
+        bars(values, folder / f"{stem}{key}.png", heading(key), title)
 
 
 def lines_of(rows: Sequence[Row], intervals: bool = True) -> list[list[str]]:

@@ -80,7 +80,7 @@ def bars(values: Mapping[str, Interval], path: str | os.PathLike[str], x: str, t
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.2, 1.2 + 0.3 * len(values)), dpi=150, layout="constrained")
+    figure = Figure(figsize=(8, 1.2 + 0.3 * len(values)), dpi=150, layout="constrained")
     axes = figure.subplots()
     for name, value in values.items():
         ends = None if value.low is None else [[value.mean - value.low], [value.high - value.mean]]
