@@ -21,14 +21,14 @@ def _conversion(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     """From a profile's colours to sRGB, for pictures of one mode; None if it is sRGB itself, or of no use for them."""
     if not profile and mode != "LAB":
         return None
+    # The values of LAB are colours by themselves, and need no profile.
+    source = ImageCms.createProfile("LAB") if mode == "LAB" else io.BytesIO(profile)
     try:
-        # The values of LAB are colours by themselves, and need no profile.
-        source = ImageCms.createProfile("LAB") if mode == "LAB" else ImageCms.ImageCmsProfile(io.BytesIO(profile))
         intent = ImageCms.Intent.RELATIVE_COLORIMETRIC
-        convert = ImageCms.ImageCmsTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB", intent)
-        return None if _changes_little(convert, mode) else convert
-    except Exception:  # LittleCMS answers a damaged profile, and one for another mode, with several kinds
+        convert = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB", intent)
+    except ImageCms.PyCMSError:  # damaged, or for pictures of another mode
         return None
+    return None if _changes_little(convert, mode) else convert
 
 
 def _changes_little(convert: ImageCms.ImageCmsTransform, mode: str) -> bool:

@@ -44,7 +44,7 @@ def find_files(
     """Sorted paths of the files in a folder with one of these suffixes, in any case; an empty list if there are none.
 
     Hidden files and, when `recursive`, hidden folders are skipped; linked folders are entered, unless they lead back.
-    What else is there is counted in `left_out`, for `told`, by kind and reason.
+    What else is there is counted in `left_out`, for `tell_left_out`, by kind and reason.
     Raises DiffoError if `folder` is missing, not a folder, or cannot be listed.
     """
     return [Path(name) for name in scan(folder, suffixes, recursive, left_out)]
@@ -81,7 +81,7 @@ def _scan(
             if recursive:
                 yield from _scan(entry.path, suffixes, recursive, left_out, (*above, real))
             else:
-                left_out["folder: not entered"] += 1
+                left_out["sub-folder(s): not entered"] += 1
             continue
         file = os.path.isfile(entry.path) if link else entry.is_file()
         if file and entry.name.lower().endswith(suffixes):
@@ -94,7 +94,7 @@ def _kind(name: str) -> str:
     return os.path.splitext(name)[1].lower() or "without a suffix"
 
 
-def told(left_out: Counter[str]) -> str:
+def tell_left_out(left_out: Counter[str]) -> str:
     """What was left out, to go on a line with what was taken: ", 3 .heic: no reader", and nothing if there is nothing."""
     named = left_out.most_common(_KINDS_NAMED)
     parts = [f", {count} {kind}{HEIF_HINT if kind.startswith(HEIF) else ''}" for kind, count in named]
