@@ -83,10 +83,10 @@ def _decoded(file: BinaryIO, max_pixels: int) -> np.ndarray:
         raise PictureError(f"{width}x{height} is too small, both sides must be {MIN_SIDE} or more")
     if image.format == "TIFF":
         _check_tiff(image)
-    samples = image.tile[0].args if image.format == "PNG" else None
-    image.load()
-    if samples and "transparency" in image.info:
-        _set_colour_key(image, samples, file)
+    if image.format == "PNG":
+        _load_png(image, file)
+    else:
+        image.load()
     with suppress(Exception):  # a damaged EXIF block counts as none, the picture is still good
         ImageOps.exif_transpose(image, in_place=True)
     return _to_rgb(image)
@@ -148,6 +148,16 @@ def _without_metadata(data: bytes, kept: tuple[bytes, ...]) -> bytes:
             parts.append(data[at:end])
         at = end
     return b"".join(parts)
+
+
+def _load_png(image: Image.Image, file: BinaryIO) -> None:
+    """Load a PNG; colour key and profile count where they stand before the pixels (5.6)."""
+    samples = image.tile[0].args
+    early = {name: image.info.get(name) for name in ("transparency", "icc_profile")}
+    image.load()
+    image.info = {name: value for name, value in (image.info | early).items() if value is not None}
+    if "transparency" in image.info:
+        _set_colour_key(image, samples, file)
 
 
 def _set_colour_key(image: Image.Image, samples: str, file: BinaryIO) -> None:
