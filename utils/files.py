@@ -44,7 +44,7 @@ def find_files(
     """Sorted paths of the files in a folder with one of these suffixes, in any case; an empty list if there are none.
 
     Hidden files and, when `recursive`, hidden folders are skipped; linked folders are entered, unless they lead back.
-    What else is there is counted in `left_out`, for `tell_left_out`, by kind and reason.
+    What other files are there is counted in `left_out`, for `tell_left_out`, by kind and reason.
     Raises DiffoError if `folder` is missing, not a folder, or cannot be listed.
     """
     return [Path(name) for name in scan(folder, suffixes, recursive, left_out)]
@@ -80,8 +80,6 @@ def _scan(
         if os.path.isdir(entry.path) if link else entry.is_dir():
             if recursive:
                 yield from _scan(entry.path, suffixes, recursive, left_out, (*above, real))
-            else:
-                left_out["sub-folder(s): not entered"] += 1
             continue
         file = os.path.isfile(entry.path) if link else entry.is_file()
         if file and entry.name.lower().endswith(suffixes):

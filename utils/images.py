@@ -14,7 +14,7 @@ from PIL import Image, PngImagePlugin
 from utils.errors import PictureError
 from utils.files import PICTURES, atomic_path, find_files
 from utils.limits import MAX_PIXELS
-from utils.samples import one_line, read_rgb, strict_pillow
+from utils.picture_files import one_line, read_rgb, strict_pillow
 
 SOFTWARE = "DiffO"  # in the `Software` text of the PNGs written here, by which they are known again
 

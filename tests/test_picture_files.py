@@ -1,4 +1,4 @@
-"""Samples of picture files that are written here by hand, byte by byte: depth, sign, polarity, planes, keys, metadata."""
+"""Picture files that are written here by hand, byte by byte: depth, sign, polarity, planes, keys, metadata."""
 
 import io
 import struct
@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from utils import samples
+from utils import picture_files
 from utils.errors import PictureError
 from utils.images import decode_image
 
@@ -125,7 +125,7 @@ def test_damaged_pixels_are_refused_whatever_stands_beside_them():
             with pytest.raises(PictureError, match="cut short"):
                 read(cut)
     with pytest.raises(PictureError, match="24x20 is more than the 99 pixels"):
-        samples.read_rgb(io.BytesIO(png(COLOURS, 8, 2, METADATA["a wrong checksum"])), 99)
+        picture_files.read_rgb(io.BytesIO(png(COLOURS, 8, 2, METADATA["a wrong checksum"])), 99)
 
 
 # TIFF -----------------------------------------------------------------------------------------------------------------
@@ -229,7 +229,7 @@ def test_palettes_of_16_bits_and_those_that_hold_8(scale):
 @pytest.mark.parametrize(
     "error", [ValueError("two\nlines"), RuntimeError(), KeyError(3), RecursionError(), OSError(5, "no")]
 )
-@pytest.mark.parametrize("where", [(Image.Image, "convert"), (samples, "to_srgb"), (ImageOps, "exif_transpose")])
+@pytest.mark.parametrize("where", [(Image.Image, "convert"), (picture_files, "to_srgb"), (ImageOps, "exif_transpose")])
 def test_whatever_a_library_raises_is_one_line_for_that_picture(monkeypatch, where, error):
     def fail(*_, **__):
         raise error
@@ -249,7 +249,7 @@ def test_want_of_memory_is_not_called_damage(monkeypatch):
     def fail(*_):
         raise MemoryError
 
-    monkeypatch.setattr(samples, "to_srgb", fail)
+    monkeypatch.setattr(picture_files, "to_srgb", fail)
     with pytest.raises(PictureError, match="not enough memory"):
         read(png(COLOURS, 8, 2))
 

@@ -1,4 +1,4 @@
-"""Samples of a picture file of any kind as 8-bit sRGB: depth, sign, polarity, planes, alpha, colour keys, profiles."""
+"""Picture files of any kind as 8-bit sRGB: depth, sign, polarity, planes, alpha, colour keys, profiles."""
 
 import io
 import logging
