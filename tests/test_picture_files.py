@@ -215,6 +215,15 @@ def test_grey_with_premultiplied_alpha_and_its_planes():
             read(tiff(planes, **tags, EXTRA=(extra,), PLANAR=(2,)))
 
 
+def test_a_cut_tiff_is_one_line_and_the_library_says_nothing_itself(capfd):
+    data = tiff([packed(COLOURS, 8)], BITS=(8, 8, 8), PHOTOMETRIC=(2,))
+    assert np.array_equal(read(data), COLOURS)
+    with pytest.raises(PictureError, match="a file: damaged or cut short"):
+        read(data[:-200])
+    print("heard", file=sys.stderr)
+    assert capfd.readouterr().err == "heard\n"
+
+
 @pytest.mark.parametrize("scale", [1, 256, 257])
 def test_palettes_of_16_bits_and_those_that_hold_8(scale):
     index, palette = noise(HEIGHT, WIDTH), noise(256, 3)

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -83,7 +84,9 @@ def _decoded(file: BinaryIO, max_pixels: int) -> np.ndarray:
         raise PictureError(f"{width}x{height} is too small, both sides must be {MIN_SIDE} or more")
     if image.format == "TIFF":
         _check_tiff(image)
-    if image.format == "PNG":
+        with _silence():
+            image.load()
+    elif image.format == "PNG":
         _load_png(image, file)
     else:
         image.load()
@@ -192,6 +195,23 @@ def _check_tiff(image: TiffImagePlugin.TiffImageFile) -> None:
     colours = tags.get(TiffImagePlugin.COLORMAP)
     if colours and max(colours) < 256:  # against TIFF 6.0, which has 16 bits; libtiff reads them so too
         image.palette = ImagePalette.raw("RGB;L", bytes(colours))
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Without what libtiff itself writes to stderr about damaged files: the error that follows says it."""
+    try:
+        stderr = os.dup(2)
+    except OSError:  # closed
+        yield
+        return
+    with open(os.devnull, "w") as nothing:
+        os.dup2(nothing.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
 
 
 def _range_of_grey(image: Image.Image) -> tuple[int, bool]:
