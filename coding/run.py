@@ -11,8 +11,8 @@ from torch import Tensor
 from coding import budget, ledger, report
 from coding.plan import STREAM, Job
 from measuring.charts import contact_sheet
+from measuring.evaluator import Evaluator
 from measuring.metrics import colour_shift, ms_ssim, psnr
-from measuring.pyiqa_metrics import score_with_pyiqa, unavailable
 from models.bitstream import unpack
 from models.codec import Codec
 from models.records import Analysed, Sampling
@@ -62,9 +62,9 @@ class Run:
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
-        self.unavailable = {name: unavailable(name) for name in args.metrics}  # unknown names stop here
         self.weights = Weights(args)
         self.device = self.weights.device
+        self.evaluator = Evaluator(args.metrics, self.device)  # unknown names stop here
         if self.weights.fixed:
             self.weights.codec()  # wrong ones are told before any picture is read
         self.rows: list[report.Row] = []
@@ -149,13 +149,10 @@ class Run:
 
     def extra_metrics(self) -> None:
         """Scores of --metrics, where their weights are here; otherwise one line that says why not."""
-        for reason in filter(None, self.unavailable.values()):
+        for reason in self.evaluator.left_out.values():
             print(f"skipped: {reason}", file=sys.stderr)
-        names = [name for name, reason in self.unavailable.items() if reason is None]
-        if names and self.pairs:
-            scores = score_with_pyiqa(names, (self._pair(*paths) for *paths, _ in self.pairs), self.device)
-            for (_, _, row), values in zip(self.pairs, scores, strict=True):
-                row |= values
+        for original, decoded, row in self.pairs if self.evaluator.names else []:
+            row |= self.evaluator(*self._pair(original, decoded))
 
     def overview(self) -> None:
         sheet = []

@@ -7,7 +7,7 @@ from coding import batch, options
 from coding.report import COLUMNS, TABLES, aligned_table, write_rows
 from experiments.inputs import photographs
 from measuring.charts import Curve, chart
-from measuring.pyiqa_metrics import unavailable
+from measuring.scores import unavailable
 from utils.errors import DiffoError
 
 
