@@ -1,6 +1,6 @@
 """Reproduce the paper's measurements.
 
-python reproduce.py weights                                      fetch the weights of LPIPS and DISTS once, online
+python reproduce.py weights                                      fetch the weights of learned scores once, online
 python reproduce.py eta --data VAL --held_out PICTURES -o OUT    sweep and fit the noise level of the one step (Fig. 5)
 python reproduce.py rates --data kodak -o OUT                    code the pictures at several qualities: table and curves
 python reproduce.py equal_bytes --against DIR --data kodak -o OUT    two layers against a base-only release, at its bytes
@@ -18,7 +18,7 @@ QUALITIES = ("0", "0.4", "20", "40", "60", "80", "100")
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = command_parser(__doc__)
     commands = parser.add_subparsers(dest="experiment", required=True)
-    weights = commands.add_parser("weights", help="fetch the weights of perceptual metrics")
+    weights = commands.add_parser("weights", help="fetch the weights of learned scores")
     weights.add_argument("--timeout", type=float, default=20, metavar="S", help="for a connection (default 20 seconds)")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
@@ -48,7 +48,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     if args.experiment == "weights":
-        from measuring.pyiqa_metrics import download_weights
+        from measuring.weights import download_weights
 
         return download_weights(args.timeout)
     with loading():

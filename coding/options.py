@@ -44,7 +44,7 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
     add("--demo", action="store_true", help="code the photographs that scikit-image ships, instead of -i")
     add("--recursive", action="store_true", help="look into sub-folders of -i")
     add("--overwrite", action="store_true", help="replace outputs that are there already")
-    add("--metrics", nargs="+", default=[], metavar="NAME", help="more scores: fsim nlpd gmsd vsi vif lpips-vgg dists")
+    add("--metrics", nargs="+", default=[], metavar="NAME", help="more scores: stlpips-vgg fsim nlpd lpips-vgg ...")
     add("--overview", action="store_true", help="draw overview.png: originals beside decoded pictures")
     add("--json", action="store_true", help="inspect: one JSON object per line")
     add = parser.add_argument_group("weights (without these flags: the small ones that ship)").add_argument

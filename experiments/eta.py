@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from experiments.inputs import codec_of, photographs
 from measuring.charts import Curve, chart
-from measuring.pyiqa_metrics import METRICS, score_with_pyiqa, unavailable
+from measuring.evaluator import SCORES, Evaluator, unavailable
 from models.codec import Codec
 from models.diffusion import RateParams
 from models.records import Sampling
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
     etas = np.geomspace(codec.rate.eta_min, codec.rate.eta_max, args.points)
     sweeps = {name: sweep(codec, paths, codes, etas, metric) for name, paths in pictures.items()}
     rate = fit(sweeps["fit"], default)
-    better = "lower" if METRICS[metric].lower_is_better else "higher"
+    better = "lower" if SCORES[metric].lower_is_better else "higher"
     about = {"metric": metric, "better": better, "identifiable": sweeps["fit"].identifies_c}
     about |= {"c": round(rate.c, 5), "codes": codes}
     about |= {name: {"pictures": len(pictures[name])} | found.told(rate, default) for name, found in sweeps.items()}
@@ -115,23 +115,24 @@ def sweep(codec: Codec, pictures: Sequence[Path], codes: Sequence[int], etas: np
     """Decode every picture at every code with every eta, and score it.
 
     Args:
-        codes: codes as in the file, 0 for the base alone. metric: a key of `measuring.pyiqa_metrics.METRICS`.
+        codes: codes as in the file, 0 for the base alone. metric: a key of `measuring.scores.SCORES`.
     Raises:
         PictureError: one is too small for the metric.
     """
-    sign = 1 if METRICS[metric].lower_is_better else -1
+    evaluator = Evaluator([metric], codec.device)
+    sign = 1 if SCORES[metric].lower_is_better else -1
     costs, rates = np.zeros((len(codes), len(etas))), np.zeros(len(codes))
     for path in tqdm(pictures, desc="sweeping eta", unit="picture"):
         image = read_image(path)
-        if min(image.shape[1:]) < METRICS[metric].min_side:
-            raise PictureError(f"{path}: {metric} needs sides from {METRICS[metric].min_side} pixels")
+        if min(image.shape[1:]) < SCORES[metric].min_side:
+            raise PictureError(f"{path}: {metric} needs sides from {SCORES[metric].min_side} pixels")
         analysed = codec.analyse(image)
         for row, code in enumerate(codes):
             contents = codec.read(codec.write(analysed, code))
             rates[row] += contents.file.section_bpp / len(pictures)
-            pairs = ((image, codec.render(contents, Sampling(eta=eta)).image) for eta in etas)
-            values = score_with_pyiqa([metric], pairs, codec.device)
-            costs[row] += sign * np.array([value[metric] for value in values]) / len(pictures)
+            decoded = (codec.render(contents, Sampling(eta=eta)).image for eta in etas)
+            values = [evaluator(image, picture)[metric] for picture in decoded]
+            costs[row] += sign * np.array(values) / len(pictures)
     return Sweep(etas, rates, costs, sign)
 
 

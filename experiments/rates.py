@@ -9,7 +9,7 @@ from coding.report import COLUMNS, aligned_table
 from coding.table import write_rows
 from experiments.inputs import photographs
 from measuring.charts import Curve, chart
-from measuring.pyiqa_metrics import unavailable
+from measuring.scores import unavailable
 from utils.errors import DiffoError
 
 

@@ -1,7 +1,7 @@
-"""Full-reference scores of 8-bit pictures that need torch alone.
+"""Full-reference scores of 8-bit pictures that need no trained network.
 
 Conventions: a picture is a uint8 tensor (3, H, W), RGB, and the original always comes before the decoded one. PSNR is
-over RGB, MS-SSIM over luma.
+over RGB, or over red; MS-SSIM over luma, or over RGB.
 """
 
 import math
@@ -18,6 +18,12 @@ def psnr(original: torch.Tensor, decoded: torch.Tensor) -> float:
     require_pair(original, decoded)
     error = (original.double() - decoded.double()).square().mean().item()
     return math.inf if error == 0 else 10 * math.log10(255**2 / error)
+
+
+def psnr_red(original: torch.Tensor, decoded: torch.Tensor) -> float:
+    """PSNR in dB of the red channel alone, which the published evaluation measures; blind to green and blue."""
+    require_pair(original, decoded)
+    return psnr(*(picture[:1].expand(3, -1, -1) for picture in (original, decoded)))
 
 
 def ms_ssim(original: torch.Tensor, decoded: torch.Tensor) -> float | None:
@@ -38,6 +44,20 @@ def ms_ssim(original: torch.Tensor, decoded: torch.Tensor) -> float | None:
         x, y = F.avg_pool2d(x, 2, padding=padding), F.avg_pool2d(y, 2, padding=padding)
     luminance, contrast = _ssim_terms(x, y)
     return score * (luminance * contrast).mean().item() ** MS_SSIM_EXPONENTS[-1]
+
+
+def ms_ssim_rgb(original: torch.Tensor, decoded: torch.Tensor) -> float | None:
+    """Multi-scale structural similarity of R, G and B, 0..1: their mean, by pytorch-msssim, in float32.
+
+    What learned codecs mostly report. Negative terms are cut to 0 after the mean over a channel, not at every pixel,
+    and nothing is rounded. None if a side is under 161 pixels.
+    """
+    require_pair(original, decoded)
+    if min(original.shape[-2:]) < MS_SSIM_MIN_SIDE:
+        return None
+    import pytorch_msssim
+
+    return pytorch_msssim.ms_ssim(original[None].float(), decoded[None].float(), data_range=255).item()
 
 
 def colour_shift(original: torch.Tensor, decoded: torch.Tensor) -> tuple[float, float, float]:

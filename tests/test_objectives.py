@@ -13,7 +13,7 @@ import torch
 
 from datapipe.draws import DrawParams, draw
 from datapipe.pictures import Batch
-from measuring.pyiqa_metrics import VGG16
+from measuring.weights import VGG16
 from models.records import CodecOutput
 from models.vq_base import BaseCode
 from tests.stages import batch_of, new_stage

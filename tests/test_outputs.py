@@ -150,7 +150,7 @@ def test_what_is_said_of_a_single_small_picture(same_stem, weights, tmp_path, ca
     status, table, _ = call(capsys, "-i", same_stem / "a.jpg", "-o", tmp_path / "out", *weights)
     row = json.loads((tmp_path / "out" / "metrics.json").read_text())["pictures"][0]
     assert status == 0 and "mean of" not in table and "ms_ssim" in row and row["ms_ssim"] is None
-    assert row["note"] == "MS-SSIM needs sides from 161 pixels" and row["note"] in table
+    assert row["note"] == "MS-SSIM (luma) needs sides from 161 pixels" and row["note"] in table
     _, text, _ = call(capsys, "--mode", "inspect", "-i", tmp_path / "out" / "a.dfo", *weights)
     assert "None" not in text and "none of those that ship" in text
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from datapipe.pictures import Batch
 from datapipe.sources import open_source
-from measuring.pyiqa_metrics import VGG16
+from measuring.weights import VGG16
 from models.codec import Codec
 from models.released import NAMES, NETWORKS
 from training.config import TrainConfig

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from measuring.pyiqa_metrics import VGG16
+from measuring.weights import VGG16
 from models.losses import ms_ssim_loss
 from training.perceptual_networks import PACKAGED, FeatureDistance, StLpips, packaged
 from utils.errors import ConfigError

