@@ -19,7 +19,7 @@ from training.dry_run import dry_run
 from training.perceptual import require_available
 from training.trainer import Trainer
 from utils import distributed
-from utils.commandline import answer
+from utils.commandline import answer, command_parser
 from utils.errors import ConfigError
 from utils.files import held, make_folder
 from utils.logging import LOG
@@ -27,7 +27,7 @@ from utils.precision import deterministic
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     add = parser.add_argument
     add("--cfg_path", metavar="YAML", help="configuration (default: configs/config.yaml)")
     add("--save_dir", metavar="DIR", help="the run's folder, DIR/name, is made in it (default: runs)")

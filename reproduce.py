@@ -10,13 +10,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from utils.commandline import answer, positive
+from utils.commandline import answer, command_parser, loading, positive
 
 QUALITIES = ("0", "0.4", "20", "40", "60", "80", "100")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     commands = parser.add_subparsers(dest="experiment", required=True)
     weights = commands.add_parser("weights", help="fetch the weights of learned scores")
     weights.add_argument("--timeout", type=float, default=20, metavar="S", help="for a connection (default 20 seconds)")
@@ -51,8 +51,8 @@ def run(args: argparse.Namespace) -> None:
         from measuring.weights import download_weights
 
         return download_weights(args.timeout)
-    from experiments import equal_bytes, eta, rates  # torch takes seconds: wrong usage is answered before
-
+    with loading():
+        from experiments import equal_bytes, eta, rates  # torch takes seconds: wrong usage is answered before
     {"eta": eta, "rates": rates, "equal_bytes": equal_bytes}[args.experiment].run(args)
 
 

@@ -30,9 +30,9 @@ from experiments.inputs import photographs
 from models.bitstream import MAX_SIDE, MIN_SIDE, CodedResidual, pack, unpack
 from models.codec import Codec
 from models.entropy_coding import encode_indices, encode_symbols
-from models.released import SMALL, load_codec
+from models.released import SMALL, load_release
 from models.residual_networks import hyper_size
-from utils.commandline import answer, positive
+from utils.commandline import answer, command_parser, positive
 from utils.errors import BitstreamError, DiffoError
 from utils.images import read_image
 
@@ -237,7 +237,7 @@ class Memory:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     add = parser.add_argument
     add("--weights", type=Path, default=SMALL, metavar="DIR", help="release folder (default: the small one that ships)")
     add("--pictures", type=Path, metavar="DIR", help="pictures (default: demo photographs)")
@@ -249,7 +249,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> int:
     torch.set_num_threads(1)  # threads that wait for each other would count as processor time
-    codec = load_codec(args.weights)
+    codec = load_release(args.weights)
     paths = photographs(args.pictures) if args.pictures else demo_photographs()
     files = valid_files(codec, (read_image(path)[:, :SIDE, :SIDE] for path in paths))
     print(f"{len(files)} valid files of {len(paths)} pictures, {min(map(len, files))} to {max(map(len, files))} bytes")

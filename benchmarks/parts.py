@@ -25,8 +25,8 @@ from datapipe.sources import demo_photographs
 from experiments.inputs import photographs
 from models import entropy_coding
 from models.codec import Codec
-from models.released import SMALL, load_codec
-from utils.commandline import answer, positive
+from models.released import SMALL, load_release
+from utils.commandline import answer, command_parser, positive
 from utils.distributed import local_device
 from utils.files import atomic_write
 from utils.images import read_image, write_image
@@ -108,7 +108,7 @@ def table(name: str, runs: list[dict[str, float]]) -> str:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     add = parser.add_argument
     add("--weights", type=Path, default=SMALL, metavar="DIR", help="release folder (default: the small one that ships)")
     add("--pictures", type=Path, metavar="DIR", help="pictures (default: those of scikit-image)")
@@ -122,7 +122,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def bench(args: argparse.Namespace) -> None:
     device = local_device(args.device)
     paths = photographs(args.pictures) if args.pictures else demo_photographs()
-    codec = load_codec(args.weights, device)
+    codec = load_release(args.weights, device)
     level, stopwatch = codec.level_code(args.quality), Stopwatch(device)
     for owner, attribute, part in NETWORKS:
         if (network := getattr(codec, owner) if owner else codec) is not None:

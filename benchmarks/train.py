@@ -27,7 +27,7 @@ from training.stages import STAGES
 from training.start import new_codec, start_from
 from training.step import Step
 from utils import distributed
-from utils.commandline import answer, positive
+from utils.commandline import answer, command_parser, positive
 
 PLAIN = SpeedParams("float32", channels_last=False, fused_adamw=False, keep_memory=False)
 OPTIONS = {
@@ -47,7 +47,7 @@ BATCHES = 8  # different ones, again and again
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--config", default="configs/tiny.yaml", metavar="YAML")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--options", nargs="+", choices=[*OPTIONS, OWN], default=["plain", OWN])

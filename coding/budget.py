@@ -2,17 +2,22 @@
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cache
 
+from measuring.metrics import bpp
+from models.bitstream import LEAST_RESIDUAL
 from models.codec import Codec
 from models.records import Analysed
 from models.residual_hyperprior import LEVEL_CODES
 from utils.errors import BudgetError
 
-NEIGHBOURS = 3  # codes tried on both sides of the one that bisection finds: sizes need not rise at every step
-ENOUGH = 0.97  # share of a budget from which the search ends; below it, every code is written
+NEIGHBOURS = 3  # codes written on both sides of the one that is found: sizes need not rise at every step
+ENOUGH = 0.97  # share of a budget below which the table says what a larger file would take
+
+Size = Callable[[int], int]  # bytes of the file of a code
 
 
 @dataclass(frozen=True)
@@ -30,51 +35,71 @@ class Fitted:
 
 
 def bytes_of_bpp(target_bpp: float, height: int, width: int) -> int:
-    """Whole bytes that `target_bpp` bits per pixel of the source picture allow."""
-    return int(target_bpp * height * width / 8)
+    """The most bytes whose rate, as `measuring.metrics.bpp` reports it, is at most `target_bpp` bits per pixel."""
+    exact = math.floor(Fraction(target_bpp) * height * width / 8)
+    return exact + (bpp(exact + 1, height, width) <= target_bpp)  # the reported rate may be rounded down to the target
 
 
-def fit(codec: Codec, picture: Analysed, max_bytes: int, at_most: bool = True) -> Fitted:
-    """The largest file of at most `max_bytes`; one with a residual that takes ENOUGH of them ends the search.
+def fit(codec: Codec, picture: Analysed, max_bytes: int) -> Fitted:
+    """The largest file of at most `max_bytes`: of the highest level below the budget, or one near it.
 
-    Args:
-        at_most: False refuses a budget above the picture's largest file, too (a target rate that cannot be met).
+    Sizes rise with the level but for a few bytes, and where few symbols are coded may fall before they rise. Some
+    twenty files are written, and one where no residual can fit.
+
     Raises:
-        BudgetError: the range of the picture's files does not hold the budget; says the range.
+        BudgetError: the smallest file, the base alone, has more bytes.
     """
     write = cache(lambda code: codec.write(picture, code))
 
     def size(code: int) -> int:
         return len(write(code))
 
-    def best(codes: Iterable[int]) -> int:
-        return max((code for code in codes if size(code) <= max_bytes), key=size)
+    base = size(0)
+    if max_bytes < base:
+        raise BudgetError(_too_small(max_bytes, base, picture))
+    if not codec.has_levels or max_bytes < base + LEAST_RESIDUAL:
+        why = f"a residual takes {LEAST_RESIDUAL} bytes or more" if codec.has_levels else "all that these weights have"
+        return Fitted(write(0), 0, f"base alone; {why}" if max_bytes > base else None)
+    if max_bytes >= size(LEVEL_CODES):
+        note = "the highest level: more bytes would not serve" if max_bytes > size(LEVEL_CODES) else None
+        return Fitted(write(LEVEL_CODES), LEVEL_CODES, note)
+    found = _edge(size, max_bytes, 0, LEVEL_CODES) or _beyond_valley(size, max_bytes)
+    near = range(max(1, found - NEIGHBOURS), min(LEVEL_CODES, found + NEIGHBOURS) + 1)
+    code = max((code for code in (0, *near) if size(code) <= max_bytes), key=lambda code: (size(code), code))
+    return Fitted(write(code), code, _note(size(code), max_bytes, code, map(size, near)))
 
-    highest = LEVEL_CODES if codec.has_levels else 0
-    if max_bytes < size(0) or (max_bytes > size(highest) and not at_most):
-        raise BudgetError(_outside(max_bytes, size(0), size(highest), picture))
-    if max_bytes >= size(highest):
-        note = "the largest file of this picture" if codec.has_levels else "base alone, all that these weights have"
-        return Fitted(write(highest), highest, note if max_bytes > size(highest) else None)
-    found = bisect_right(range(1, highest), max_bytes, key=size)  # the code, if sizes rise with it; 0 fits always
-    code = best(range(max(0, found - NEIGHBOURS), min(highest, found + NEIGHBOURS) + 1))
-    if code == 0 or size(code) < ENOUGH * max_bytes:
-        code = best(range(highest + 1))
-    used = size(code)
+
+def _edge(size: Size, max_bytes: int, fits: int, exceeds: int) -> int:
+    """A code that is not over the budget while the next one is, between one of either kind."""
+    return bisect_right(range(fits + 1, exceeds), max_bytes, key=size) + fits
+
+
+def _beyond_valley(size: Size, max_bytes: int) -> int:
+    """The edge above the smallest of the files with a residual; 0 where that is over the budget."""
+    tried = [2**power for power in range(8)] + [LEVEL_CODES]  # all are too large: those that bisection down to 0 met
+    while size(lowest := min(tried, key=size)) > max_bytes:
+        at = tried.index(lowest)
+        middles = {(lowest + other) // 2 for other in tried[max(0, at - 1) : at + 2]} - {*tried}
+        if not middles:
+            return 0
+        tried = sorted({*tried, *middles})
+    return _edge(size, max_bytes, lowest, next(code for code in tried if code > lowest and size(code) > max_bytes))
+
+
+def _note(used: int, max_bytes: int, code: int, near: Iterable[int]) -> str | None:
+    """What there is to say of a file that leaves much of its budget."""
     if used == max_bytes or (code and used >= ENOUGH * max_bytes):
-        return Fitted(write(code), code)
-    above = min(other for other in map(size, range(highest + 1)) if other > max_bytes)
+        return None
+    above = min(size for size in near if size > max_bytes)
     if code == 0:
-        return Fitted(write(0), 0, f"base alone; the smallest file with a residual has {above:,} bytes")
-    note = f"{used / max_bytes:.0%} of the budget; the next larger file has {above:,} bytes"
-    return Fitted(write(code), code, note)
+        return f"base alone; with a residual from {above:,} bytes"
+    return f"{used / max_bytes:.0%} of the budget; the next larger file has {above:,} bytes"
 
 
-def _outside(max_bytes: int, smallest: int, largest: int, picture: Analysed) -> str:
-    # Rounded inwards, so that the rates that are told can be asked for.
-    per_byte = 8e4 / (picture.file.height * picture.file.width)
-    low, high = math.ceil(smallest * per_byte) / 1e4, math.floor(largest * per_byte) / 1e4
+def _too_small(max_bytes: int, smallest: int, picture: Analysed) -> str:
+    height, width = picture.file.height, picture.file.width
+    rate = -(-80_000 * smallest // (height * width)) / 1e4  # rounded up, so that it can be asked for
     return (
-        f"{max_bytes:,} bytes ({max_bytes * per_byte / 1e4:.4f} bpp) are outside what these weights can do for this "
-        f"picture: {smallest:,} to {largest:,} bytes ({low:.4f} to {high:.4f} bpp)"
+        f"{max_bytes:,} bytes ({bpp(max_bytes, height, width):.4f} bpp) are too few for this picture: "
+        f"its smallest file has {smallest:,} bytes ({rate:.4f} bpp)"
     )

@@ -14,7 +14,7 @@ class CompressAIView(nn.Module):
     """A released codec at one quality, as CompressAI's models are called.
 
     Args:
-        codec: released weights (`release.load_codec`). quality: 0 for the base alone, up to 100.
+        codec: released weights (`load_codec(...).model`). quality: 0 for the base alone, up to 100.
     Raises:
         CheckpointError: the weights have no residual codec and the quality is above 0. ValueError: a quality out of range.
     """

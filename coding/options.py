@@ -5,7 +5,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from utils.commandline import number, positive
+from utils.commandline import command_parser, number, positive
 from utils.limits import MAX_PIXELS
 
 MODES = ("roundtrip", "compress", "decompress", "inspect")
@@ -18,9 +18,7 @@ noise_seed = number(int, lambda value: 0 <= value < 2**32, "in 0 to 2^32 - 1")
 
 def parse(argv: list[str] | None, description: str | None = None) -> argparse.Namespace:
     """The options; `command` among them is the line that was given, to be pasted into a shell. Wrong usage exits with 2."""
-    parser = argparse.ArgumentParser(
-        prog="inference.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(description, "inference.py")
     _add_files(parser)
     _add_coding(parser)
     args = parser.parse_args(argv)
@@ -34,7 +32,13 @@ def parse(argv: list[str] | None, description: str | None = None) -> argparse.Na
 def _add_files(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("-i", "--in_path", type=Path, nargs="+", metavar="PATH", help="pictures, .dfo files, or folders of them")
-    add("-o", "--out_path", type=Path, metavar="DIR", help="folder for <stem>.dfo, <stem>.png and metrics.csv")
+    add(
+        "-o",
+        "--out_path",
+        type=Path,
+        metavar="PATH",
+        help="folder for <stem>.dfo, <stem>.png, metrics.csv; or one file",
+    )
     add("-r", "--ref_path", type=Path, metavar="PATH", help="originals to measure against, paired by file name")
     add("--mode", choices=MODES, default="roundtrip", help="default: roundtrip, which decodes the file it has written")
     add("--demo", action="store_true", help="code the photographs that scikit-image ships, instead of -i")
@@ -58,10 +62,11 @@ def _add_coding(parser: argparse.ArgumentParser) -> None:
     add("--target_bpp", type=rate, metavar="B", help="the largest file of at most B bits per pixel")
     add("--max_bytes", type=positive, metavar="N", help="the largest file of at most N bytes")
     add = parser.add_argument_group("denoising").add_argument
-    add("--one_step", action="store_true", help="the codec's single step, noise level from the rate")
-    add("--ddim", action="store_true", help="deterministic steps; otherwise ancestral ones")
+    add("--one_step", action="store_true", help="a single step, noise level from the rate (the default)")
+    add("--ddim", action="store_true", help="deterministic steps (the default)")
+    add("--infer_steps", type=positive, metavar="N", help="N of the schedule's steps, the least noisy one among them")
+    add("--ancestral", action="store_true", help="with --infer_steps: draw fresh noise at every step")
     add("--steps", type=int, metavar="T", help="steps of the schedule that the weights were trained with")
-    add("--infer_steps", type=positive, metavar="N", help="run N of them, from the least noisy one up (default: all)")
     add("--eta", type=noise_level, metavar="ETA", help="noise level of the single step, instead of the rate's")
     add("--seed", type=noise_seed, metavar="N", help="noise seed, instead of the file's own")
     add = parser.add_argument
@@ -80,6 +85,7 @@ def _mistakes(args: argparse.Namespace) -> list[tuple[bool, str]]:
     compares = bool(args.metrics or args.overview)
     sized = args.quality or args.target_bpp or args.max_bytes
     nothing = f"--mode {mode} decodes nothing: leave out --ref_path, --metrics and --overview"
+    levels = "--eta is for the single step; the schedule's steps have levels of their own: leave out --infer_steps"
     originals = "--metrics and --overview compare with originals: name them with --ref_path"
     return [
         (bool(args.in_path) == args.demo, "name the input with -i PATH, or use --demo"),
@@ -88,11 +94,13 @@ def _mistakes(args: argparse.Namespace) -> list[tuple[bool, str]]:
         (any(triple) and not all(triple), "--ckpt, --vqckpt and --GT_vqckpt belong together: name all three or none"),
         (any(triple) and args.weights, "--weights names a whole release: leave out --ckpt, --vqckpt and --GT_vqckpt"),
         (args.config and not any(triple), "--config goes with --ckpt, --vqckpt and --GT_vqckpt"),
-        (args.one_step and args.infer_steps not in (None, 1), "--one_step and --infer_steps contradict each other"),
+        (args.one_step and (args.infer_steps or 1) > 1, "--one_step and --infer_steps above 1 contradict each other"),
+        (args.ancestral and (args.one_step or args.ddim), "--ancestral contradicts --one_step and --ddim"),
+        (args.ancestral and not args.infer_steps, "--ancestral: say how many of the schedule's steps, --infer_steps N"),
         ((args.ref_path or compares) and not decodes, nothing),
         (compares and mode == "decompress" and not args.ref_path, originals),
         (args.json and mode != "inspect", "--json goes with --mode inspect; the other modes write metrics.json"),
         (args.preview and encodes, "--preview goes with --mode decompress or inspect"),
         (sized and not encodes, "--quality, --target_bpp and --max_bytes go with --mode roundtrip or compress"),
-        (args.eta is not None and not args.one_step, "--eta is for --one_step; the schedule's steps have their own"),
+        (args.eta is not None and args.infer_steps and not args.one_step, levels),
     ]

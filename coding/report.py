@@ -1,38 +1,32 @@
-"""The table of a coding run: one row per picture, printed, and written as CSV and JSON."""
+"""Rows of measurements, their columns and means, and the table that is printed of them."""
 
-import csv
-import io
-import json
 import math
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
-
-from utils.files import atomic_write
 
 # column -> (heading, format) in the printed table, or None: it should fit a terminal, and leaves those to the files
 COLUMNS = {
     **{name: (name, "s") for name in ("quality", "weights", "picture")},
+    "output": None,
     **{name: (name, "d") for name in ("width", "height", "bytes")},
     "bpp": ("bpp", ".4f"),
-    "code": ("code", "d"),
+    "code": ("level/255", "d"),
     **dict.fromkeys(f"{part}_bits" for part in ("header", "base", "hyper", "residual", "check", "estimated")),
     "fixed_length_base_bits": None,
     "steps": ("steps", "d"),
-    "eta": ("eta", ".3f"),
+    "eta": ("noise eta", ".3f"),
     "psnr": ("PSNR dB", ".2f"),
     "ms_ssim": ("MS-SSIM", ".4f"),
     "won": ("won", "s"),
-    **{f"error_{channel}": (f"err {channel.upper()}", "+.2f") for channel in "rgb"},
-    "encode_s": ("enc s", ".2f"),
+    **{f"error_{name[0]}": (f"{name} error", "+.2f") for name in ("red", "green", "blue")},
+    "encode_s": ("encode s", ".2f"),
     "write_s": None,
-    "decode_s": ("dec s", ".2f"),
+    "decode_s": ("decode s", ".2f"),
     "read_s": None,
     "note": ("note", "s"),
 }
 WITHOUT_MEAN = ("picture", "width", "height", "steps")
-
-TABLES = ["metrics.csv", "metrics.json"]
+EXPLAINED = ("ms_ssim",)  # columns that are kept where no row has a value: the note says why
 
 Row = dict[str, str | int | float | None]
 
@@ -40,7 +34,8 @@ Row = dict[str, str | int | float | None]
 def columns_of(rows: Sequence[Row]) -> list[str]:
     """Columns that any row fills, in their order; extra metrics last."""
     extra = [name for row in rows for name in row if name not in COLUMNS]
-    return [name for name in [*COLUMNS, *dict.fromkeys(extra)] if any(row.get(name) is not None for row in rows)]
+    filled = {name for row in rows for name, value in row.items() if value is not None or name in EXPLAINED}
+    return [name for name in [*COLUMNS, *dict.fromkeys(extra)] if name in filled]
 
 
 def mean_row(rows: Sequence[Row]) -> Row:
@@ -63,24 +58,6 @@ def aligned_table(rows: list[Row]) -> str:
     rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
     form = "  ".join([f"{{:<{widths[0]}}}", *(f"{{:>{width}}}" for width in widths[1:])])
     return "\n".join([form.format(*lines[0]), rule, *(form.format(*line) for line in lines[1:])])
-
-
-def write_tables(rows: list[Row], folder: Path, about: dict) -> None:
-    """metrics.csv (one line per picture) and metrics.json (the same, their mean, and how they were made)."""
-    write_rows(rows, folder / TABLES[0])
-    content = json.dumps({"about": about, "mean": mean_row(rows), "pictures": rows})
-    # JSON has no infinity: equal pictures have a PSNR of null.
-    plain = json.loads(content, parse_constant=lambda _: None)
-    atomic_write(folder / TABLES[1], (json.dumps(plain, indent=1) + "\n").encode())
-
-
-def write_rows(rows: list[Row], path: Path) -> None:
-    """The rows as CSV."""
-    text = io.StringIO()
-    table = csv.DictWriter(text, columns_of(rows), restval="", extrasaction="ignore", lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
-    atomic_write(path, text.getvalue().encode(errors="backslashreplace"))  # names of files need not be text
 
 
 def _cell(value: str | int | float | None, form: str) -> str:

@@ -10,16 +10,18 @@ from torch import Tensor
 
 from coding import budget, ledger, report
 from coding.plan import STREAM, Job
+from coding.table import Table
 from measuring.charts import contact_sheet
 from measuring.evaluator import Evaluator
 from measuring.metrics import colour_shift, ms_ssim, psnr
+from measuring.scores import SCORES
 from models.bitstream import unpack
 from models.codec import Codec
 from models.records import Analysed, Sampling
-from models.released import SMALL, Triple, load_codec, load_triple, release_of
+from models.released import SMALL, Triple, load_release, load_triple, release_of
 from utils.distributed import local_device
 from utils.errors import BitstreamError, DiffoError, PictureError, out_of_memory
-from utils.files import atomic_write, make_folder
+from utils.files import atomic_write
 from utils.images import read_image, write_image
 
 LARGEST_BPP = 2  # ten times what the largest files have
@@ -48,10 +50,12 @@ class Weights:
         if args.ckpt:
             codec = load_triple(Triple(args.ckpt, args.vqckpt, args.GT_vqckpt), args.config, self.device)
         else:
-            codec = load_codec(args.weights or (SMALL if self.fixed else release_of(fingerprint)), self.device)
+            codec = load_release(args.weights or (SMALL if self.fixed else release_of(fingerprint)), self.device)
         trained = codec.params.diffusion.steps
         if args.steps not in (None, trained):
             raise DiffoError(f"--steps {args.steps}: these weights were trained with a schedule of {trained} steps")
+        if (args.infer_steps or 1) > trained:
+            raise DiffoError(f"--infer_steps {args.infer_steps}: the schedule of these weights has {trained} steps")
         codec.max_pixels = args.max_pixels
         self.codecs[key] = codec
         return codec
@@ -60,14 +64,16 @@ class Weights:
 class Run:
     """One invocation: the weights, how to denoise, and what has been measured so far."""
 
-    def __init__(self, args: argparse.Namespace):
-        self.args = args
+    def __init__(self, args: argparse.Namespace, folder: Path):
+        self.args, self.folder = args, folder
         self.weights = Weights(args)
         self.device = self.weights.device
         self.evaluator = Evaluator(args.metrics, self.device)  # unknown names stop here
         if self.weights.fixed:
             self.weights.codec()  # wrong ones are told before any picture is read
+        self.table: Table | None = None  # that rows are added to, if any
         self.rows: list[report.Row] = []
+        self.done: list[Job] = []
         self.pairs: list[tuple[Path, Path, report.Row]] = []  # original, decoded
 
     def job(self, job: Job) -> None:
@@ -76,9 +82,9 @@ class Run:
         Raises:
             DiffoError: this input cannot be done; no file is left half written.
         """
-        make_folder(job.target.parent)
         args = self.args
-        row: report.Row = {"picture": job.name}
+        output = job.output(".png" if args.mode == "decompress" else STREAM)
+        row: report.Row = {"picture": job.name, "output": str(output.relative_to(self.folder))}
         picture = None if args.mode == "decompress" else read_image(job.source, args.max_pixels)
         original = read_image(job.reference, args.max_pixels) if job.reference else picture
         if picture is not None:
@@ -93,18 +99,20 @@ class Run:
         contents, reading = self._timed(lambda: codec.read(data, args.preview))
         row |= ledger.ledger(file) | ledger.beside(codec, contents)
         if args.mode != "compress":
-            trained = codec.params.diffusion.steps
-            steps = None if args.one_step else min(args.infer_steps or trained, trained)
-            sampling = Sampling(steps, args.ddim, args.eta, args.seed)
+            steps = None if args.one_step else args.infer_steps
+            sampling = Sampling(steps, not args.ancestral, args.eta, args.seed)
             decoded, networks = self._timed(lambda: codec.render(contents, sampling))
             write_image(job.output(".png"), decoded.image)
             row |= {"eta": decoded.eta, "steps": steps or 1, "decode_s": reading + networks, "read_s": reading}
             row |= {"note": "preview: the base alone"} if args.preview else {}
             if original is not None:
-                row |= {"psnr": psnr(original, decoded.image), "ms_ssim": ms_ssim(original, decoded.image)}
+                add_scores(row, {"psnr": psnr(original, decoded.image), "ms_ssim": ms_ssim(original, decoded.image)})
                 row |= zip(("error_r", "error_g", "error_b"), colour_shift(original, decoded.image), strict=True)
                 self.pairs.append((job.reference or job.source, job.output(".png"), row))
         self.rows.append(row)
+        self.done.append(job)
+        if self.table:
+            self.table.add(row)
 
     def _encode(self, job: Job, picture: Tensor) -> report.Row:
         codec = self.weights.codec()
@@ -118,7 +126,7 @@ class Run:
         """The file of the quality or the budget that was asked for."""
         args, file = self.args, analysed.file
         if args.target_bpp:
-            return budget.fit(codec, analysed, budget.bytes_of_bpp(args.target_bpp, file.height, file.width), False)
+            return budget.fit(codec, analysed, budget.bytes_of_bpp(args.target_bpp, file.height, file.width))
         if args.max_bytes:
             return budget.fit(codec, analysed, args.max_bytes)
         code = codec.level_code(args.quality)
@@ -152,14 +160,14 @@ class Run:
         for reason in self.evaluator.left_out.values():
             print(f"skipped: {reason}", file=sys.stderr)
         for original, decoded, row in self.pairs if self.evaluator.names else []:
-            row |= self.evaluator(*self._pair(original, decoded))
+            add_scores(row, self.evaluator(*self._pair(original, decoded)))
 
     def overview(self) -> None:
         sheet = []
         for original, decoded, row in self.pairs:
             told = f"{row['bpp']:.4f} bpp, {row['bytes']:,} bytes, {row['psnr']:.2f} dB"
             sheet.append((*self._pair(original, decoded), f"{original.stem}, 24 bpp", told))
-        contact_sheet(sheet, self.args.out_path / "overview.png")
+        contact_sheet(sheet, self.folder / "overview.png")
 
     def _pair(self, original: Path, decoded: Path) -> tuple[Tensor, Tensor]:
         """Both pictures again, since those of a whole folder would not fit into memory."""
@@ -167,15 +175,23 @@ class Run:
 
     def about(self) -> dict:
         """How the table was made, for whoever finds it later."""
-        sampler = "one step" if self.args.one_step else "ddim" if self.args.ddim else "ancestral"
+        args = self.args
+        sampler = "ancestral" if args.ancestral else "ddim" if args.infer_steps and not args.one_step else "one step"
         return {
             "weights": [codec.fingerprint.hex() for codec in self.weights.codecs.values()],
-            "sampler": None if self.args.mode == "compress" else sampler,
+            "sampler": None if args.mode == "compress" else sampler,
             "device": str(self.device),
-            "precision": self.args.precision,
+            "precision": args.precision,
             "threads": torch.get_num_threads(),
-            "command": self.args.command,
+            "command": args.command,
         }
+
+
+def add_scores(row: report.Row, scores: dict[str, float | None]) -> None:
+    """Scores for a row, whose note gets the reason where its picture is too small for one."""
+    small = [SCORES[name] for name, value in scores.items() if value is None and name not in row]
+    reasons = [f"{score.heading} needs sides from {score.min_side} pixels" for score in small]
+    row |= scores | {"note": "; ".join(filter(None, [row.get("note"), *reasons])) or None}
 
 
 def read_bytes(path: Path, max_pixels: int) -> bytes:

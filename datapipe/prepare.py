@@ -20,7 +20,7 @@ from datapipe.pictures import start_worker
 from datapipe.shards import find_shards, write_index, write_shards
 from datapipe.sources import read_list
 from datapipe.test_sets import CROP, download_clic2020, download_kodak
-from utils.commandline import answer, positive
+from utils.commandline import answer, command_parser, positive
 from utils.errors import DiffoError, PictureError
 from utils.files import PICTURES, atomic_write, make_folder, tell_left_out
 from utils.images import find_pictures, read_image
@@ -29,9 +29,7 @@ CHECKERS = min(4, os.cpu_count() or 1)  # processes that decode for --check
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m datapipe.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__, "python -m datapipe.prepare")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(work, name: str, told: str) -> argparse.ArgumentParser:

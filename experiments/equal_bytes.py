@@ -7,11 +7,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from coding import budget
-from coding.report import Row, aligned_table, mean_row, write_rows
+from coding.report import Row, aligned_table, mean_row
+from coding.table import write_rows
 from experiments.inputs import codec_of, photographs
 from measuring.metrics import MS_SSIM_MIN_SIDE, bpp, ms_ssim, psnr
 from models.codec import Codec
-from models.released import load_codec
+from models.released import load_release
 from utils.errors import BudgetError, PictureError
 from utils.images import read_image
 
@@ -24,7 +25,7 @@ def run(args: argparse.Namespace) -> None:
     """
     pictures = photographs(args.data)
     ours = codec_of(args)
-    rivals = [(folder.name, load_codec(folder, ours.device)) for folder in args.against]
+    rivals = [(folder.name, load_release(folder, ours.device)) for folder in args.against]
     rows, means = [], []
     for rival, theirs in rivals:
         pairs = [contest(ours, theirs, rival, path) for path in tqdm(pictures, desc=rival, unit="picture")]

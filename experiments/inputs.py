@@ -5,7 +5,7 @@ from pathlib import Path
 
 from coding.plan import inputs
 from models.codec import Codec
-from models.released import SMALL, load_codec
+from models.released import SMALL, load_release
 from utils.distributed import local_device
 from utils.files import make_folder, require_writable
 
@@ -28,4 +28,4 @@ def codec_of(args: argparse.Namespace) -> Codec:
         DiffoError: one of the three will not do.
     """
     require_writable(make_folder(args.out_path))
-    return load_codec(args.weights or SMALL, local_device(args.device))
+    return load_release(args.weights or SMALL, local_device(args.device))

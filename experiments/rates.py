@@ -4,7 +4,9 @@ import argparse
 import json
 
 from coding import batch, options
-from coding.report import COLUMNS, TABLES, aligned_table, write_rows
+from coding.batch import TABLES
+from coding.report import COLUMNS, aligned_table
+from coding.table import write_rows
 from experiments.inputs import photographs
 from measuring.charts import Curve, chart
 from measuring.scores import unavailable

@@ -4,10 +4,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from utils.files import atomic_path
+from utils.images import write_image
 
 COLUMN, MARGIN, CAPTION = 512, 24, 36  # pixels; pictures fit a square as wide as a column: portraits stay as large
 
@@ -72,8 +74,7 @@ def contact_sheet(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
         for column, image in enumerate(row):
             sheet.paste(image, (MARGIN + column * (COLUMN + MARGIN), top))
         top += height + MARGIN
-    with atomic_path(path) as temporary:
-        sheet.save(temporary, format="PNG")
+    write_image(path, torch.from_numpy(np.array(sheet)).permute(2, 0, 1))
 
 
 def _captioned(picture: torch.Tensor, caption: str) -> Image.Image:

@@ -31,6 +31,7 @@ MAGIC = b"DfO"
 VERSION = 1
 FINGERPRINT_BYTES = 4
 MAX_SIDE = 1 << 20
+LEAST_RESIDUAL = 9  # bytes that the shortest residual adds: code, two lengths, two sections of a byte, CRC-32
 CELL = 16  # pixels per latent position, along each side
 
 _FLAG_FIXED_LENGTH = 1
@@ -169,7 +170,8 @@ def _read_residual(data: bytes, at: int) -> tuple[CodedResidual, int]:
         _check_layer(data, end + _CRC_BYTES)
     except _Cut as error:
         raise BitstreamError(
-            f"the file is cut after {len(data)} bytes, within its residual: --preview decodes the base, which is whole"
+            f"the file is cut after {len(data)} bytes, within its residual; its base is whole, and a preview decodes that "
+            "(preview=True, --preview)"
         ) from error
     return CodedResidual(data[at], bytes(data[start:middle]), bytes(data[middle:end])), end + _CRC_BYTES
 

@@ -173,7 +173,7 @@ class Codec(nn.Module):
     def analyse(self, image: Tensor) -> Analysed:
         """The image encoder, the base code and g_a, run once: uint8 (3, H, W). Errors as `compress`."""
         if self.fingerprint is None:
-            raise CheckpointError("these weights have no fingerprint: load them with load_codec before coding")
+            raise CheckpointError("these weights have no fingerprint: load them with load_release before coding")
         height, width = image.shape[1:]
         if min(height, width) < MIN_SIDE:
             raise ValueError(f"pictures start at {MIN_SIDE}x{MIN_SIDE} pixels, not {width}x{height}")
@@ -223,7 +223,7 @@ class Codec(nn.Module):
         if height * width > self.max_pixels:
             raise BitstreamError(
                 f"a picture of {width}x{height} pixels is above the limit of {self.max_pixels:,}: "
-                "raise it with --max_pixels if you trust the file"
+                "raise max_pixels (--max_pixels) if you trust the file"
             )
 
     def _read_residual(self, coded: CodedResidual, k: Tensor) -> Symbols:

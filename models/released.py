@@ -187,14 +187,14 @@ def load_triple(
     residual = (ours or {}).get("residual")
     if residual is not None:
         states["residual"] = residual["state_dict"] | (residual.get("densities", {}) if densities else {})
-    codec = assembled(_params(ours, config, triple.vq_base), states, triple.files)
-    digests = digests_of(states)
+    params, digests = _params(ours, config, triple.vq_base), digests_of(states)
     for network, expected in (ours or {}).get("digests", {}).items():
-        if digests[network] != expected:
+        if digests[network] != expected:  # told before differing keys, which would not say why they differ
             raise CheckpointError(
-                f"{getattr(triple, network)}: does not belong to {triple.vq_base}, which was released with another "
-                f"{network}; take the three files of one release"
+                f"{getattr(triple, network)}: from another release than {triple.vq_base}, or not its {network}: "
+                "take the three files of one release"
             )
+    codec = assembled(params, states, triple.files)
     if ours and ours["base_table"] is not None:
         codec.base_table = ours["base_table"].numpy()
     if residual and residual["tables"]:
@@ -266,7 +266,10 @@ def _params(ours: dict | None, config: str | Path | None, path: Path) -> CodecPa
     stored = stored_params(ours["networks"], path) if ours else None
     if config is None:
         if stored is None:
-            raise CheckpointError(f"{path}: does not say how large its networks are; name their --config")
+            raise CheckpointError(
+                f"{path}: does not say how large its networks are; name their configuration (--config), or make a release of "
+                "the three files (python -m release.import_weights diffo)"
+            )
         return stored
     params = build(CodecParams, load_mapping(config).get("networks", {}), f"{config}: networks")
     if stored is None:
@@ -293,8 +296,8 @@ def stored_params(text: str, path: str | Path) -> CodecParams:
         raise CheckpointError(f"{path}: what it says of its networks is damaged ({error})") from error
 
 
-def load_codec(folder: str | Path, device: str | torch.device = "cpu") -> Codec:
-    """The codec of a release folder, with `compress(image) -> bytes` and `decompress(bytes) -> image`.
+def load_release(folder: str | Path, device: str | torch.device = "cpu") -> Codec:
+    """The codec of a release folder; `coding.api.load_codec` puts it behind functions for any program.
 
     Raises:
         CheckpointError: no release there, or a damaged one.

@@ -1,101 +1,13 @@
-"""Make a release from a training run: averaged networks in half precision, integer tables, fingerprint, digests.
+"""The command `python -m release`: see release/from_run.py."""
 
-python -m release runs/tiny weights/mine --data pictures/
-"""
-
-import argparse
-import json
 import sys
-from pathlib import Path
 
-from datapipe.sources import data_options
-from models.codec import Codec
-from models.released import NAMES, NETWORKS, Triple, assembled, load_triple, stored_params
-from release.making import COUNTED, require_empty, round_to_half, write_release
-from release.tables import BATCH, count
-from training.checkpointing import AVERAGES, BEST, CHECKPOINTS
-from training.config import RUN_CONFIG, load_config
-from utils import checkpoints
-from utils.commandline import answer, positive
-from utils.distributed import local_device
-from utils.errors import CheckpointError
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "python -m release", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", type=Path, help="run folder of main_diffusion_train_vq.py")
-    parser.add_argument("out", type=Path, help="release folder, for instance weights/mine")
-    parser.add_argument("--iteration", metavar="N", help="or `best` by validation (default: the newest)")
-    parser.add_argument("--data", metavar="PATH", help="training pictures as for training (default: the run's)")
-    parser.add_argument("--crops", type=positive, default=COUNTED, metavar="N", help=f"to count (default {COUNTED})")
-    parser.add_argument("--batch", type=positive, default=BATCH, metavar="N", help=f"crops at once (default {BATCH})")
-    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
-    return parser.parse_args(argv)
-
-
-def candidates(run: Path) -> dict[str, Triple | Path]:
-    """All that a run has saved of stage codec, by iteration: the averaged triple, or else the checkpoint."""
-    found = {path.stem.removeprefix("codec_"): path for path in (run / CHECKPOINTS).glob("codec_*.pth")}
-    for path in (run / AVERAGES).glob(NAMES["unet"].format("*")):
-        triple = Triple.of(path.parent, iteration := path.stem.removeprefix("ema_model_"))
-        if all(file.is_file() for file in vars(triple).values()):
-            found[iteration] = triple
-    return {iteration: source for iteration, source in found.items() if iteration.isdecimal()}
-
-
-def chosen(run: Path, iteration: str | None) -> tuple[int, Triple | Path]:
-    """The iteration that is asked for (a number, `best`, or None for the newest) and where its averages are.
-
-    Raises:
-        CheckpointError: there is none, or no such one.
-    """
-    found = candidates(run)
-    if iteration == "best":
-        best = checkpoints.read_json(run / BEST) if (run / BEST).is_file() else {}
-        if best.get("stage") != "codec":
-            raise CheckpointError(f"{run}: no validation of stage codec has chosen one (validation.folder=DIR)")
-        iteration = str(best["step"])
-    elif iteration is None:
-        iteration = max(found, key=int, default=None)
-    if not found:
-        raise CheckpointError(f"{run}: no checkpoint of stage codec; it has not saved yet")
-    if iteration not in found:
-        there = ", ".join(sorted(found, key=int))
-        raise CheckpointError(f"{run}: no checkpoint of stage codec, iteration {iteration}; there are: {there}")
-    return int(iteration), found[iteration]
-
-
-def averaged(path: Path) -> Codec:
-    """The codec of a training checkpoint's averages, densities included, in evaluation mode.
-
-    Raises:
-        CheckpointError: not a checkpoint of stage codec, or damaged.
-    """
-    content = checkpoints.read(path)
-    if content.get("stage") != "codec" or not {"networks", "averages"} <= content.keys():
-        raise CheckpointError(f"{path}: not a checkpoint of stage codec")
-    params = stored_params(content["networks"], path)
-    frozen = {"autoencoder": content["autoencoder"]} if "autoencoder" in content else {}  # else it has an average
-    states = content["averages"] | frozen
-    return assembled(params, states, dict.fromkeys(NETWORKS, path))
-
-
-def release(args: argparse.Namespace) -> None:
-    require_empty(args.out)
-    device = local_device(args.device)
-    config = load_config(str(args.run / RUN_CONFIG), values=data_options(args.data) if args.data else {})
-    iteration, source = chosen(args.run, args.iteration)
-    codec = load_triple(source, densities=True) if isinstance(source, Triple) else averaged(source)
-    round_to_half(codec)
-    counts = count(codec.to(device), config, args.crops, args.batch)
-    notes = counts.install(codec.cpu())
-    about = write_release(args.out, iteration, codec, config, "float16", **notes)
-    print(json.dumps(about, indent=1))
+from utils.commandline import answer, loading
 
 
 def main(argv: list[str] | None = None) -> int:
+    with loading():
+        from release.from_run import parse, release
     return answer(release, parse(argv))
 
 

@@ -21,7 +21,7 @@ from release.tables import count
 from training.config import load_config
 from training.start import new_codec
 from utils import checkpoints
-from utils.commandline import answer, positive
+from utils.commandline import answer, command_parser, positive
 from utils.errors import CheckpointError, DiffoError
 from utils.files import make_folder
 
@@ -33,9 +33,7 @@ LIGHTNING = (
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "python -m release.import_weights", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__, "python -m release.import_weights")
     sizes = argparse.ArgumentParser(add_help=False)
     sizes.add_argument("--config", default="configs/config.yaml", metavar="YAML", help="default: configs/config.yaml")
     kinds = parser.add_subparsers(required=True, metavar="vqgan|diffo")

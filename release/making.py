@@ -12,7 +12,7 @@ from torch import Tensor
 from datapipe.sources import KINDS
 from models.codec import Codec
 from models.diffusion import RateParams
-from models.released import ABOUT, DENSITIES, Triple, load_codec, load_triple, save_triple, states_of
+from models.released import ABOUT, DENSITIES, Triple, load_release, load_triple, save_triple, states_of
 from training.config import RUN_CONFIG, TrainConfig
 from utils.config import load_mapping, to_mapping
 from utils.errors import CheckpointError, DiffoError
@@ -73,7 +73,7 @@ def write_release(
         states = {name: halved(state, name) for name, state in states.items()}
     save_triple(triple, states, codec.params, codec.base_table, codec.residual and codec.residual.tables)
     about = {
-        "fingerprint": load_codec(out).fingerprint.hex(),
+        "fingerprint": load_release(out).fingerprint.hex(),
         "iteration": iteration,
         "levels": codec.has_levels,
         "c": codec.params.rate.c,

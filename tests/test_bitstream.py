@@ -124,7 +124,7 @@ def test_every_mutation_of_one_byte_is_refused(picture):
 def test_cut_files_are_refused_but_previewed_from_the_end_of_the_base_on(picture):
     data, base_end = pack(picture), len(pack(alone(picture)))
     for size in range(len(data)):
-        way_out = "bytes, within its residual: --preview decodes the base, which is whole" if size >= base_end else ""
+        way_out = "bytes, within its residual; its base is whole" if size >= base_end else ""
         refused(data[:size], f"cut .*after {size} {way_out}" if size else "the file is empty")
         if size < base_end:
             refused(data[:size], preview=True)

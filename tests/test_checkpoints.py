@@ -16,8 +16,7 @@ import yaml
 from models import entropy_coding
 from models.codec import Codec
 from models.diffusion import RateParams
-from models.released import NAMES, OURS, Triple, load_triple, save_triple, states_of
-from release import load_codec
+from models.released import NAMES, OURS, Triple, load_release, load_triple, save_triple, states_of
 from tests.commands import NANO
 from tests.residual import new_codec
 from training.config import load_config
@@ -199,7 +198,7 @@ def test_a_release_comes_back_as_it_was(tmp_path, states):
     assert np.array_equal(codec.base_table, table()) and codec.base_table.dtype == np.int32
     assert len(codec.fingerprint) == 4
     image = torch.randint(0, 256, (3, 40, 50), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    again = load_codec(tmp_path)
+    again = load_release(tmp_path)
     assert again.fingerprint == codec.fingerprint
     assert torch.equal(again.decompress(codec.compress(image)), codec.decompress(again.compress(image)))
 
@@ -242,8 +241,17 @@ def test_files_of_two_releases_are_refused(tmp_path, plain, network):
     other = released(tmp_path, new_states(1))
     mixed = replace(plain, **{network: getattr(other, network)})
     name = NAMES[network].format(7)
-    with pytest.raises(CheckpointError, match=f"{name}: does not belong to .*plain.*with another {network}"):
+    with pytest.raises(
+        CheckpointError, match=f"{name}: from another release than .*plain.*not its {network}: take the three"
+    ):
         load_triple(mixed)
+
+
+def test_files_of_releases_of_two_sizes_are_told_so_rather_than_by_their_keys(tmp_path, plain):
+    params = replace(PARAMS, unet=replace(PARAMS.unet, model_channels=2 * PARAMS.unet.model_channels))
+    other = released(tmp_path, states_of(Codec(params)), params)
+    with pytest.raises(CheckpointError, match="ema_model_7.pth: from another release than [^;]*$"):
+        load_triple(replace(plain, unet=other.unet))
 
 
 def test_names_that_were_never_published(tmp_path, states):
@@ -261,12 +269,12 @@ def test_names_that_were_never_published(tmp_path, states):
 
 def test_a_folder_holds_one_release(tmp_path, states):
     with pytest.raises(CheckpointError, match="no release there"):
-        load_codec(tmp_path)
+        load_release(tmp_path)
     released(tmp_path, states)
     assert Triple.in_folder(tmp_path) == Triple.of(tmp_path, 7)
     save_triple(Triple.of(tmp_path, 8), states, PARAMS)
     with pytest.raises(CheckpointError, match="several releases there .*ema_model_7.pth, ema_model_8.pth"):
-        load_codec(tmp_path)
+        load_release(tmp_path)
 
 
 def test_bare_and_wrapped_state_dicts_load(tmp_path, states, plain_fingerprint):

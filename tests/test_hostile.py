@@ -174,7 +174,7 @@ def test_a_preview_is_the_picture_of_the_base_file(codec):
 def test_the_benchmark_command(tmp_path, monkeypatch, capsys):
     photograph(tmp_path / "photos" / "a.png", 70, 40)
     codec = new_codec()
-    monkeypatch.setattr(hostile, "load_codec", lambda folder: codec)
+    monkeypatch.setattr(hostile, "load_release", lambda folder: codec)
     args = ["--pictures", str(tmp_path / "photos"), "--mutations", "20", "--resealed", "12"]
     assert hostile.main(args) == 0
     printed = capsys.readouterr().out

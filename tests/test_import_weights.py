@@ -13,8 +13,7 @@ from omegaconf import OmegaConf
 
 from main_diffusion_train_vq import main as train
 from models.codec import Codec
-from models.released import NAMES, Triple, save_triple
-from release import load_codec
+from models.released import NAMES, Triple, load_release, save_triple
 from release.import_weights import main, take
 from tests.commands import NANO, ROOT, photograph, run
 from tests.parity import fixture_file
@@ -210,7 +209,7 @@ def test_a_published_triple_gives_a_release(tmp_path, config, states, published)
     assert about["iteration"] == 60000 and set(about["imported_from"]) == {p.name for p in published.values()}
     assert about["precision"] == "float32" and "counted_indices" not in about
     assert "base indices at fixed length" in done.stdout
-    codec = load_codec(tmp_path / "theirs")
+    codec = load_release(tmp_path / "theirs")
     assert codec.fingerprint.hex() == about["fingerprint"] and codec.base_table is None
     for network, state in states.items():
         own = getattr(codec, network).state_dict()
@@ -228,7 +227,7 @@ def test_with_pictures_it_gets_an_integer_table(tmp_path, config, published):
     assert main(arguments(published, tmp_path / "theirs", config) + options) == 0
     about = json.loads((tmp_path / "theirs" / "release.json").read_text())
     assert about["counted_indices"] == 8 * (64 // 16) ** 2
-    assert load_codec(tmp_path / "theirs").base_table.sum() == 2**16
+    assert load_release(tmp_path / "theirs").base_table.sum() == 2**16
     assert yaml.safe_load((tmp_path / "theirs" / "config.yaml").read_text())["data"]["folder"] is None
 
 

@@ -15,7 +15,7 @@ from models.released import (
     DENSITIES,
     OURS,
     Triple,
-    load_codec,
+    load_release,
     load_triple,
     meaning,
     save_triple,
@@ -23,7 +23,8 @@ from models.released import (
     states_of,
 )
 from models.residual_hyperprior import HYPER_REACH
-from release.__main__ import averaged, chosen, main
+from release.__main__ import main
+from release.from_run import averaged, chosen
 from release.making import halved, round_to_half, with_rate, write_release
 from release.tables import Counts, count
 from tests.commands import NANO, photograph
@@ -101,7 +102,7 @@ def test_networks_are_stored_in_half_precision_and_code_books_and_integers_exact
 
 
 def test_what_is_loaded_computes_as_the_rounded_codec(folder, rounded):
-    codec, about = load_codec(folder), json.loads((folder / "release.json").read_text())
+    codec, about = load_release(folder), json.loads((folder / "release.json").read_text())
     assert codec.fingerprint.hex() == about["fingerprint"] and about["precision"] == "float16"
     assert all(parameter.dtype == torch.float32 for parameter in codec.parameters())
     assert np.array_equal(codec.base_table, rounded.base_table)
@@ -124,7 +125,7 @@ def test_a_value_beyond_float16_is_refused_with_its_tensor():
 
 
 def test_another_rate_rule_keeps_precision_and_densities(folder, tmp_path):
-    rate = replace(load_codec(folder).params.rate, c=0.03)
+    rate = replace(load_release(folder).params.rate, c=0.03)
     with_rate(folder, rate, tmp_path / "new")
     old, new = (load_triple(Triple.in_folder(f), densities=True) for f in (folder, tmp_path / "new"))
     assert new.rate == rate and new.fingerprint != old.fingerprint
@@ -154,7 +155,7 @@ def test_parameters_added_later_count_where_they_are_not_at_their_default():
 def test_densities_stay_beside_the_tables_and_change_no_fingerprint(folder, rounded, config, tmp_path):
     kept = checkpoints.read(Triple.in_folder(folder).vq_base)[OURS]["residual"]["densities"]
     assert_alike(kept, {DENSITIES + key: value for key, value in rounded.residual.rate_model.state_dict().items()})
-    plain = load_codec(folder)
+    plain = load_release(folder)
     assert plain.residual.rate_model is None
     about = write_release(tmp_path, 7, plain, config, "float16")
     with_densities = load_triple(Triple.in_folder(folder), densities=True)
@@ -278,7 +279,7 @@ def test_a_checkpoint_and_its_triple_give_one_release_however_it_is_counted(run_
 def test_tables_are_counted_with_the_rounded_networks(run_folder, config, rounded, tmp_path):
     assert main([str(run_folder), str(tmp_path / "out"), "--crops", "4", "--device", "cpu"]) == 0
     expected = count(rounded, config, crops=4)
-    tables = load_codec(tmp_path / "out").residual.tables
+    tables = load_release(tmp_path / "out").residual.tables
     assert np.array_equal(tables.hyper, expected.residual_tables().hyper)
     assert np.array_equal(tables.symbols, expected.residual_tables().symbols)
 

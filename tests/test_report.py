@@ -1,12 +1,11 @@
-"""Rows, means and tables of a coding run."""
+"""Means of measurements, and the table that is printed."""
 
-import json
 import math
 
-from coding.report import aligned_table, mean_row, write_tables
+from coding.report import aligned_table, mean_row
 
 
-def test_a_mean_is_over_all_rows_or_not_there(tmp_path):
+def test_a_mean_is_over_all_rows_or_not_there():
     """MS-SSIM of one small picture is missing, PSNR of equal ones is infinite, an extra metric is not a number."""
     rows = [
         {"picture": "a.png", "bytes": 100, "bpp": 0.1, "psnr": 20.0, "ms_ssim": 0.8, "eta": 0.5, "vif": 0.25},
@@ -16,12 +15,3 @@ def test_a_mean_is_over_all_rows_or_not_there(tmp_path):
     assert mean == {"picture": "mean of 2", "bytes": 200, "bpp": (0.1 + 0.2) / 2, "eta": 0.75}
     last = aligned_table([*rows, mean]).splitlines()[-1]
     assert last.split() == "mean of 2 200.0 0.1500 0.750 - - -".split()
-    write_tables(rows, tmp_path, {"command": "python inference.py"})
-    written = json.loads((tmp_path / "metrics.json").read_text())
-    assert written["mean"] == mean and written["pictures"][1]["psnr"] is None
-    lines = (tmp_path / "metrics.csv").read_text().splitlines()
-    assert lines == [
-        "picture,bytes,bpp,eta,psnr,ms_ssim,vif",
-        "a.png,100,0.1,0.5,20.0,0.8,0.25",
-        "b.png,300,0.2,1.0,inf,,nan",
-    ]

@@ -14,7 +14,7 @@ from experiments.eta import Sweep, fit
 from models.codec import Codec
 from models.diffusion import RateParams
 from models.entropy_coding import frequency_table
-from models.released import load_codec
+from models.released import load_release
 from release.making import write_release
 from release.tables import Counts
 from reproduce import main
@@ -81,7 +81,7 @@ def test_eta_is_swept_and_stored(release, pictures, tmp_path, capsys):
     rates = about["sweeps"]["fit"]["rates"]
     assert rates == sorted(rates)
     assert Image.open(tmp_path / "out" / "eta.png").size[0] > 500
-    new, old = load_codec(stored), load_codec(release)
+    new, old = load_release(stored), load_release(release)
     assert new.params.rate.c == pytest.approx(about["c"], abs=1e-5)
     assert (new.fingerprint == old.fingerprint) == (new.params.rate == old.params.rate)
     assert torch.equal(new.unet.state_dict()["out.2.weight"], old.unet.state_dict()["out.2.weight"])

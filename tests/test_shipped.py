@@ -12,8 +12,7 @@ from coding.compressai_view import CompressAIView
 from datapipe.sources import demo_photographs
 from models.entropy_coding import fixed_length_bytes
 from models.records import Sampling
-from models.released import ABOUT, RELEASES, SMALL, releases
-from release import load_codec
+from models.released import ABOUT, RELEASES, SMALL, load_release, releases
 from tests.commands import ROOT, grey_values, run
 from utils.images import read_image
 
@@ -24,7 +23,7 @@ LOOKED_FOR = "Kodak is looked for in ../shared/data/kodak beside the repository"
 
 @pytest.fixture(scope="module")
 def codec():
-    return load_codec(SMALL)
+    return load_release(SMALL)
 
 
 golden = pytest.mark.parametrize("path", sorted(GOLDEN.glob("*.dfo")), ids=lambda p: p.name)
@@ -34,7 +33,7 @@ golden = pytest.mark.parametrize("path", sorted(GOLDEN.glob("*.dfo")), ids=lambd
 def test_golden_files_decode_to_the_same_indices(path):
     """A file of a release, and the SHA-256 of its indices and symbols as little-endian int64 in row order."""
     expected = json.loads(path.with_suffix(".json").read_text())
-    contents = load_codec(RELEASES / expected["release"]).read(path.read_bytes())
+    contents = load_release(RELEASES / expected["release"]).read(path.read_bytes())
     assert [contents.file.height, contents.file.width] == expected["size"]
     decoded = {"indices": contents.k[0].numpy()}
     if contents.symbols is not None:
@@ -52,7 +51,7 @@ TOLERANCE = 0.1  # grey values of a mean: rounding moves one by 0.01, another no
 def test_golden_files_decode_to_the_same_picture(path, name):
     """The means of every channel in 8x8 blocks, in grey values, and eta."""
     expected = json.loads(path.with_suffix(".json").read_text())
-    decoded = load_codec(RELEASES / expected["release"]).decode(path.read_bytes(), SAMPLINGS[name])
+    decoded = load_release(RELEASES / expected["release"]).decode(path.read_bytes(), SAMPLINGS[name])
     assert decoded.image.shape == (3, *expected["size"])
     assert decoded.eta == pytest.approx(expected["pictures"][name]["eta"], rel=1e-12)
     means = torch.nn.functional.adaptive_avg_pool2d(decoded.image.double(), 8)
@@ -68,7 +67,7 @@ def test_there_is_a_golden_file_for_every_release():
 @pytest.mark.parametrize("folder", releases().values(), ids=lambda p: p.name)
 def test_releases_are_what_they_state(folder):
     about = json.loads((folder / ABOUT).read_text())
-    assert load_codec(folder).fingerprint.hex() == about["fingerprint"]
+    assert load_release(folder).fingerprint.hex() == about["fingerprint"]
     for name, digest in about["sha256"].items():
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
         assert digest in (RELEASES / "README.md").read_text(), f"weights/README.md does not list {name}"

@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from main_diffusion_train_vq import main
-from release import load_codec
+from models.released import load_release
 from tests.commands import NANO, ROOT, TRAIN, on_board, run
 from tests.small_runs import NO_ADVERSARY, command, lines
 from utils import checkpoints
@@ -54,7 +54,7 @@ def released(saved_run, data, tmp_path_factory):
 
 def test_release_and_code_with_it(released, data):
     about = json.loads((released / "release.json").read_text())
-    codec = load_codec(released)
+    codec = load_release(released)
     averages = checkpoints.read(released.parent / "run" / "checkpoints" / "codec_6.pth")["averages"]["unet"]
     for key, value in codec.unet.state_dict().items():  # as half-precision numbers
         assert (value - averages[key]).abs().max() <= 1e-3 * max(1, averages[key].abs().max()), key

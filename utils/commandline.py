@@ -3,15 +3,32 @@
 import argparse
 import io
 import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from utils.errors import DiffoError, out_of_memory
 from utils.files import disk_is_full
+from utils.version import __version__
 
 FAILED, INTERRUPTED = 1, 130
 Number = TypeVar("Number", int, float)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse's, where sub-commands, whose parsers are of this class, take no abbreviated options either."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs, allow_abbrev=False)
+
+
+def command_parser(description: str | None, prog: str | None = None) -> argparse.ArgumentParser:
+    """A parser for the options of a command: described as written, with `--version`, options never abbreviated."""
+    parser = _Parser(prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"DiffO {__version__}")
+    return parser
 
 
 def answer(work: Callable[..., int | None], *args) -> int:
@@ -50,6 +67,21 @@ def _status(work: Callable[..., int | None], args: tuple) -> int:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     return FAILED
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """For imports that take seconds: Ctrl-C ends the process at once, as extension modules may swallow its exception."""
+
+    def end(*_) -> None:
+        os.write(2, b"interrupted\n")
+        os._exit(INTERRUPTED)
+
+    before = signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _settle_output() -> None:

@@ -57,9 +57,11 @@ def process_group(device: torch.device):
         dist.destroy_process_group()
 
 
-def local_device(name: str) -> torch.device:
+def local_device(name: str, option: str = "--device") -> torch.device:
     """`auto`, `cpu`, `cuda` or `cuda:N` -> the device of this process; under torchrun, cuda is the local rank's.
 
+    Args:
+        option: what errors call the name.
     Raises:
         DiffoError: another name, or a CUDA device that is not there.
     """
@@ -68,16 +70,16 @@ def local_device(name: str) -> torch.device:
         name = "cuda" if available else "cpu"
     kind, _, index = name.partition(":")
     if kind not in ("cpu", "cuda") or (index and not (kind == "cuda" and index.isdecimal())):
-        raise DiffoError(f"--device {name}: not one of auto, cpu, cuda, cuda:N")
+        raise DiffoError(f"{option} {name}: not one of auto, cpu, cuda, cuda:N")
     if kind == "cuda" and not available:
-        raise DiffoError(f"--device {name}: PyTorch finds no CUDA device here; use --device cpu")
+        raise DiffoError(f"{option} {name}: PyTorch finds no CUDA device here; use cpu")
     if kind == "cpu":
         return torch.device("cpu")
     if index and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise DiffoError(f"--device {name}: several processes cannot share one device; use --device cuda")
+        raise DiffoError(f"{option} {name}: several processes cannot share one device; use cuda")
     number, count = int(index or os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if number >= count:
-        raise DiffoError(f"--device {name}: device {number} is asked for, and there are {count}, counted from 0")
+        raise DiffoError(f"{option} {name}: device {number} is asked for, and there are {count}, counted from 0")
     device = torch.device("cuda", number)
     torch.cuda.set_device(device)
     return device

@@ -110,6 +110,18 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
     return Path(path)
 
 
+@contextmanager
+def made_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """`make_folder` for a block that writes into it: of the folders that were made, those left empty are removed."""
+    missing = [folder for folder in (Path(path), *Path(path).parents) if not folder.exists()]
+    try:
+        yield make_folder(path)
+    finally:
+        for folder in missing:
+            with suppress(OSError):
+                folder.rmdir()
+
+
 def require_writable(folder: Path) -> None:
     """Raise DiffoError, before any work, if no file can be written into a folder."""
     probe = folder / f".{os.getpid()}.{secrets.token_hex(4)}.tmp"
@@ -122,22 +134,33 @@ def require_writable(folder: Path) -> None:
 
 @contextmanager
 def held(path: Path) -> Iterator[None]:
-    """Hold a file, made where it is not there, for this process alone, until the block or the process ends, however.
+    """Hold a folder, or a file, made where it is not there, for this process alone, until the block or the process ends.
 
     Raises DiffoError if another process holds it. Where the system or the disk has no locks, nothing is held.
     """
     if fcntl is None:
         yield
         return
-    with open(path, "a") as file:
-        os.register_at_fork(after_in_child=file.close)  # processes that decode outlive a killed one by seconds
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DiffoError(f"{path.parent}: another process is at work in this folder") from None
-        except OSError:  # some network disks have none
-            pass
+    flags = os.O_RDONLY if path.is_dir() else os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    descriptors = [os.open(path, flags, 0o666)]
+
+    def close() -> None:
+        while descriptors:
+            os.close(descriptors.pop())
+
+    os.register_at_fork(after_in_child=close)  # processes that decode outlive a killed one by seconds
+    try:
+        fcntl.flock(descriptors[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        close()
+        folder = path if path.is_dir() else path.parent
+        raise DiffoError(f"{folder}: another process is at work in this folder") from None
+    except OSError:  # some network disks have none
+        pass
+    try:
         yield
+    finally:
+        close()
 
 
 def disk_is_full(error: OSError) -> bool:

@@ -3,6 +3,7 @@
 import io
 import os
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -14,7 +15,7 @@ from PIL import Image, PngImagePlugin
 from utils.errors import PictureError
 from utils.files import PICTURES, atomic_path, find_files
 from utils.limits import MAX_PIXELS
-from utils.picture_files import one_line, read_rgb, strict_pillow
+from utils.picture_files import one_line, read_rgb, rgb_of, strict_pillow
 
 SOFTWARE = "DiffO"  # in the `Software` text of the PNGs written here, by which they are known again
 
@@ -39,6 +40,14 @@ def read_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> to
 def decode_image(data: bytes, name: str) -> torch.Tensor:
     """A picture file's content as `read_image` would read it; `name` is what errors call it. Raises PictureError."""
     return _read_open_file(io.BytesIO(data), name)
+
+
+def from_pillow(image: Image.Image, name: str, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
+    """An image of Pillow, opened or made, as `read_image` would read it from a file; the image itself stays as it is.
+
+    `name` is what errors call it. Raises PictureError.
+    """
+    return _read(rgb_of, image, name, max_pixels)
 
 
 def write_image(path: str | os.PathLike[str], picture: torch.Tensor) -> None:
@@ -88,8 +97,14 @@ def find_pictures(
 
 
 def _read_open_file(file: BinaryIO, path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> torch.Tensor:
+    return _read(read_rgb, file, path, max_pixels)
+
+
+def _read(
+    rgb: Callable[..., np.ndarray], source: BinaryIO | Image.Image, path: str | os.PathLike[str], max_pixels: int
+) -> torch.Tensor:
     try:
-        values = read_rgb(file, max_pixels)
+        values = rgb(source, max_pixels)
     except PictureError as error:
         raise PictureError(f"{path}: {error}") from error
     return torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)))

@@ -65,6 +65,22 @@ def read_rgb(file: BinaryIO, max_pixels: int) -> np.ndarray:
     raise PictureError(_reason(first, file)) from first
 
 
+def rgb_of(image: Image.Image, max_pixels: int) -> np.ndarray:
+    """The same of an image of Pillow, opened or made, which stays as it is."""
+    with strict_pillow():
+        _check_size(image, max_pixels)
+        try:
+            image.load()
+            upright = image
+            with suppress(Exception):
+                upright = ImageOps.exif_transpose(image)
+            return _to_rgb(upright)
+        except PictureError:
+            raise
+        except Exception as error:
+            raise PictureError(f"damaged or cut short ({one_line(error)})") from error
+
+
 def _attempts(file: BinaryIO) -> Iterator[BinaryIO]:
     """The file, and a PNG's pixels with less and less beside them."""
     yield file
@@ -77,11 +93,7 @@ def _attempts(file: BinaryIO) -> Iterator[BinaryIO]:
 
 def _decoded(file: BinaryIO, max_pixels: int) -> np.ndarray:
     image = _opened(file)
-    width, height = image.size
-    if width * height > max_pixels:
-        raise PictureError(f"{width}x{height} is more than the {max_pixels} pixels allowed")
-    if min(width, height) < MIN_SIDE:
-        raise PictureError(f"{width}x{height} is too small, both sides must be {MIN_SIDE} or more")
+    _check_size(image, max_pixels)
     if image.format == "TIFF":
         _check_tiff(image)
         with _silence():
@@ -93,6 +105,14 @@ def _decoded(file: BinaryIO, max_pixels: int) -> np.ndarray:
     with suppress(Exception):  # a damaged EXIF block counts as none, the picture is still good
         ImageOps.exif_transpose(image, in_place=True)
     return _to_rgb(image)
+
+
+def _check_size(image: Image.Image, max_pixels: int) -> None:
+    width, height = image.size
+    if width * height > max_pixels:
+        raise PictureError(f"{width}x{height} is more than the {max_pixels} pixels allowed")
+    if min(width, height) < MIN_SIDE:
+        raise PictureError(f"{width}x{height} is too small, both sides must be {MIN_SIDE} or more")
 
 
 def _opened(file: BinaryIO) -> Image.Image:
