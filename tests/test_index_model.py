@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks import hostile
 from coding import ledger
 from coding.compressai_view import CompressAIView
 from models import index_model
@@ -70,6 +71,13 @@ def tables(model: IndexModel, k: np.ndarray) -> np.ndarray:
 @pytest.fixture(scope="module")
 def model():
     return new_model()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_steps():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fitting, "BATCH", 256)
+        yield
 
 
 # Passes ---------------------------------------------------------------------------------------------------------------
@@ -163,7 +171,7 @@ def test_the_network_computes_in_integers(model):
 
 
 def test_threads_parts_and_autocast_do_not_matter(model, monkeypatch):
-    k = np.random.default_rng(0).integers(0, K, (17, 22))
+    k = np.random.default_rng(0).integers(0, K, (9, 13))
     section, before = model.encode(k), torch.get_num_threads()
     try:
         for threads, entries in ((1, 1 << 18), (2, 16 * K), (2, 3 * K)):
@@ -259,8 +267,15 @@ def test_refusals(codec):
             codec.read(pack(replace(file, **change)))
 
 
+def test_altered_files_are_refused_or_decode_to_nonsense(codec):
+    files = hostile.valid_files(codec, [picture(250, 333, seed=5), picture(16, 16)])
+    assert sum(unpack(data).in_passes for data in files) >= 5
+    assert not hostile.read_altered(codec, files, 100).violations
+    assert not hostile.decode_resealed(codec, files, 40).violations
+
+
 def test_a_cast_codec_reads_the_same(codec):
-    data = codec.compress(picture(130, 97))
+    data = codec.compress(picture(250, 333, seed=5))
     assert unpack(data).in_passes
     assert torch.equal(copy.deepcopy(codec).bfloat16().read(data).k, codec.read(data).k)
 
