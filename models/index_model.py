@@ -26,7 +26,7 @@ PATTERN = np.array([[0, 4, 2, 4], [4, 3, 4, 3], [2, 4, 1, 4], [4, 3, 4, 3]])
 PASSES = 1 + int(PATTERN.max())
 CONTEXT = 16
 _REACH = 3 * len(PATTERN)  # of the context, in rows and columns, at most
-_ENTRIES = 1 << 18  # of tables that are in memory at once
+_ENTRIES = 1 << 17  # of tables that are in memory at once
 _LARGEST = 20  # log2 of the largest share before scaling; none is below 1
 
 
@@ -116,10 +116,13 @@ def shares(scores: np.ndarray) -> np.ndarray:
 
 
 class IndexModel:
-    """The released model: codes and decodes the indices of a picture, in float64 on the CPU whatever its network was."""
+    """The released model: codes and decodes the indices of a picture, on the CPU whatever becomes of the codec.
+
+    In float32: its layers are matrix products whose partial sums float32 holds exactly, in any order.
+    """
 
     def __init__(self, network: IndexNetwork):
-        self.network = copy.deepcopy(network).double().cpu().eval().requires_grad_(False)
+        self.network = copy.deepcopy(network).float().cpu().eval().requires_grad_(False)
 
     def encode(self, k: np.ndarray) -> bytes:
         """The section of indices (h, w) in [0, K)."""

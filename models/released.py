@@ -116,7 +116,7 @@ def save_triple(
         "base_table": None if table is None else torch.from_numpy(np.asarray(table, dtype=np.int32)),
     }
     if index_model is not None:
-        ours["index_model"] = {key: value.float() for key, value in index_model.network.state_dict().items()}
+        ours["index_model"] = index_model.network.state_dict()
     if "residual" in states:
         state, densities = parted(states["residual"])
         tables = {key: torch.from_numpy(t) for key, t in vars(residual_tables).items()} if residual_tables else {}

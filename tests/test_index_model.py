@@ -167,7 +167,7 @@ def test_the_network_computes_in_integers(model):
             a = (a @ whole[f"{layer}.weight"][:, :, 0, 0].T + bias[f"{layer}.bias"]) >> 6
             a = a if layer == "out" else a.clamp(0, 255)
         assert torch.equal(network(number, context).long(), a)
-        assert torch.equal(copy.deepcopy(network).float()(number, context).long(), a)
+        assert torch.equal(copy.deepcopy(network).double()(number, context).long(), a)
 
 
 def test_threads_parts_and_autocast_do_not_matter(model, monkeypatch):
