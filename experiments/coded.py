@@ -82,7 +82,8 @@ def _say_left_out(reasons: Mapping[str, str]) -> None:
 
 def table_of(args: argparse.Namespace, name: str, releases: dict[str, Codec], key: Sequence[str] = KEY) -> Table:
     """The table of a command's rows, in --out_path; the main process writes it."""
-    return Table(args.out_path, name, lambda: about(args, releases), key, writes=is_main())
+    told = about(args, releases)
+    return Table(args.out_path, name, lambda: told, key, writes=is_main())
 
 
 def measured(
