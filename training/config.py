@@ -11,7 +11,8 @@ from utils.config import build, load_mapping
 
 RUN_CONFIG = "config.yaml"  # the resolved configuration, in the run's folder
 Factors = dict[Literal["lpips", "stlpips", "features", "ms_ssim"], float]  # of perceptual terms in the loss
-PATCH_MIN = 32  # pixels; below, the PatchGAN has nothing to normalise over
+# By kind of adversary, in pixels: below, the PatchGAN has nothing to normalise over, and a projected head no logit.
+DISCRIMINATOR_MIN = {"patch": 32, "projected": 64}
 
 
 def require(condition: bool, message: str) -> None:
@@ -26,13 +27,16 @@ def require_factors(params: "StageParams", *names: str) -> None:
 
 @dataclass(frozen=True)
 class AdversaryParams:
-    """A PatchGAN with hinge losses (VQGAN, Esser et al. 2021).
+    """A discriminator with hinge losses (VQGAN, Esser et al. 2021).
 
     Attributes:
+        kind: `patch`, VQGAN's PatchGAN on pixels, or `projected`, small heads on fixed features of EfficientNet-Lite0
+            (Projected GAN, Sauer et al. 2021), made to work with `adaptive: false`.
         weight: of its term in the loss; 0 leaves it out. start: iteration at which it joins.
         adaptive: multiply by lambda, the ratio of the gradients at the last trained layer (VQGAN, Eq. 7).
     """
 
+    kind: Literal["patch", "projected"] = "patch"
     weight: float = 0.0
     start: int = 0
     adaptive: bool = True
@@ -78,8 +82,10 @@ class StageParams:
             require(factor >= 0, f"perceptual.{name} {factor}: from 0 up")
         small = self.perceptual.get("ms_ssim") and self.crop_size <= 160
         require(not small, f"crop_size {self.crop_size}: perceptual.ms_ssim needs crops above 160 pixels")
-        small = self.adversary.weight > 0 and self.crop_size < PATCH_MIN
-        require(not small, f"crop_size {self.crop_size}: the PatchGAN (adversary.weight) needs {PATCH_MIN} pixels")
+        least = DISCRIMINATOR_MIN[self.adversary.kind] if self.adversary.weight > 0 else 0
+        require(
+            self.crop_size >= least, f"crop_size {self.crop_size}: adversary.{self.adversary.kind} needs {least} pixels"
+        )
 
 
 @dataclass(frozen=True)
