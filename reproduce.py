@@ -8,6 +8,8 @@ python reproduce.py branches --data data/kodak --weights RELEASE              ba
 python reproduce.py eta --data VALIDATION --held_out data/kodak               noise level by rate, c fitted (Fig. 5)
 python reproduce.py variance --data data/kodak         variances in the latent by rate (Fig. 9a)
 python reproduce.py ablation --data data/kodak --releases FOLDER              finished ablations in one table (Fig. 10)
+python reproduce.py ceiling --data data/kodak --fit TRAINING    the image autoencoder alone, beside principal components
+python reproduce.py artefacts --data data/kodak        patterns, borders, colour casts and flat areas, by number
 python reproduce.py timing                             milliseconds and operations of every part
 python reproduce.py equal_bytes --data data/kodak --against RELEASE           two layers within a base-only file's bytes
 python reproduce.py all --data data/kodak              all of these that the inputs allow
@@ -111,6 +113,10 @@ def rivals(add) -> None:
     add("--against", type=Path, nargs="+", required=True, metavar="DIR", help="releases that code the base alone")
 
 
+def fitted(add) -> None:
+    add("--fit", type=Path, metavar="DIR", help="training pictures: principal components are fitted to them, and shown")
+
+
 def clock(add) -> None:
     add("--repeats", type=positive, default=5, metavar="N", help="rounds after one of warm-up (default 5)")
     add("--precision", choices=["float32", "bfloat16"], default="float32", help="of the networks")
@@ -138,6 +144,8 @@ COMMANDS = {
     "eta": ("noise level by rate (Fig. 5)", [pictures, held_out, sweep]),
     "variance": ("variances in the latent (Fig. 9a)", [releases, pictures, qualities]),
     "ablation": ("finished ablations (Fig. 10)", [folders, reference, pictures, scores, one_quality]),
+    "ceiling": ("the image autoencoder alone, D(E(X))", [releases, pictures, scores, fitted]),
+    "artefacts": ("patterns, borders, colour casts, flat areas", [releases, pictures, scores, qualities]),
     "timing": ("time and operations of every part", [releases, timed, sizes, one_quality, clock]),
     "equal_bytes": ("two layers within base-only bytes", [releases, pictures, scores, rivals]),
 }
