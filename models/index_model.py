@@ -20,7 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from models.entropy_coding import SectionDecoder, SectionEncoder, own_bits, own_tables
-from models.integers import ACTIVATION_UNIT, IntegerConv, IntegerEmbedding, rectified
+from models.integers import (
+    ACTIVATION_MAX,
+    ACTIVATION_UNIT,
+    BIAS_MAX,
+    WEIGHT_MAX,
+    WEIGHT_UNIT,
+    IntegerConv,
+    IntegerEmbedding,
+    rectified,
+)
 
 PATTERN = np.array([[0, 4, 2, 4], [4, 3, 4, 3], [2, 4, 1, 4], [4, 3, 4, 3]])
 PASSES = 1 + int(PATTERN.max())
@@ -85,6 +94,15 @@ def contexts(grid: np.ndarray, number: int, rows: np.ndarray, columns: np.ndarra
     return grid[rows[:, None] + down, columns[:, None] + right]
 
 
+def _stored(key: str) -> tuple[int, int, torch.dtype]:
+    """Unit, largest magnitude and type of a parameter's integers."""
+    if key == "embedding.weight":
+        return ACTIVATION_UNIT, ACTIVATION_MAX, torch.int16
+    if key.endswith(".bias"):
+        return ACTIVATION_UNIT, BIAS_MAX, torch.int16
+    return WEIGHT_UNIT, WEIGHT_MAX, torch.int8
+
+
 class IndexNetwork(nn.Module):
     """Contexts -> scores, an integer network: a first layer for each pass, and two that all share."""
 
@@ -96,6 +114,19 @@ class IndexNetwork(nn.Module):
         self.first = nn.ModuleList(IntegerConv(CONTEXT * channels, width, 1) for _ in range(PASSES))
         self.hidden = IntegerConv(width, width, 1)
         self.out = IntegerConv(width, codes, 1)
+
+    def integers(self) -> dict[str, Tensor]:
+        """What it computes with, by parameter: weights in 1/64 as int8, biases and embedding in 1/16 as int16."""
+        found = {}
+        for key, value in self.state_dict().items():
+            unit, largest, kind = _stored(key)
+            found[key] = (value * unit).round().clamp(-largest, largest).to(kind)
+        return found
+
+    @staticmethod
+    def natural(integers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The state dict of `integers`."""
+        return {key: value / _stored(key)[0] for key, value in integers.items()}
 
     @staticmethod
     def sizes(state: Mapping[str, Tensor]) -> tuple[int, int]:

@@ -6,7 +6,7 @@ autoencoder). Each holds exactly the published parameters under `state_dict`; al
     diffo   networks     JSON of CodecParams
             digests      SHA-256 of the parameters in the two other files
             base_table   int32 (K,), or None before release
-            index_model  absent without one: the network's state dict
+            index_model  absent without one: the network's integers
             residual     absent without one: state_dict, tables and densities, which training alone needs
 """
 
@@ -116,7 +116,7 @@ def save_triple(
         "base_table": None if table is None else torch.from_numpy(np.asarray(table, dtype=np.int32)),
     }
     if index_model is not None:
-        ours["index_model"] = index_model.network.state_dict()
+        ours["index_model"] = index_model.network.integers()
     if "residual" in states:
         state, densities = parted(states["residual"])
         tables = {key: torch.from_numpy(t) for key, t in vars(residual_tables).items()} if residual_tables else {}
@@ -144,7 +144,7 @@ def fingerprint(codec: Codec, digests: dict[str, str]) -> bytes:
     if codec.base_table is not None:
         tensors[f"{OURS}.base_table"] = torch.from_numpy(codec.base_table)
     if codec.index_model is not None:
-        state = codec.index_model.network.state_dict()
+        state = codec.index_model.network.integers()
         tensors |= {f"{OURS}.index_model.{key}": value for key, value in state.items()}
     if codec.residual is not None:
         state, _ = parted(codec.residual.state_dict())
@@ -215,9 +215,9 @@ def load_triple(
 
 
 def _index_model(state: dict[str, Tensor], params: CodecParams, path: Path) -> IndexModel:
-    """The index model of a state dict. Raises CheckpointError."""
+    """The index model of its integers. Raises CheckpointError."""
     network = IndexNetwork(params.vq_base.codebook_size, *IndexNetwork.sizes(state))
-    checkpoints.load_strictly(network, state, path)
+    checkpoints.load_strictly(network, IndexNetwork.natural(state), path)
     return IndexModel(network)
 
 

@@ -300,13 +300,30 @@ def test_a_release_keeps_the_model_and_its_fingerprint_counts_it(codec, tmp_path
     assert plain.index_model is None and plain.fingerprint != loaded.fingerprint
     path = Triple.of(tmp_path / "with", 1).vq_base
     content = checkpoints.read(path)
-    content["diffo"]["index_model"]["out.bias"][3] += 1 / 16
+    content["diffo"]["index_model"]["out.bias"][3] += 1
     checkpoints.save(path, content)
     assert load_release(tmp_path / "with").fingerprint not in (loaded.fingerprint, plain.fingerprint)
     del content["diffo"]["index_model"]["out.bias"]
     checkpoints.save(path, content)
     with pytest.raises(CheckpointError, match="vq_model_1.*missing: out.bias"):
         load_release(tmp_path / "with")
+
+
+def test_integers_are_what_a_network_computes_with():
+    """Weights in 1/64 up to 127, biases in 1/16 up to 4095, the embedding in 1/16 up to 255."""
+    network = IndexNetwork(4, channels=1, width=1).requires_grad_(False)
+    network.hidden.weight.fill_(0.25)
+    network.out.weight[:] = torch.tensor([3.0, -3.0, 0.012, 0.1])[:, None, None, None]
+    network.out.bias[:] = torch.tensor([300.0, -0.0625, 0.03, 0.04])
+    network.embedding.weight[:] = torch.tensor([[20.0], [-20.0], [0.5], [0.0], [1.0]])
+    integers = network.integers()
+    assert integers["out.weight"].flatten().tolist() == [127, -127, 1, 6] and integers["hidden.weight"].item() == 16
+    assert integers["out.bias"].tolist() == [4095, -1, 0, 1]
+    assert integers["embedding.weight"].flatten().tolist() == [255, -255, 8, 0, 16]
+    other = IndexNetwork(4, channels=1, width=1)
+    other.load_state_dict(IndexNetwork.natural(integers))
+    context = torch.randint(5, (20, CONTEXT), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(other(1, context), network(1, context))
 
 
 def waves(count: int, size: int = 12) -> list[np.ndarray]:
