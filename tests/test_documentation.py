@@ -1,6 +1,5 @@
 """Every command, key, option, file and link in README.md and docs/ exists: commands go through their programs' own parsers."""
 
-import argparse
 import contextlib
 import importlib
 import io
@@ -174,7 +173,9 @@ def failures(items, checked) -> list[str]:
         try:
             with contextlib.redirect_stderr(errors):
                 checked(item)
-        except (SystemExit, DiffoError, AssertionError, KeyError, argparse.ArgumentError) as error:
+        except (SystemExit, DiffoError, AssertionError, KeyError) as error:
+            if isinstance(error, SystemExit) and not error.code:
+                continue  # --help
             told = errors.getvalue().strip().splitlines() or [repr(error)]
             found.append(f"{item}\n    {told[-1]}")
     return found
@@ -199,7 +200,7 @@ def test_keys_options_and_files_exist(page, monkeypatch):
     keys = [span for span in code if re.fullmatch(rf"({SECTIONS})\.(?!jsonl)[\w.]+((=|: )[^ ]+)?", span)]
     named = [option for span in code for option in re.findall(r"(?<!\S)--[a-zA-Z_-]+", span)]
     files = [span for span in code if re.fullmatch(rf"({FOLDERS})/[\w/.-]+\.(py|yaml|md|json)", span)]
-    wrong = failures(keys, check_key)
+    wrong = failures(keys if page.name != "api.md" else [], check_key)  # there `codec` is an object
     wrong += [f"{option}: no program has it" for option in named if option not in options()]
     wrong += [f"{name}: no such file" for name in files if not (ROOT / name).is_file()]
     assert not wrong, "\n".join(wrong)
@@ -252,7 +253,7 @@ def test_the_checks_notice_what_is_wrong(monkeypatch):
     lines += ["python main_diffusion_train_vq.py --cfg_path configs/none.yaml", "pytest tests/none.py"]
     lines += ["python main_diffusion_train_vq.py --cfg_path configs/tiny.yaml codec.optim.rl=1"]
     wrong = failures(lines, lambda line: [check(words) for words in words_of(line)])
-    assert len(wrong) == len(lines), wrong
+    assert [told.splitlines()[0] for told in wrong] == lines
     assert len(failures(["codec.optim.rl", "gt.nothing=1", "codec.ema=2", "codec.ema"], check_key)) == 3
     text = "So:\n\n    make test    # one\n    python a.py \\\n        -o b > c; head d\n\nand `make lint`.\n"
     assert [words_of(line) for line in commands(text)] == [
