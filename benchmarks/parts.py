@@ -44,6 +44,7 @@ NETWORKS = (
     ("", "denoise", "U, with its noise"),
     ("autoencoder", "decode", "D"),
 )
+PASSES = [("index_model", name, "indices in passes") for name in ("encode", "decode")]  # where the weights have it
 REST = "the rest"
 CODER = ("encode_indices", "encode_symbols", "decode_indices", "decode_symbols")
 
@@ -124,7 +125,7 @@ def bench(args: argparse.Namespace) -> None:
     paths = photographs(args.pictures) if args.pictures else demo_photographs()
     codec = load_release(args.weights, device)
     level, stopwatch = codec.level_code(args.quality), Stopwatch(device)
-    for owner, attribute, part in NETWORKS:
+    for owner, attribute, part in (*NETWORKS, *PASSES):
         if (network := getattr(codec, owner) if owner else codec) is not None:
             stopwatch.watch(network, attribute, part)
     for name in CODER:
