@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import inference
 from tests.commands import ROOT, photograph
 from training.config import load_config
 from utils.config import to_mapping
@@ -236,6 +237,22 @@ def test_examples_in_python_run(page, tmp_path, monkeypatch):
         exec(compile(example.replace("path/to/DiffO", str(ROOT)), str(page), "exec"), {})
 
 
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "coding.md"], ids=lambda page: page.name)
+def test_lines_that_code_pictures_run_one_after_the_other(page, tmp_path, monkeypatch):
+    """With the weights that ship; those of other weights and of placeholders are left out."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("photo.jpg", "pictures/a.png"):
+        photograph(tmp_path / name, 384, 256)
+    ran = 0
+    for words in [words for line in indented(page.read_text()) for words in words_of(line)]:
+        if words[0] == "head":
+            (tmp_path / "cut.dfo").write_bytes((tmp_path / words[-1]).read_bytes()[: int(words[2])])
+        elif words[1:2] == ["inference.py"] and not {"--weights", "{input_path}"} & set(words):
+            assert inference.main(words[2:]) == 0, words
+            ran += 1
+    assert ran == 5
+
+
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
@@ -249,7 +266,7 @@ def test_no_figure_is_left_to_fill_in(page):
 def test_the_checks_notice_what_is_wrong(monkeypatch):
     monkeypatch.chdir(ROOT)
     lines = ["python inference.py -i a.png -o out --qualty 3", "make tset", "python nothing.py", "frobnicate"]
-    lines += ["torchrun --nproc_per_nod=2 main_diffusion_train_vq.py", "python -m release runs/a"]
+    lines += ["torchrun --nprocs=2 main_diffusion_train_vq.py", "python -m release runs/a"]
     lines += ["python main_diffusion_train_vq.py --cfg_path configs/none.yaml", "pytest tests/none.py"]
     lines += ["python main_diffusion_train_vq.py --cfg_path configs/tiny.yaml codec.optim.rl=1"]
     wrong = failures(lines, lambda line: [check(words) for words in words_of(line)])
