@@ -1,49 +1,156 @@
-"""Reproduce the paper's measurements.
+"""Reproduce the paper's tables and figures; each goes into results/<command>, and goes on where it was interrupted.
 
-python reproduce.py weights                                      fetch the weights of learned scores once, online
-python reproduce.py eta --data VAL --held_out PICTURES -o OUT    sweep and fit the noise level of the one step (Fig. 5)
-python reproduce.py rates --data kodak -o OUT                    code the pictures at several qualities: table and curves
-python reproduce.py equal_bytes --against DIR --data kodak -o OUT    two layers against a base-only release, at its bytes
+python reproduce.py weights                            fetch the weights of learned scores once, online
+python reproduce.py rates --data data/kodak            every score against the rate, beside other codecs (Figs. 6, 8)
+python reproduce.py table1 --data data/kodak           BD-rate, parameters, seconds
+python reproduce.py table2 --data data/kodak --weights STEPS-1 STEPS-2 ...    releases by number of steps
+python reproduce.py branches --data data/kodak --weights RELEASE              base branch, residual branch, both (Fig. 4)
+python reproduce.py eta --data VALIDATION --held_out data/kodak               noise level by rate, c fitted (Fig. 5)
+python reproduce.py variance --data data/kodak         variances in the latent by rate (Fig. 9a)
+python reproduce.py ablation --data data/kodak --releases FOLDER              finished ablations in one table (Fig. 10)
+python reproduce.py ceiling --data data/kodak --fit TRAINING    the image autoencoder alone, beside principal components
+python reproduce.py artefacts --data data/kodak        patterns, borders, colour casts and flat areas, by number
+python reproduce.py timing                             milliseconds and operations of every part
+python reproduce.py equal_bytes --data data/kodak --against RELEASE           two layers within a base-only file's bytes
+python reproduce.py all --data data/kodak              all of these that the inputs allow
+
+Several processes share the pictures: torchrun --nproc_per_node=N reproduce.py ...
 """
 
 import argparse
+import importlib
+import re
 import sys
 from pathlib import Path
 
-from utils.commandline import answer, command_parser, loading, positive
+from coding.options import quality
+from utils.commandline import answer, command_line, command_parser, loading, number, positive
 
-QUALITIES = ("0", "0.4", "20", "40", "60", "80", "100")
+QUALITIES = (0.0, 0.4, 20.0, 40.0, 60.0, 80.0, 100.0)
+METRICS = ("psnr", "psnr_red", "ms_ssim", "stlpips-alex", "lpips-vgg", "dists", "fsim", "nlpd")
+CODECS = ("jpeg2000", "webp", "avif", "heic", "jxl")
+RESULTS = Path("results")
+SIZES = ("512x768", "768x768")
+
+steps = number(int, lambda value: value >= 2, "2 or more")
+
+
+def size(text: str) -> str:
+    """An argparse type: HEIGHTxWIDTH in pixels."""
+    sides = re.fullmatch(r"(\d+)x(\d+)", text)
+    if not sides or min(map(int, sides.groups())) < 16:
+        raise argparse.ArgumentTypeError(f"{text} is not HEIGHTxWIDTH in pixels, both sides from 16")
+    return text
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = command_parser(__doc__)
-    commands = parser.add_subparsers(dest="experiment", required=True)
+    parser = command_parser(__doc__, "reproduce.py")
+    commands = parser.add_subparsers(dest="experiment", required=True, metavar="COMMAND")
     weights = commands.add_parser("weights", help="fetch the weights of learned scores")
     weights.add_argument("--timeout", type=float, default=20, metavar="S", help="for a connection (default 20 seconds)")
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument(
-        "--weights", type=Path, metavar="DIR", help="release folder (default: the small one that ships)"
-    )
-    common.add_argument("--data", type=Path, required=True, metavar="DIR", help="pictures, for instance Kodak")
-    common.add_argument("-o", "--out_path", type=Path, required=True, metavar="DIR", help="for tables and charts")
-    common.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
+    for name, (told, groups) in COMMANDS.items():
+        command = commands.add_parser(name, help=told)
+        for add_options in groups:
+            add_options(command.add_argument)
+        command.add_argument("-o", "--out_path", type=Path, default=RESULTS / name, metavar="DIR")
+        if name == "all":
+            command.set_defaults(out_path=RESULTS)
+        command.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
+    args = parser.parse_args(argv)
+    args.command = command_line("reproduce.py", argv)
+    return args
 
-    eta = commands.add_parser(
-        "eta", parents=[common], help="sweep the noise level at several rates, fit c of eta = c / B"
-    )
-    eta.add_argument("--held_out", type=Path, required=True, metavar="DIR", help="photographs to compare on")
-    eta.add_argument("--limit", type=positive, metavar="N", help="at most so many photographs of each folder")
-    eta.add_argument("--points", type=positive, default=12, metavar="N", help="noise levels in the sweep (default 12)")
-    eta.add_argument("--metric", default="lpips-vgg", metavar="NAME", help="to fit by (default %(default)s)")
-    eta.add_argument("--store", type=Path, metavar="DIR", help="write a release with the fitted c, in a new folder")
-    rates = commands.add_parser("rates", parents=[common], help="code pictures at several qualities of one model")
-    rates.add_argument("--qualities", nargs="+", default=QUALITIES, metavar="Q", help="default: " + " ".join(QUALITIES))
-    rates.add_argument("--metrics", nargs="+", default=["fsim", "nlpd"], metavar="NAME", help="default: fsim nlpd")
-    equal = commands.add_parser(
-        "equal_bytes", parents=[common], help="compare with base-only releases, each picture at their bytes"
-    )
-    equal.add_argument("--against", type=Path, nargs="+", required=True, metavar="DIR", help="base-only releases")
-    return parser.parse_args(argv)
+
+def releases(add) -> None:
+    add("--weights", type=Path, nargs="+", metavar="DIR", help="release folders (default: the small one that ships)")
+
+
+def pictures(add) -> None:
+    add("--data", type=Path, required=True, metavar="DIR", help="pictures, for instance Kodak")
+    add("--limit", type=positive, metavar="N", help="at most so many of them, evenly spread")
+
+
+def scores(add) -> None:
+    add("--metrics", nargs="+", default=METRICS, metavar="NAME", help="scores (default: " + " ".join(METRICS) + ")")
+
+
+def one_quality(add) -> None:
+    add("--quality", type=quality, default=0.0, metavar="Q", help="0, the base alone (the default), to 100")
+
+
+def qualities(add) -> None:
+    told = " ".join(f"{q:g}" for q in QUALITIES)
+    add("--qualities", type=quality, nargs="+", default=QUALITIES, metavar="Q", help=f"default: {told}")
+
+
+def others(add) -> None:
+    add("--codecs", nargs="*", default=CODECS, metavar="NAME", help="other codecs (default: " + " ".join(CODECS) + ")")
+    add("--anchor", metavar="NAME", help="codec or release that BD-rates are against (default: the first of --codecs)")
+    add("--distances", nargs="+", default=[], metavar="NAME", help="between patches: kid fid kid-lite0 fid-lite0")
+    add("--published", metavar="SET", help="draw published points of this set as well, for instance kodak")
+
+
+def sweep(add) -> None:
+    add("--points", type=steps, default=12, metavar="N", help="noise levels in the sweep (default 12)")
+    add("--metric", default="lpips-vgg", metavar="NAME", help="to fit by (default %(default)s)")
+
+
+def held_out(add) -> None:
+    add("--held_out", type=Path, required=True, metavar="DIR", help="photographs to compare on")
+    add("--store", type=Path, metavar="DIR", help="write a release with the fitted c, in a new folder")
+    add("--weights", type=Path, metavar="DIR", help="release folder (default: the small one that ships)")
+
+
+def folders(add) -> None:
+    add("--releases", type=Path, nargs="+", required=True, metavar="DIR", help="releases, or folders of them")
+
+
+def reference(add) -> None:
+    add("--reference", default="config", metavar="NAME", help="the run that others are compared with (%(default)s)")
+
+
+def rivals(add) -> None:
+    add("--against", type=Path, nargs="+", required=True, metavar="DIR", help="releases that code the base alone")
+
+
+def fitted(add) -> None:
+    add("--fit", type=Path, metavar="DIR", help="training pictures: principal components are fitted to them, and shown")
+
+
+def clock(add) -> None:
+    add("--repeats", type=positive, default=5, metavar="N", help="rounds after one of warm-up (default 5)")
+    add("--precision", choices=["float32", "bfloat16"], default="float32", help="of the networks")
+
+
+def timed(add) -> None:
+    add("--data", type=Path, metavar="PATH", help="its first picture is timed (default: one of scikit-image)")
+
+
+def sizes(add) -> None:
+    add("--sizes", type=size, nargs="+", default=SIZES, metavar="HxW", help="default: " + " ".join(SIZES))
+
+
+def everything(add) -> None:
+    add("--held_out", type=Path, metavar="DIR", help="for eta: photographs to compare on, --data being fitted on")
+    add("--against", type=Path, nargs="+", metavar="DIR", help="for equal_bytes: releases that code the base alone")
+    add("--releases", type=Path, nargs="+", metavar="DIR", help="for table2 and ablation: releases, or folders of them")
+
+
+COMMANDS = {
+    "rates": ("scores against the rate (Figs. 6, 8)", [releases, pictures, scores, qualities, others]),
+    "table1": ("BD-rate, parameters, seconds", [releases, pictures, scores, qualities, others, one_quality, clock]),
+    "table2": ("releases by number of steps", [releases, pictures, scores, one_quality]),
+    "branches": ("base branch, residual branch, both (Fig. 4)", [releases, pictures, scores, one_quality]),
+    "eta": ("noise level by rate (Fig. 5)", [pictures, held_out, sweep]),
+    "variance": ("variances in the latent (Fig. 9a)", [releases, pictures, qualities]),
+    "ablation": ("finished ablations (Fig. 10)", [folders, reference, pictures, scores, one_quality]),
+    "ceiling": ("the image autoencoder alone, D(E(X))", [releases, pictures, scores, fitted]),
+    "artefacts": ("patterns, borders, colour casts, flat areas", [releases, pictures, scores, qualities]),
+    "timing": ("time and operations of every part", [releases, timed, sizes, one_quality, clock]),
+    "equal_bytes": ("two layers within base-only bytes", [releases, pictures, scores, rivals]),
+}
+SHARED = [releases, pictures, scores, qualities, others, one_quality, sweep, reference, clock, sizes, everything]
+COMMANDS["all"] = ("all of these that the inputs allow", SHARED)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -51,9 +158,12 @@ def run(args: argparse.Namespace) -> None:
         from measuring.weights import download_weights
 
         return download_weights(args.timeout)
-    with loading():
-        from experiments import equal_bytes, eta, rates  # torch takes seconds: wrong usage is answered before
-    {"eta": eta, "rates": rates, "equal_bytes": equal_bytes}[args.experiment].run(args)
+    with loading():  # torch takes seconds: wrong usage is answered before
+        from utils.distributed import local_device, process_group
+
+        experiment = importlib.import_module(f"experiments.{args.experiment}")
+    with process_group(local_device(args.device)):
+        experiment.run(args)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,11 +1,9 @@
 """Options of the command `inference.py`."""
 
 import argparse
-import shlex
-import sys
 from pathlib import Path
 
-from utils.commandline import command_parser, number, positive
+from utils.commandline import command_line, command_parser, number, positive
 from utils.limits import MAX_PIXELS
 
 MODES = ("roundtrip", "compress", "decompress", "inspect")
@@ -25,7 +23,7 @@ def parse(argv: list[str] | None, description: str | None = None) -> argparse.Na
     for wrong, message in _mistakes(args):
         if wrong:
             parser.error(message)
-    args.command = shlex.join(["python", "inference.py", *(sys.argv[1:] if argv is None else argv)])
+    args.command = command_line("inference.py", argv)
     return args
 
 

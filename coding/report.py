@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 # column -> (heading, format) in the printed table, or None: it should fit a terminal, and leaves those to the files
 COLUMNS = {
-    **{name: (name, "s") for name in ("quality", "weights", "picture")},
+    **{name: (name, "s") for name in ("codec", "label", "weights", "picture")},
     "output": None,
     **{name: (name, "d") for name in ("width", "height", "bytes")},
     "bpp": ("bpp", ".4f"),
@@ -54,6 +54,11 @@ def aligned_table(rows: list[Row]) -> str:
     shown = {name: column for name, column in shown.items() if column}
     lines = [[heading for heading, _ in shown.values()]]
     lines += [[_cell(row.get(name), form) for name, (_, form) in shown.items()] for row in rows]
+    return align(lines)
+
+
+def align(lines: Sequence[Sequence[str]]) -> str:
+    """Cells as aligned text: a rule below the first line, which has the headings; the first column to the left."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
     form = "  ".join([f"{{:<{widths[0]}}}", *(f"{{:>{width}}}" for width in widths[1:])])

@@ -100,10 +100,10 @@ class Table:
         self._kept = set(self._rows)
 
 
-def write_rows(rows: Sequence[Row], path: Path) -> None:
-    """The rows as CSV."""
+def write_rows(rows: Sequence[Row], path: Path, columns: Sequence[str] | None = None) -> None:
+    """The rows as CSV; without `columns`, those that any row fills."""
     text = io.StringIO()
-    table = csv.DictWriter(text, columns_of(rows), restval="", extrasaction="ignore", lineterminator="\n")
+    table = csv.DictWriter(text, columns or columns_of(rows), restval="", extrasaction="ignore", lineterminator="\n")
     table.writeheader()
     table.writerows(rows)
     atomic_write(path, text.getvalue().encode(errors="backslashreplace"))  # names of files need not be text

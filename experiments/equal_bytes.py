@@ -1,66 +1,95 @@
-"""Two releases at equal bytes: one codes a picture, the other takes at most as many bytes for it."""
+"""Two releases at equal bytes: one codes a picture by its base alone, the other takes at most as many bytes for it."""
 
 import argparse
-from pathlib import Path
+from dataclasses import dataclass
 
 from torch import Tensor
-from tqdm import tqdm
 
 from coding import budget
-from coding.report import Row, aligned_table, mean_row
-from coding.table import write_rows
-from experiments.inputs import codec_of, photographs
-from measuring.metrics import MS_SSIM_MIN_SIDE, bpp, ms_ssim, psnr
+from coding.plan import STREAM
+from coding.report import Row
+from experiments.baselines import Coded
+from experiments.coded import Coding, Variant, at, evaluator_of, table_of
+from experiments.inputs import about, named_photographs, releases_of
+from experiments.summary import draw_bars, mean_of, write_summary
+from measuring.scores import SCORES
 from models.codec import Codec
 from models.released import load_release
-from utils.errors import BudgetError, PictureError
-from utils.images import read_image
+from utils.distributed import is_main
+from utils.errors import BudgetError, DiffoError
+
+BASE, OURS = "base alone", "two layers"
+
+
+@dataclass(frozen=True)
+class TwoLayers:
+    """A release as `Coding.match` wants other codecs: the largest file within a number of bytes."""
+
+    codec: Codec
+    name: str = OURS
+    label: str = OURS
+    suffix: str = STREAM
+
+    def fit(self, image: Tensor, max_bytes: int) -> Coded | None:
+        """None where the smallest file is larger."""
+        try:
+            fitted = budget.fit(self.codec, self.codec.analyse(image), max_bytes)
+        except BudgetError:
+            return None
+        return self._coded(fitted.data, f"level {fitted.code} of 255")
+
+    def smallest(self, image: Tensor) -> Coded:
+        return self._coded(self.codec.compress(image), "base alone")
+
+    def _coded(self, data: bytes, setting: str) -> Coded:
+        return Coded(data, len(data), setting, 1.0, self.codec.decompress(data))
 
 
 def run(args: argparse.Namespace) -> None:
-    """Every picture against every rival: rows in equal_bytes.csv, and their means as a table.
+    """pictures.csv by picture, and the table: both sides for every rival, with how many pictures each won by score.
 
     Raises:
-        DiffoError: an option is wrong, before anything is coded; or as `contest`.
+        DiffoError: an option is wrong, or a rival codes more than its base, before anything is coded.
     """
-    pictures = photographs(args.data)
-    ours = codec_of(args)
-    rivals = [(folder.name, load_release(folder, ours.device)) for folder in args.against]
-    rows, means = [], []
-    for rival, theirs in rivals:
-        pairs = [contest(ours, theirs, rival, path) for path in tqdm(pictures, desc=rival, unit="picture")]
-        won = sum(our["ms_ssim"] > their["ms_ssim"] for their, our in pairs)
-        for side, better in zip(zip(*pairs, strict=True), (len(pairs) - won, won), strict=True):
-            means.append(mean_row(side) | {"weights": side[0]["weights"], "won": f"{better} of {len(pairs)}"})
-        rows += [row for pair in pairs for row in pair]
-    write_rows(rows, args.out_path / "equal_bytes.csv")
-    print(aligned_table(means))
+    releases = releases_of(args)
+    (name, ours), *others = releases.items()
+    if others:
+        raise DiffoError("--weights: one release is compared with those of --against; name one")
+    rivals = rivals_of(args, ours)
+    evaluator, pictures = evaluator_of(args), named_photographs(args.data, args.limit)
+    variants = [Variant(BASE, rival, codec) for rival, codec in rivals.items()]
+    with table_of(args, "pictures", releases | rivals) as table:
+        coding = Coding(table, pictures, args.out_path, evaluator)
+        coding.code(variants)
+        coding.match([TwoLayers(ours)], variants, f"weights {ours.fingerprint.hex()}, ")
+        means = []
+        for rival in rivals:
+            sides = coding.rows(BASE, rival), coding.rows(OURS, at(rival))
+            won = wins(*sides, evaluator.names), wins(*reversed(sides), evaluator.names)
+            means += [mean_of(side, evaluator.names) | better for side, better in zip(sides, won, strict=True)]
+    if is_main():
+        title = f"{name} within the bytes of base-only releases, {args.data.name}"
+        write_summary(means, args.out_path, "equal_bytes", about(args, releases | rivals), title)
+        draw_bars(means, args.out_path, args.metrics, ("codec", "label"), title)
 
 
-def contest(ours: Codec, theirs: Codec, rival: str, path: Path) -> tuple[Row, Row]:
-    """Code a picture with the base code of `theirs`, then with `ours` in at most as many bytes: a row of each.
-
-    Args:
-        rival: what to call `theirs` in the rows.
-    Raises:
-        BudgetError: the rival's file is smaller than the smallest that ours can make.
-        PictureError: the picture cannot be read, or is smaller than MS-SSIM needs.
-    """
-    image = read_image(path)
-    if min(image.shape[1:]) < MS_SSIM_MIN_SIDE:
-        raise PictureError(f"{path}: MS-SSIM, which decides, needs sides from {MS_SSIM_MIN_SIDE} pixels")
-    data = theirs.compress(image)
-    try:
-        fitted = budget.fit(ours, ours.analyse(image), len(data))
-    except BudgetError as error:
-        raise BudgetError(f"{path}, as coded by {rival}: {error}") from error
-    named = {"picture": path.name, "note": None}
-    their = named | {"weights": rival, "code": 0} | scores(image, theirs.decompress(data), data)
-    our = named | {"weights": f"two layers within {rival}", "code": fitted.code, "note": fitted.note}
-    return their, our | scores(image, ours.decompress(fitted.data), fitted.data)
+def rivals_of(args: argparse.Namespace, ours: Codec) -> dict[str, Codec]:
+    """The codecs of --against by name. Raises DiffoError for one with a residual codec, and for two of one name."""
+    rivals = {folder.resolve().name: load_release(folder, ours.device) for folder in args.against}
+    if len(rivals) < len(args.against):
+        raise DiffoError("--against: two releases of one folder name, which their rows would share; rename one")
+    for rival, codec in rivals.items():
+        if codec.has_levels:
+            raise DiffoError(f"--against: {rival} has a residual codec; compare with releases of the base alone")
+    return rivals
 
 
-def scores(image: Tensor, decoded: Tensor, file: bytes) -> Row:
-    """Size of a file, and PSNR and MS-SSIM of what it decodes to; pictures uint8 (3, H, W)."""
-    size = {"bytes": len(file), "bpp": bpp(len(file), *image.shape[1:])}
-    return size | {"psnr": psnr(image, decoded), "ms_ssim": ms_ssim(image, decoded)}
+def wins(side: list[Row], other: list[Row], scores: list[str]) -> Row:
+    """For every score that all pictures have: on how many of them a side is better than the other, strictly."""
+    found: Row = {}
+    for name in scores:
+        pairs = [(a.get(name), b.get(name)) for a, b in zip(side, other, strict=True)]
+        if not any(None in pair for pair in pairs):
+            better = sum(a < b if SCORES[name].lower_is_better else a > b for a, b in pairs)
+            found[f"won by {SCORES[name].heading}"] = f"{better} of {len(pairs)}"
+    return found

@@ -5,34 +5,38 @@ every rate; c is then not identifiable, and the default stays.
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
-from tqdm import tqdm
 
-from experiments.inputs import codec_of, photographs
+from coding.report import Row
+from coding.table import Table
+from experiments.coded import fill, table_of
+from experiments.inputs import about, photographs
+from experiments.summary import write_summary
 from measuring.charts import Curve, chart
-from measuring.evaluator import SCORES, Evaluator, unavailable
+from measuring.evaluator import Evaluator
+from measuring.scores import SCORES, unavailable
 from models.codec import Codec
 from models.diffusion import RateParams
 from models.records import Sampling
-from models.released import ABOUT, SMALL
+from models.released import ABOUT, SMALL, load_release
 from release.making import require_empty, with_rate
 from training.config import RUN_CONFIG
+from utils.distributed import is_main, local_device
 from utils.errors import DiffoError, PictureError
-from utils.files import atomic_write
 from utils.images import read_image
 
+KEY = ("pictures", "picture", "code")
 CODES = (0, 1, 64, 128, 192, 255)
 FINEST_C = 400  # values of c that are tried, geometric over the sweep's range
 
 
 def run(args: argparse.Namespace) -> None:
-    """Sweep --data, fit c on it, compare on --held_out: eta.json, eta.png and, with --store, a release with this c.
+    """Sweep --data, fit c on it, compare on --held_out: eta, its chart and, with --store, a release with this c.
 
     Raises:
         DiffoError: an option is wrong, before anything is decoded.
@@ -47,28 +51,31 @@ def run(args: argparse.Namespace) -> None:
     metric = args.metric
     if reason := unavailable(metric):
         raise DiffoError(f"--metric {metric}: {reason}, or name one that needs no weights, such as nlpd")
-    codec = codec_of(args)
+    codec = load_release(source, local_device(args.device))
     default = codec.params.rate
     codes = [code for code in CODES if code == 0 or codec.has_levels]
     etas = np.geomspace(codec.rate.eta_min, codec.rate.eta_max, args.points)
-    sweeps = {name: sweep(codec, paths, codes, etas, metric) for name, paths in pictures.items()}
-    rate = fit(sweeps["fit"], default)
+    releases = {source.resolve().name: codec}
+    with table_of(args, "pictures", releases, KEY) as table:
+        sweeps = {name: sweep(table, codec, name, paths, codes, etas, metric) for name, paths in pictures.items()}
+    if not is_main():
+        return
+    rate, found = fit(sweeps["fit"], default), sweeps["fit"]
     better = "lower" if SCORES[metric].lower_is_better else "higher"
-    about = {"metric": metric, "better": better, "identifiable": sweeps["fit"].identifies_c}
-    about |= {"c": round(rate.c, 5), "codes": codes}
-    about |= {name: {"pictures": len(pictures[name])} | found.told(rate, default) for name, found in sweeps.items()}
-    about["weights"] = codec.fingerprint.hex()
+    told = about(args, releases, metric=metric, better=better, identifiable=found.identifies_c, c=round(rate.c, 5))
+    rows = [
+        {"pictures": name, "count": len(pictures[name])} | each.told(rate, default) for name, each in sweeps.items()
+    ]
     points = {name: {"etas": s.etas, "rates": s.rates, "scores": s.sign * s.costs} for name, s in sweeps.items()}
-    whole = json.dumps(about | {"sweeps": points}, indent=1, default=np.ndarray.tolist)
-    atomic_write(args.out_path / "eta.json", f"{whole}\n".encode())
-    found = sweeps["fit"]
+    points = {name: {key: values.tolist() for key, values in each.items()} for name, each in points.items()}
+    title = f"Fig. 5: {metric} ({better} is better) by noise level, c = {rate.c:.4g}"
+    write_summary(rows, args.out_path, "eta", told, title, sweeps=points)
     curves = [
         Curve(f"{b:.3f} bpp", found.etas, found.sign * row, rate.eta(b))
         for b, row in zip(found.rates, found.costs, strict=True)
     ]
-    title = f"Noise code of the one step, by rate (diamonds: c = {rate.c:.4g})"
-    chart(curves, args.out_path / "eta.png", "noise code eta", f"{metric} ({better} is better)", title, log_x=True)
-    print(json.dumps(about, indent=1))
+    title = f"Noise level of the one step, by rate (diamonds: c = {rate.c:.4g})"
+    chart(curves, args.out_path / "eta.png", "noise level eta", f"{metric} ({better} is better)", title, log_x=True)
     if args.store:
         with_rate(source, rate, args.store)
         print(f"wrote {args.store}, with c = {rate.c:.4g}")
@@ -110,30 +117,45 @@ class Sweep:
         }
 
 
-@torch.inference_mode()
-def sweep(codec: Codec, pictures: Sequence[Path], codes: Sequence[int], etas: np.ndarray, metric: str) -> Sweep:
-    """Decode every picture at every code with every eta, and score it.
+def sweep(
+    table: Table, codec: Codec, name: str, pictures: Sequence[Path], codes: Sequence[int], etas: np.ndarray, metric: str
+) -> Sweep:
+    """Decode every picture at every code with every eta, and score it; what the table has is not done again.
 
     Args:
-        codes: codes as in the file, 0 for the base alone. metric: a key of `measuring.scores.SCORES`.
+        name: of this set of pictures in the table. codes: codes as in the file, 0 for the base alone.
+        metric: a key of `measuring.scores.SCORES`.
     Raises:
         PictureError: one is too small for the metric.
     """
     evaluator = Evaluator([metric], codec.device)
-    sign = 1 if SCORES[metric].lower_is_better else -1
-    costs, rates = np.zeros((len(codes), len(etas))), np.zeros(len(codes))
-    for path in tqdm(pictures, desc="sweeping eta", unit="picture"):
+    made_from = f"weights {codec.fingerprint.hex()}, {metric}"
+    columns = [f"eta {eta:.6g}" for eta in etas]
+
+    def stands(row: Row | None) -> bool:
+        return row is not None and row["made_from"] == made_from and all(column in row for column in columns)
+
+    def rows_of(path: Path) -> list[Row]:
         image = read_image(path)
         if min(image.shape[1:]) < SCORES[metric].min_side:
             raise PictureError(f"{path}: {metric} needs sides from {SCORES[metric].min_side} pixels")
-        analysed = codec.analyse(image)
-        for row, code in enumerate(codes):
+        analysed, rows = codec.analyse(image), []
+        for code in codes:
             contents = codec.read(codec.write(analysed, code))
-            rates[row] += contents.file.section_bpp / len(pictures)
-            decoded = (codec.render(contents, Sampling(eta=eta)).image for eta in etas)
-            values = [evaluator(image, picture)[metric] for picture in decoded]
-            costs[row] += sign * np.array(values) / len(pictures)
-    return Sweep(etas, rates, costs, sign)
+            row: Row = dict(zip(KEY, (name, str(path), code), strict=True)) | {"made_from": made_from}
+            row["section_bpp"] = contents.file.section_bpp
+            for column, eta in zip(columns, etas, strict=True):
+                row[column] = evaluator(image, codec.render(contents, Sampling(eta=eta)).image)[metric]
+            rows.append(row)
+        return rows
+
+    todo = [path for path in pictures if not all(stands(table.get(name, str(path), code)) for code in codes)]
+    fill(table, [partial(rows_of, path) for path in todo], f"sweeping eta, {name}")
+    rows = [[table.get(name, str(path), code) for path in pictures] for code in codes]
+    sign = 1 if SCORES[metric].lower_is_better else -1
+    rates = np.array([np.mean([row["section_bpp"] for row in each]) for each in rows])
+    costs = np.array([[np.mean([row[column] for row in each]) for column in columns] for each in rows])
+    return Sweep(etas, rates, sign * costs, sign)
 
 
 def fit(found: Sweep, default: RateParams) -> RateParams:

@@ -1,13 +1,24 @@
-"""Inputs that experiments share: photographs, and the codec that is measured."""
+"""Inputs that experiments share: photographs, releases, and what a table says of how it was made."""
 
 import argparse
+import importlib.metadata
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
 from pathlib import Path
+
+import torch
 
 from coding.plan import inputs
 from models.codec import Codec
 from models.released import SMALL, load_release
-from utils.distributed import local_device
-from utils.files import make_folder, require_writable
+from utils.distributed import local_device, world_size
+from utils.errors import DiffoError
+from utils.version import __version__
+
+ROOT = Path(__file__).resolve().parents[1]
+LIBRARIES = ("torch", "numpy", "pillow", "pyiqa", "pytorch-msssim", "cvvdp", "pillow-heif", "pillow-jxl-plugin")
 
 
 def photographs(folder: Path, limit: int | None = None) -> list[Path]:
@@ -16,16 +27,75 @@ def photographs(folder: Path, limit: int | None = None) -> list[Path]:
     Raises:
         DiffoError: the folder has none, or is not there.
     """
-    found = [path for path, _ in inputs([folder], streams=False, recursive=True)]
+    return list(named_photographs(folder, limit).values())
+
+
+def named_photographs(folder: Path, limit: int | None = None) -> dict[str, Path]:
+    """`photographs` by their names relative to the folder. Raises DiffoError, too, for two of one stem."""
+    found = inputs([folder], streams=False, recursive=True)
     step = max(1, len(found) // (limit or len(found)))
-    return found[::step][:limit]
+    stems: dict[Path, Path] = {}
+    for path, relative in found[::step][:limit]:
+        if (other := stems.setdefault(relative.with_suffix(""), path)) != path:
+            raise DiffoError(f"{other} and {path} have one stem, and so would their files; rename one")
+    return {str(relative): path for path, relative in found[::step][:limit]}
 
 
-def codec_of(args: argparse.Namespace) -> Codec:
-    """The codec of --weights on --device, once --out_path is there and can be written into.
+def releases_of(args: argparse.Namespace) -> dict[str, Codec]:
+    """The codecs of --weights by their folders' names, in the order in which they were given.
 
     Raises:
-        DiffoError: one of the three will not do.
+        DiffoError: two of one name. CheckpointError: as `load_release`.
     """
-    require_writable(make_folder(args.out_path))
-    return load_release(args.weights or SMALL, local_device(args.device))
+    folders = {folder.resolve().name: folder for folder in args.weights or [SMALL]}
+    if len(folders) < len(args.weights or folders):
+        raise DiffoError("--weights: two releases of one folder name, which their rows would share; rename one")
+    return {name: load_release(folder, local_device(args.device)) for name, folder in folders.items()}
+
+
+def about(args: argparse.Namespace, releases: dict[str, Codec], **more: object) -> dict:
+    """How a table was made, for whoever finds it later: command, weights, commit, hardware, libraries."""
+    device = local_device(args.device)
+    return {
+        "command": args.command,
+        "weights": {name: codec.fingerprint.hex() for name, codec in releases.items()},
+        "version": __version__,
+        "commit": commit(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
+        "threads": torch.get_num_threads(),
+        "processes": world_size(),
+        "libraries": {"python": platform.python_version()} | versions(LIBRARIES),
+    } | more
+
+
+def commit() -> str | None:
+    """The commit of this source, with `-dirty` where files differ from it; None outside a repository of its own."""
+    if not (ROOT / ".git").exists():
+        return None
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):  # no git, or a disk that sleeps
+        return None
+    return done.stdout.strip() or None
+
+
+def processor() -> str:
+    """The CPU's name and its cores."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    """Versions of those packages that are installed."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

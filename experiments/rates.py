@@ -1,47 +1,112 @@
-"""One model at several rates: inference.py once per quality, then a table of means and a chart for every score."""
+"""Rate against score (Figs. 6 and 8): releases and other codecs on one chart for every score, BD-rates beside it."""
 
 import argparse
-import json
+from collections.abc import Sequence
 
-from coding import batch, options
-from coding.batch import TABLES
-from coding.report import COLUMNS, aligned_table
-from coding.table import write_rows
-from experiments.inputs import photographs
+from coding.report import Row
+from experiments.baselines import BASELINES, Baseline
+from experiments.coded import baselines_of, curve_of, measured
+from experiments.inputs import about, releases_of
+from experiments.published import published, records
+from experiments.summary import BD_RATE, SHOWN, write_summary
+from measuring.bd_rate import bd_rate
 from measuring.charts import Curve, chart
-from measuring.scores import unavailable
+from models.codec import Codec
+from utils.distributed import is_main
 from utils.errors import DiffoError
+
+THE_PAPERS = "trained with 2 steps, run with 1"  # the variant of its Table 2 that is the paper's codec
 
 
 def run(args: argparse.Namespace) -> None:
-    """Files and tables below --out_path by quality, their means in rates.csv, and a chart for every score.
+    """rates.csv by picture, means, bd_rate and a chart for every score.
 
     Raises:
-        DiffoError: an option is wrong, before anything is coded; or a picture could not be coded.
+        DiffoError: an option is wrong, before anything is coded; a picture cannot be read.
     """
-    photographs(args.data)
-    for metric in args.metrics:
-        unavailable(metric)  # unknown names stop here
-    runs = {quality: options.parse(_command(args, quality)) for quality in args.qualities}
-    rows = []
-    for quality, named in runs.items():
-        if batch.run(named):
-            raise DiffoError(f"--quality {quality}: not every picture could be coded; the errors are above")
-        rows.append({"quality": quality} | json.loads((named.out_path / TABLES[1]).read_text())["mean"])
-        rows[-1].pop("picture")
-    write_rows(rows, args.out_path / "rates.csv")
-    for metric in ("psnr", "ms_ssim", *args.metrics):
-        points = [(row["bpp"], row[metric]) for row in rows if row.get(metric) is not None]
-        if points:
-            x, y = zip(*points, strict=True)
-            name = COLUMNS.get(metric, (metric,))[0]
-            title = f"{name} by rate: one model, mean over {args.data.name}"
-            chart([Curve(name, x, y)], args.out_path / f"{metric}.png", "bits per pixel (files)", name, title)
-    print(aligned_table(rows))
+    releases = releases_of(args)
+    means = points(args, releases)
+    if not is_main():
+        return
+    told = about(args, releases)
+    write_summary(means, args.out_path, "means", told, f"Rates and scores on {args.data.name}")
+    if anchor := anchor_of(args):
+        found, reasons = bd_rates(means, anchor)
+        rows = [{"codec": codec} | row for codec, row in found.items()]
+        write_summary(rows, args.out_path, "bd_rate", told | reasons, f"BD-rate against {anchor}")
+    draw(means, args)
 
 
-def _command(args: argparse.Namespace, quality: str) -> list[str]:
-    flags = ["-i", args.data, "-o", args.out_path / f"quality_{quality}", "--quality", quality, "--one_step", "--ddim"]
-    flags += ["--overwrite", "--recursive", "--device", args.device, "--metrics", *args.metrics]
-    flags += ["--weights", args.weights] if args.weights else []
-    return [str(flag) for flag in flags]
+def points(args: argparse.Namespace, releases: dict[str, Codec]) -> list[Row]:
+    """Means of every release at --qualities, and of --codecs at the first one's bytes. Errors as `run`."""
+    baselines = baselines_for(args, releases)
+    curves = [curve_of(name, codec, args.qualities) for name, codec in releases.items()]
+    return measured(
+        args, "rates", releases, [variant for curve in curves for variant in curve], baselines, args.distances
+    )
+
+
+def baselines_for(args: argparse.Namespace, releases: dict[str, Codec]) -> list[Baseline]:
+    """The codecs of --codecs that can be had. Raises DiffoError for names that are unknown, or clash."""
+    baselines = baselines_of(args.codecs)
+    if args.anchor and args.anchor not in [*releases, *(baseline.name for baseline in baselines)]:
+        raise DiffoError(f"--anchor {args.anchor}: not among what is measured here (--weights, --codecs)")
+    sets = {record.dataset for record in records() if record.bpp and record.dataset}
+    if args.published and args.published not in sets:
+        raise DiffoError(f"--published {args.published}: no such set; there are {', '.join(sorted(sets))}")
+    if clash := sorted(set(releases) & set(BASELINES)):
+        raise DiffoError(f"--weights: a release is called {clash[0]}, as another codec is; rename its folder")
+    return baselines
+
+
+def anchor_of(args: argparse.Namespace) -> str | None:
+    """What BD-rates are against: --anchor, or the first of --codecs."""
+    return args.anchor or next(iter(args.codecs), None)
+
+
+def curve(means: Sequence[Row], codec: str, score: str) -> list[tuple[float, float]]:
+    """(bpp, score) of a codec's rows that have both, by rate."""
+    rows = [row for row in means if row["codec"] == codec]
+    return sorted((row["bpp"], row[score]) for row in rows if row.get(score) is not None and row["bpp"] is not None)
+
+
+def bd_rates(means: Sequence[Row], anchor: str) -> tuple[dict[str, Row], dict[str, str]]:
+    """For every codec but the anchor, BD-rate in percent by score; and why some are missing."""
+    found: dict[str, Row] = {}
+    reasons: dict[str, str] = {}
+    for codec in dict.fromkeys(row["codec"] for row in means if row["codec"] != anchor):
+        found[codec] = {}
+        for score in (name for name in SHOWN if any(name in row for row in means)):
+            pair = [curve(means, name, score) for name in (anchor, codec)]
+            try:
+                found[codec][BD_RATE + score] = bd_rate(*pair, SHOWN[score].lower_is_better)
+            except DiffoError as error:
+                reasons[f"{codec}, {SHOWN[score].heading}"] = str(error)
+    return found, reasons
+
+
+def draw(means: Sequence[Row], args: argparse.Namespace) -> None:
+    """`<score>.png` and `.pdf` for every score that has a mean, with the published points of set --published."""
+    labels = {name: baseline.label for name, baseline in BASELINES.items()}
+    for name, score in SHOWN.items():
+        curves = []
+        for codec in dict.fromkeys(row["codec"] for row in means):
+            if points := curve(means, codec, name):
+                curves.append(Curve(labels.get(codec, codec), *zip(*points, strict=True)))
+        if curves:
+            curves += published_curves(args.published, name) if args.published else []
+            title = f"{score.heading} by rate, mean over {args.data.name}"
+            better = "lower" if score.lower_is_better else "higher"
+            unit = f"{score.heading}{', ' + score.unit if score.unit else ''} ({better} is better)"
+            chart(curves, args.out_path / f"{name}.png", "bits per pixel (files)", unit, title)
+
+
+def published_curves(dataset: str, score: str) -> list[Curve]:
+    """Points of other codecs as they were published, for one set and score."""
+    points: dict[str, list[tuple[float, float]]] = {}
+    for record in published(dataset, score):
+        if record.variant not in ("", THE_PAPERS):
+            continue  # an ablation
+        label = f"{record.system} ({record.source}: {record.kind})"
+        points.setdefault(label, []).append((record.bpp, record.scores[score]))
+    return [Curve(label, *zip(*sorted(found), strict=True), measured=False) for label, found in points.items()]

@@ -1,35 +1,46 @@
 """Charts of lines, drawn with Matplotlib, and sheets of originals beside decoded pictures, drawn with Pillow."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from measuring.intervals import Interval
 from utils.files import atomic_path
+
+if TYPE_CHECKING:  # it takes a second to import
+    from matplotlib.figure import Figure
 from utils.images import write_image
 
 COLUMN, MARGIN, CAPTION = 512, 24, 36  # pixels; pictures fit a square as wide as a column: portraits stay as large
+MARKERS, LINES = "os^vDPX<>*", ("-", "--", "-.")  # curves are told apart without colour
 
 Row = tuple[torch.Tensor, torch.Tensor, str, str]
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One line: its label, x and y, and optionally the x of a point to mark on it."""
+    """One line: its label, x and y, optionally the x of a point to mark on it, and whether it was measured here.
+
+    Those that were not are drawn hollow and dotted.
+    """
 
     label: str
     x: Sequence[float]
     y: Sequence[float]
     mark: float | None = None
+    measured: bool = True
 
 
 def chart(
     curves: Sequence[Curve], path: str | os.PathLike[str], x: str, y: str, title: str, log_x: bool = False
 ) -> None:
-    """Draw the curves as one PNG file at `path`, darker ones later.
+    """Draw the curves as a PNG file at `path`, and as a PDF file beside it; darker ones later, each with its own marker.
 
     Args:
         x, y: names of the axes, with units.
@@ -43,8 +54,11 @@ def chart(
     figure = Figure(figsize=(7.2, 4.6), dpi=150, layout="constrained")
     axes = figure.subplots()
     shades = matplotlib.colormaps["viridis_r"](np.linspace(0.15 if len(curves) > 1 else 0.7, 1, len(curves)))
-    for curve, shade in zip(curves, shades, strict=True):
-        axes.plot(curve.x, curve.y, "o-", color=shade, label=curve.label, markersize=4, linewidth=1.6)
+    for i, (curve, shade) in enumerate(zip(curves, shades, strict=True)):
+        line = {"marker": MARKERS[i % len(MARKERS)], "linestyle": LINES[i // len(MARKERS) % len(LINES)]}
+        if not curve.measured:
+            line |= {"linestyle": ":", "markerfacecolor": "white"}
+        axes.plot(curve.x, curve.y, color=shade, label=curve.label, markersize=5, linewidth=1.6, **line)
         if curve.mark is not None:
             height = np.interp(curve.mark, curve.x, curve.y)
             axes.plot([curve.mark], [height], "D", color=shade, markersize=9, markeredgecolor="black")
@@ -55,8 +69,32 @@ def chart(
     axes.spines[["top", "right"]].set_visible(False)
     if len(curves) > 1:
         figure.legend(frameon=False, fontsize=9, loc="outside right upper")
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png")
+    _save(figure, Path(path))
+
+
+def bars(values: Mapping[str, Interval], path: str | os.PathLike[str], x: str, title: str) -> None:
+    """Draw values by name as bars with their intervals, the first on top: a PNG file at `path`, a PDF file beside it.
+
+    Raises:
+        DiffoError: the folder of `path` cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 1.2 + 0.3 * len(values)), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    for name, value in values.items():
+        ends = None if value.low is None else [[value.mean - value.low], [value.high - value.mean]]
+        axes.barh(name, value.mean, xerr=ends, color="0.75", edgecolor="black", capsize=3)
+    axes.invert_yaxis()
+    axes.set(xlabel=x, title=title)
+    axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, Path(path))
+
+
+def _save(figure: "Figure", path: Path) -> None:
+    for file in (path, path.with_suffix(".pdf")):
+        with atomic_path(file) as temporary:
+            figure.savefig(temporary, format=file.suffix[1:])
 
 
 def contact_sheet(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:

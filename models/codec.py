@@ -285,17 +285,22 @@ class Codec(nn.Module):
             BitstreamError: the picture is not finite.
         """
         file = contents.file
-        k = contents.k.to(self.device)
-        z_q = self.vq_base.rows(k)  # 1 d_q h w
-        y_hat = self.vq_base.reconstruct(z_q)  # 1 d h w
-        if contents.symbols:
-            symbols = contents.symbols
-            y_hat = y_hat + self.residual.restore(symbols.hyper, symbols.residual, k, y_hat, file.residual.code)
+        y_hat, z_q = self.known(contents)
         x_hat, eta = self.denoise(y_hat, z_q, file, sampling)
         image = self.autoencoder.decode(x_hat)[0, :, : file.height, : file.width]
         if not image.isfinite().all():
             raise BitstreamError("the decoded picture is not finite: these weights or this precision cannot decode it")
         return Decoded(to_uint8(image.float().cpu()), eta)
+
+    def known(self, contents: Contents) -> tuple[Tensor, Tensor]:
+        """y^ = y + r^, 1 x d x h x w, and z_q, 1 x d_q x h x w: what a file tells of the latent."""
+        k = contents.k.to(self.device)
+        z_q = self.vq_base.rows(k)
+        y_hat = self.vq_base.reconstruct(z_q)
+        if contents.symbols:
+            symbols, code = contents.symbols, contents.file.residual.code
+            y_hat = y_hat + self.residual.restore(symbols.hyper, symbols.residual, k, y_hat, code)
+        return y_hat, z_q
 
     def denoise(self, y_hat: Tensor, z_q: Tensor, file: CodedPicture, sampling: Sampling) -> tuple[Tensor, float]:
         """x^ and the noise level that it was made with."""

@@ -3,6 +3,7 @@
 import argparse
 import io
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -91,6 +92,11 @@ def _settle_output() -> None:
             sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def command_line(program: str, argv: list[str] | None) -> str:
+    """The line that was given, to be pasted into a shell; `argv` None stands for the process's own arguments."""
+    return shlex.join(["python", program, *(sys.argv[1:] if argv is None else argv)])
 
 
 def number(kind: Callable[[str], Number], allowed: Callable[[Number], bool], words: str) -> Callable[[str], Number]:

@@ -1,0 +1,69 @@
+"""Every table and figure that the inputs at hand allow, each in a folder of its own below --out_path."""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+
+from experiments import ablation, branches, equal_bytes, eta, rates, table1, table2, timing, variance
+from experiments.coded import evaluator_of
+from experiments.inputs import named_photographs, photographs, releases_of
+from measuring.scores import unavailable
+from utils.distributed import is_main
+from utils.errors import DiffoError
+
+
+def run(args: argparse.Namespace) -> None:
+    """The commands one after the other; what is left out is said, with what it lacks.
+
+    Raises:
+        DiffoError: an option is wrong, before anything is coded; or as the commands do.
+    """
+    plan = list(commands(args))
+    if is_main():
+        for module, _, lacks in plan:
+            if lacks:
+                print(f"left out: {_name(module)} {lacks}", file=sys.stderr)
+    for module, options, lacks in plan:
+        if not lacks:
+            if is_main():
+                print(f"\n{_name(module)}")
+            changed = vars(args) | {"out_path": args.out_path / _name(module)} | options
+            module.run(argparse.Namespace(**changed))
+
+
+def commands(args: argparse.Namespace) -> Iterator[tuple[ModuleType, dict, str | None]]:
+    """Each command's module, the options that are its own, and, where it cannot be run, what it lacks."""
+    releases, pictures = releases_of(args), named_photographs(args.data, args.limit)
+    evaluator_of(args)
+    rates.baselines_for(args, releases)
+    first = args.weights[:1] if args.weights else None
+    for module in (rates, table1):
+        yield module, {}, None
+    found = ablation.gathered(args.releases) if args.releases else {}
+    stepped = [folder for name, folder in found.items() if name.startswith("steps-")]
+    yield table2, {"weights": stepped}, None if stepped else "needs releases of steps-1, steps-2, ... in --releases"
+    branched, lacks = [], None
+    for name, codec in releases.items():
+        try:
+            branches.variants_of(name, codec, args.quality)
+            branched.append(name)
+        except DiffoError as error:
+            lacks = str(error)
+    chosen = [folder for folder in args.weights or [] if folder.resolve().name in branched]
+    yield branches, {"weights": chosen}, None if chosen else lacks
+    lacks = unavailable(args.metric) if args.held_out else "needs --held_out"
+    if args.held_out:
+        photographs(args.held_out, args.limit)
+    yield eta, {"weights": first and first[0], "store": None}, lacks
+    yield variance, {"weights": first}, None
+    reference = None if args.reference in found else f"needs a release of {args.reference} in --releases (--reference)"
+    yield ablation, {}, reference
+    yield timing, {"data": next(iter(pictures.values()))}, None
+    if args.against:
+        equal_bytes.rivals_of(args, next(iter(releases.values())))
+    yield equal_bytes, {"weights": first}, None if args.against else "needs --against"
+
+
+def _name(module: ModuleType) -> str:
+    return module.__name__.rpartition(".")[2]

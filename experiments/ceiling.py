@@ -1,0 +1,72 @@
+"""The image autoencoder alone, D(E(X)): no file can be better. Beside it, the best linear map of as many channels."""
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from coding.report import Row
+from experiments.coded import evaluator_of, fill, table_of
+from experiments.inputs import about, named_photographs, photographs, releases_of
+from experiments.summary import mean_of, write_summary
+from measuring.evaluator import Evaluator
+from models.autoencoder import Autoencoder, AutoencoderParams, fit_linear
+from models.bitstream import CELL
+from utils.distributed import is_main
+from utils.images import read_image, to_signed, to_uint8
+
+RESTORED, COMPONENTS = "D(E(X))", "principal components"
+
+
+def run(args: argparse.Namespace) -> None:
+    """pictures.csv, and means for each release, beside those of principal components where --fit names pictures.
+
+    Raises:
+        DiffoError: an option is wrong, before any picture is restored; a picture cannot be read.
+    """
+    releases, evaluator = releases_of(args), evaluator_of(args)
+    networks = {(name, RESTORED): codec.autoencoder for name, codec in releases.items()}
+    made_from = {(name, RESTORED): f"weights {codec.fingerprint.hex()}" for name, codec in releases.items()}
+    for channels in sorted({codec.params.autoencoder.embed_dim for codec in releases.values()}) if args.fit else ():
+        point = (f"{channels} channels", COMPONENTS)
+        networks[point], made_from[point] = components(photographs(args.fit), channels), f"{channels}, {args.fit}"
+    pictures = named_photographs(args.data, args.limit)
+    with table_of(args, "pictures", releases) as table:
+        for point, network in networks.items():
+            done = {name: table.get(*point, name) for name in pictures}
+            todo = [n for n, row in done.items() if not row or row["made_from"] != made_from[point]]
+            base = dict(zip(("codec", "label"), point, strict=True)) | {"made_from": made_from[point]}
+            jobs = [partial(scored, network, pictures[n], evaluator, base | {"picture": n}) for n in todo]
+            fill(table, jobs, " ".join(point))
+        means = [mean_of([table.get(*point, name) for name in pictures], evaluator.names) for point in networks]
+    if is_main():
+        means = [{key: mean.get(key) for key in mean if key not in ("reached", "half_size", "bytes")} for mean in means]
+        title = f"The image autoencoder alone, {args.data.name}"
+        write_summary(means, args.out_path, "ceiling", about(args, releases), title)
+
+
+def components(pictures: list[Path], channels: int) -> Autoencoder:
+    """An autoencoder that is nothing but its linear shortcut: the principal components of the pictures' 16x16 blocks."""
+    blank = dict(ch=8, ch_mult=(1, 1, 1), num_res_blocks=1, z_channels=8, n_embed=0, groups=1, patch=4)
+    network = Autoencoder(AutoencoderParams(**blank, embed_dim=channels, shortcut="linear")).eval()
+    signed = (to_signed(read_image(path)) for path in pictures)
+    fit_linear(network, (x[None, :, : x.shape[1] // CELL * CELL, : x.shape[2] // CELL * CELL] for x in signed))
+    return network
+
+
+@torch.inference_mode()
+def restored(network: Autoencoder, image: Tensor) -> Tensor:
+    """D(E(X)) of uint8 (3, H, W), padded by edge values to whole cells."""
+    height, width = image.shape[1:]
+    device = network.quant_conv.weight.device
+    padded = F.pad(to_signed(image)[None].to(device), (0, -width % CELL, 0, -height % CELL), mode="replicate")
+    return to_uint8(network(padded)[0, :, :height, :width].clamp(-1, 1)).cpu()
+
+
+def scored(network: Autoencoder, path: Path, evaluator: Evaluator, row: Row) -> list[Row]:
+    """The row of one picture, with its scores; `bytes` is 0, since there is no file."""
+    image = read_image(path)
+    return [row | {"bytes": 0} | evaluator(image, restored(network, image))]
