@@ -1,5 +1,6 @@
 """YAML and overrides to dataclasses, and the configurations that ship."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -33,6 +34,7 @@ class Outer:
     stages: tuple[Literal["gt", "codec"], ...] = ("gt",)
     terms: dict[Literal["a", "b"], float] = field(default_factory=dict)
     inner: Inner = field(default_factory=lambda: Inner(lr=3.0, betas=(0.5, 0.9)))
+    flag: Literal["auto", True] = "auto"
 
     def __post_init__(self):
         if self.steps < 1:
@@ -74,14 +76,17 @@ def test_values_of_every_kind():
         ({"steps": "2"}, "x: steps: expected int, found '2'"),
         ({"steps": True}, "x: steps: expected int, found True"),
         ({"flip": 1}, "x: flip: expected bool, found 1"),
-        ({"inner": {"lr": True}}, "x: inner: lr: expected float, found True"),
-        ({"inner": 3}, "x: inner: expected a block of keys, found 3"),
-        ({"inner": {"betas": 0.9}}, "x: inner: betas: expected a list, found 0.9"),
-        ({"inner": {"betas": ["a"]}}, "x: inner: betas: expected float, found 'a'"),
+        ({"inner": {"lr": True}}, "x: inner.lr: expected a finite number, found True"),
+        ({"inner": 3}, "x: inner: expected a block of keys, for instance {lr: 1.0}, found 3"),
+        ({"inner": {"betas": 0.9}}, "x: inner.betas: expected a list, found 0.9"),
+        ({"inner": {"betas": ["a"]}}, "x: inner.betas: expected a finite number, found 'a'"),
         ({"crop": "round"}, "x: crop: 'round' is none of random, square"),
+        ({"terms": "a"}, "x: terms: expected a block of keys, for instance {a: 1.0}, found 'a'"),
+        ({"share": math.nan}, "x: share: expected a finite number, found nan"),
+        ({"flag": 1}, "x: flag: 1 is none of auto, True"),
         ({"terms": {"c": 1}}, "x: terms: 'c' is none of a, b"),
-        ({"terms": {"a": "much"}}, "x: terms.a: expected float, found 'much'"),
-        ({"share": "half"}, "x: share: expected float, found 'half'"),
+        ({"terms": {"a": "much"}}, "x: terms.a: expected a finite number, found 'much'"),
+        ({"share": "half"}, "x: share: expected a finite number, found 'half'"),
         ({"steps": 0}, "x: steps must be at least 1"),  # refused by the dataclass itself
     ],
     ids=str,
@@ -122,7 +127,7 @@ def test_a_base_and_what_a_file_changes_in_it(tmp_path):
     "files, overrides, message",
     [
         ({"a": "a: 1"}, ["a"], "a: an override is written key=value"),
-        ({"a": "a: 1"}, ["b={x"], "a.yaml: "),
+        ({"a": "a: 1"}, ["b={x"], "command line: b={x: "),
         ({"a": "a: [1"}, [], "a.yaml: "),
         ({"a": "a: [1, 2]"}, ["a.0=3"], "a.yaml: "),
         ({"a": "a: 1\na: 2"}, [], "a.yaml: "),
