@@ -85,7 +85,7 @@ def is_first() -> bool:
 def require_new(config: TrainConfig, folder: Path, goes_on: bool) -> None:
     """Raise ConfigError where a run cannot begin, before anything is read or written."""
     for name in config.stages:
-        with named(f"{name}.perceptual"):
+        with named(name):
             require_available(getattr(config, name).perceptual)  # missing weights are told now, not after a stage
     if is_run(folder) and not goes_on:
         raise ConfigError(

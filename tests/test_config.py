@@ -129,7 +129,7 @@ def test_a_base_and_what_a_file_changes_in_it(tmp_path):
         ({"a": "a: 1"}, ["a"], "a: an override is written key=value"),
         ({"a": "a: 1"}, ["b={x"], "command line: b={x: "),
         ({"a": "a: [1"}, [], "a.yaml: "),
-        ({"a": "a: [1, 2]"}, ["a.0=3"], "a.yaml: "),
+        ({"a": "a: [1, 2]"}, ["a.0=3"], "command line: a.0=3: "),
         ({"a": "a: 1\na: 2"}, [], "a.yaml: "),
         ({"a": "a: ${b}"}, [], "a.yaml: Interpolation key 'b' not found"),
         ({"a": "\udcff"}, [], "a.yaml: "),  # no text
@@ -185,6 +185,43 @@ def test_what_cannot_work_together_is_refused():
             load_config(str(TINY), [f"networks.vq_base.{key}"])
     with pytest.raises(ConfigError, match="in_channels must equal"):
         load_config(str(TINY), ["networks.vq_base.in_channels=7"])
+
+
+REFUSED = {
+    "unet.windows=[4, 4]": "unet.windows [4, 4]: one for each resolution of channel_mult [1, 1, 1, 1]",
+    "unet.windows=[0, 4, 4, 2]": "unet.windows [0, 4, 4, 2]: one number or more, each from 1 up",
+    "unet.middle_window=0": "unet.middle_window 0: from 1 up",
+    "unet.head_channels=5": "unet.swin_embed_dim 64: a multiple of head_channels, 5",
+    "unet.mlp_ratio=0": "unet.mlp_ratio 0: from 1 up",
+    "unet.channel_mult=[1, 2]": "unet.windows [4, 4, 4, 2]: one for each resolution of channel_mult [1, 2]",
+    "unet.groups=3": "unet.model_channels 80: a multiple of groups, 3",
+    "diffusion.kappa=0": "diffusion.kappa 0.0: above 0",
+    "diffusion.power=-1": "diffusion.power -1.0: above 0",
+    "diffusion.etas_end=0.01": "diffusion.etas_end 0.01: above the first step's 0.02, at most 1",
+    "diffusion.etas_end=1.5": "diffusion.etas_end 1.5: above",
+    "rate.c=.inf": "rate.c: expected a finite number, found inf",
+    "vq_base.in_channels=7": "vq_base.in_channels must equal autoencoder.embed_dim: 7 is not 32",
+    "autoencoder.ch_mult=[1, 1]": "autoencoder.patch 1, autoencoder.ch_mult [1, 1]: one resolution more",
+    "vq_base.decay=1": "vq_base.decay 1.0: in [0, 1)",
+    "residual.scale_width=57": "residual.scale_width 57: too many for exact sums",
+}
+
+
+@pytest.mark.parametrize("override", REFUSED)
+def test_what_cannot_train_is_refused_with_its_key_and_where_it_came_from(override, tmp_path):
+    """On the command line, in the file, and in the file that it changes."""
+    key, _, value = override.partition("=")
+    block, name = key.split(".")
+    below, above = tmp_path / "below.yaml", tmp_path / "above.yaml"
+    below.write_text(f"base: {TINY}\nnetworks: {{{block}: {{{name}: {value}}}}}\n")
+    above.write_text(f"base: below.yaml\nname: other\nnetworks: {{{block}: {{}}}}\n")
+    for path, overrides, origin in (
+        (TINY, [f"networks.{override}"], "command line"),
+        (above, [], str(below)),
+    ):
+        with pytest.raises(ConfigError) as error:
+            load_config(str(path), overrides)
+        assert str(error.value).startswith(f"{origin}: networks.{REFUSED[override]}")
 
 
 def test_the_small_model_needs_no_pretrained_weights():

@@ -228,14 +228,14 @@ class TrainConfig:
             f"stages {list(self.stages)}: [gt], [gt, codec], or [codec] with an image autoencoder to start from "
             "(autoencoder: path of a GT_vq_model_<it>.pth.tar, or release: folder)",
         )
-        require(self.seed >= 0, f"seed {self.seed}: from 0 up")
+        require(0 <= self.seed < 2**63, f"seed {self.seed}: from 0 up, below 2^63")
         single = [name for name in ("autoencoder", "vq_base", "unet") if getattr(self, name)]
         require(not (self.release and single), f"release is a whole codec: leave out {', '.join(single)}")
         require_from(1, self, "log_every", "save_every", "picture_every", "keep_last")
         ms_ssim = any(getattr(self, stage).perceptual.get("ms_ssim") for stage in self.stages)
         small = ms_ssim and self.validation.crop is not None and self.validation.crop <= 160
         require(not small, f"validation.crop {self.validation.crop}: perceptual.ms_ssim needs crops above 160 pixels")
-        require(bool(self.name) and "/" not in self.name, f"name {self.name!r}: one folder name")
+        require("/" not in self.name and self.name not in ("", ".", ".."), f"name {self.name!r}: one folder name")
 
 
 def load_config(path: str, overrides: Sequence[str] = (), values: dict[str, Any] | None = None) -> TrainConfig:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import itertools
 import math
 import re
 import types
@@ -53,7 +54,10 @@ def load_mapping(path: str | Path, overrides: Sequence[str] = (), values: dict[s
     """
     files, changes = _read(path, overrides)
     with _one_line(path):
-        config = OmegaConf.merge(*reversed(files.values()), changes)
+        config = OmegaConf.merge(*reversed(files.values()))
+        for item, change in changes.items():
+            with _one_line(f"{COMMAND_LINE}: {item}"):
+                config = OmegaConf.merge(config, change)
         for key, value in (values or {}).items():
             OmegaConf.update(config, key, value, force_add=True)
         return OmegaConf.to_container(config, resolve=True)
@@ -62,7 +66,7 @@ def load_mapping(path: str | Path, overrides: Sequence[str] = (), values: dict[s
 def origin_of(path: str | Path, overrides: Sequence[str] = (), values: dict[str, Any] | None = None) -> Origin:
     """Where an error's value came from: the command line (overrides and `values`), or the file that sets it; else `path`."""
     files, changes = _read(path, overrides)
-    given = [*_keys(changes), *(values or {})]
+    given = [*itertools.chain(*map(_keys, changes.values())), *(values or {})]
     sources = {COMMAND_LINE: given} | {str(file): list(_keys(content)) for file, content in files.items()}
 
     def concerns(set_key: str, key: str, told: str) -> bool:
@@ -75,25 +79,24 @@ def origin_of(path: str | Path, overrides: Sequence[str] = (), values: dict[str,
     )
 
 
-def _keys(config: Any, above: str = "") -> Iterator[str]:
+def _keys(config: DictConfig, above: str = "") -> Iterator[str]:
     """Dotted keys of everything in a mapping that is no mapping itself."""
-    for key, value in config.items_ex(resolve=False) if isinstance(config, DictConfig) else config.items():
-        if isinstance(value, (DictConfig, dict)) and len(value):
+    for key, value in config.items_ex(resolve=False):
+        if OmegaConf.is_dict(value):
             yield from _keys(value, f"{above}{key}.")
         else:
             yield f"{above}{key}"
 
 
-def _read(path: str | Path, overrides: Sequence[str]) -> tuple[dict[Path, DictConfig], DictConfig]:
-    """A file and its bases, each of which changes the next, and the overrides."""
+def _read(path: str | Path, overrides: Sequence[str]) -> tuple[dict[Path, DictConfig], dict[str, DictConfig]]:
+    """A file and its bases, each of which changes the next, and what every override changes, but for `base=`."""
+    changes, base = {}, None
     for item in overrides:
         if "=" not in item:
             raise ConfigError(f"{item}: an override is written key=value, for instance codec.optim.lr=1e-4")
         with _one_line(f"{COMMAND_LINE}: {item}"):
-            OmegaConf.from_dotlist([item])
-    with _one_line(COMMAND_LINE):
-        changes = OmegaConf.from_dotlist(list(overrides))
-        base = changes.pop(BASE, None)
+            changes[item] = OmegaConf.from_dotlist([item])
+            base = changes[item].pop(BASE, base)
     files: dict[Path, DictConfig] = {}
     file, base = Path(path), Path(str(base)) if base else None
     while file:
