@@ -55,7 +55,7 @@ def load_mapping(path: str | Path, overrides: Sequence[str] = (), values: dict[s
     files, changes = _read(path, overrides)
     with _one_line(path):
         config = OmegaConf.merge(*reversed(files.values()))
-        for item, change in changes.items():
+        for item, change in zip(overrides, changes, strict=True):
             with _one_line(f"{COMMAND_LINE}: {item}"):
                 config = OmegaConf.merge(config, change)
         for key, value in (values or {}).items():
@@ -66,10 +66,11 @@ def load_mapping(path: str | Path, overrides: Sequence[str] = (), values: dict[s
 def origin_of(path: str | Path, overrides: Sequence[str] = (), values: dict[str, Any] | None = None) -> Origin:
     """Where an error's value came from: the command line (overrides and `values`), or the file that sets it; else `path`."""
     files, changes = _read(path, overrides)
-    given = [*itertools.chain(*map(_keys, changes.values())), *(values or {})]
+    given = [*itertools.chain(*map(_keys, changes)), *(values or {})]
     sources = {COMMAND_LINE: given} | {str(file): list(_keys(content)) for file, content in files.items()}
 
     def concerns(set_key: str, key: str, told: str) -> bool:
+        # The error's own key or a block around it, or one below that the message names.
         below = set_key.removeprefix(f"{key}." if key else "")
         named = re.search(rf"(?<![\w.]){re.escape(below)}(?!\w)", told)
         return f"{key}.".startswith(f"{set_key}.") or ((below != set_key or not key) and named is not None)
@@ -88,15 +89,15 @@ def _keys(config: DictConfig, above: str = "") -> Iterator[str]:
             yield f"{above}{key}"
 
 
-def _read(path: str | Path, overrides: Sequence[str]) -> tuple[dict[Path, DictConfig], dict[str, DictConfig]]:
+def _read(path: str | Path, overrides: Sequence[str]) -> tuple[dict[Path, DictConfig], list[DictConfig]]:
     """A file and its bases, each of which changes the next, and what every override changes, but for `base=`."""
-    changes, base = {}, None
+    changes, base = [], None
     for item in overrides:
         if "=" not in item:
             raise ConfigError(f"{item}: an override is written key=value, for instance codec.optim.lr=1e-4")
         with _one_line(f"{COMMAND_LINE}: {item}"):
-            changes[item] = OmegaConf.from_dotlist([item])
-            base = changes[item].pop(BASE, base)
+            changes.append(OmegaConf.from_dotlist([item]))
+            base = changes[-1].pop(BASE, base)
     files: dict[Path, DictConfig] = {}
     file, base = Path(path), Path(str(base)) if base else None
     while file:
