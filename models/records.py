@@ -41,8 +41,8 @@ class CodecParams:
     def __post_init__(self):
         ae, vq, unet = self.autoencoder, self.vq_base, self.unet
         sizes = f"autoencoder.patch {ae.patch}, autoencoder.ch_mult {list(ae.ch_mult)}"
-        resolutions = "one resolution more than 16 / patch has halvings, five at patch 1"
-        require(ae.downsampling == CELL, f"{sizes}: {resolutions}")
+        told = f"patch * 2^(resolutions - 1) must be 16 (patch 1: five resolutions), not {ae.downsampling}"
+        require(ae.downsampling == CELL, f"{sizes}: {told}")
         difference = self.adapter == "difference"
         lq, name = (ae.embed_dim, "autoencoder") if difference else (vq.embed_dim, "vq_base")
         for left, right, what in [

@@ -201,7 +201,7 @@ REFUSED = {
     "diffusion.etas_end=1.5": "diffusion.etas_end 1.5: above",
     "rate.c=.inf": "rate.c: expected a finite number, found inf",
     "vq_base.in_channels=7": "vq_base.in_channels must equal autoencoder.embed_dim: 7 is not 32",
-    "autoencoder.ch_mult=[1, 1]": "autoencoder.patch 1, autoencoder.ch_mult [1, 1]: one resolution more",
+    "autoencoder.ch_mult=[1, 1]": "autoencoder.patch 1, autoencoder.ch_mult [1, 1]: patch * 2^(resolutions - 1) must be 16",
     "vq_base.decay=1": "vq_base.decay 1.0: in [0, 1)",
     "residual.scale_width=57": "residual.scale_width 57: too many for exact sums",
 }
