@@ -1,15 +1,14 @@
 """Train DiffO: the image autoencoder (stage `gt`), then VQ base and denoiser together (stage `codec`).
 
-    torchrun --standalone --nproc_per_node=1 --nnodes=1 main_diffusion_train_vq.py --steps 2 \\
-        --cfg_path configs/config.yaml --save_dir runs --data pictures/
-    python main_diffusion_train_vq.py --resume runs/diffo
+python main_diffusion_train_vq.py --steps 2 --cfg_path configs/config.yaml --save_dir runs --data pictures/
+torchrun --standalone --nproc_per_node=2 main_diffusion_train_vq.py ...          several processes
+python main_diffusion_train_vq.py --resume runs/diffo
 """
 
 import argparse
 import itertools
 import os
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 from datapipe.sources import data_options
@@ -17,11 +16,12 @@ from training.checkpointing import is_run
 from training.config import RUN_CONFIG, TrainConfig, load_config
 from training.dry_run import dry_run
 from training.perceptual import require_available
+from training.start import demo_run, named
 from training.trainer import Trainer
 from utils import distributed
 from utils.commandline import answer, command_parser
+from utils.config import Origin, origin_of
 from utils.errors import ConfigError
-from utils.files import held, make_folder
 from utils.logging import LOG
 from utils.precision import deterministic
 
@@ -49,8 +49,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def configure(args: argparse.Namespace) -> tuple[TrainConfig, Path]:
-    """The resolved configuration and the run's folder."""
+def configure(args: argparse.Namespace) -> tuple[TrainConfig, Path, Origin]:
+    """The resolved configuration, the run's folder, and where each value came from."""
     path = args.cfg_path
     if args.resume:
         path = Path(args.resume) / RUN_CONFIG
@@ -68,31 +68,47 @@ def configure(args: argparse.Namespace) -> tuple[TrainConfig, Path]:
     for key, override in itertools.product(options, args.overrides):
         if override.partition("=")[0] == key:
             raise ConfigError(f"{override}: an option of the command sets {key} as well; leave out one of them")
-    config = load_config(str(path or "configs/config.yaml"), args.overrides, options)
-    folder = Path(args.resume or Path(args.save_dir or "runs") / config.name)
-    if args.dry_run:
-        return config, folder
-    for stage in config.stages:
-        require_available(getattr(config, stage).perceptual)  # missing weights are told now, not after the first stage
-    if is_run(folder) and not (args.resume or args.auto_resume):
+    given = str(path or "configs/config.yaml"), args.overrides, options
+    config, origin = load_config(*given), origin_of(*given)
+    if not args.resume and config.data.is_demo:
+        config, told = demo_run(config, origin)
+        if is_first():
+            print(told, file=sys.stderr, flush=True)
+    return config, Path(args.resume or Path(args.save_dir or "runs") / config.name), origin
+
+
+def is_first() -> bool:
+    """Whether this is the process that speaks, before the others are met."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def require_new(config: TrainConfig, folder: Path, goes_on: bool) -> None:
+    """Raise ConfigError where a run cannot begin, before anything is read or written."""
+    for name in config.stages:
+        with named(name):
+            require_available(getattr(config, name).perceptual)  # missing weights are told now, not after a stage
+    if is_run(folder) and not goes_on:
         raise ConfigError(
             f"{folder}: a run is there already; go on with --resume {folder}, or choose another name=... "
             "(--auto_resume goes on by itself)"
         )
-    return config, folder
 
 
 def train(args: argparse.Namespace) -> int | None:
-    config, folder = configure(args)
-    if args.dry_run:
-        if os.environ.get("RANK", "0") == "0":  # ranks have nothing to tell each other
-            print(dry_run(config))
-        return
-    device = distributed.local_device(args.device)
-    with deterministic(config.deterministic), distributed.process_group(device):
-        # No second run writes into the folder of one: its log is held.
-        with held(make_folder(folder) / LOG) if distributed.is_main() else nullcontext():
+    config, folder, origin = configure(args)
+    try:
+        if args.dry_run:
+            if is_first():  # ranks have nothing to tell each other
+                print(dry_run(config))
+            return
+        require_new(config, folder, bool(args.resume or args.auto_resume))
+        device = distributed.local_device(args.device)
+        with deterministic(config.deterministic), distributed.process_group(device):
             return Trainer(config, folder, device).run()
+    except ConfigError as error:
+        if error.key is None:
+            raise
+        raise ConfigError(f"{origin(error.key, str(error))}: {error.key}: {error}") from error
 
 
 def main(argv: list[str] | None = None) -> int:

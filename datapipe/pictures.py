@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from datapipe.draws import CROP, EPOCH, DrawParams, draw, generator
 from datapipe.source import Source
 from datapipe.sources import KINDS, Paths, open_source
+from utils.config import require, require_from
 from utils.errors import ConfigError, PictureError
 from utils.images import to_signed
 
@@ -58,10 +59,14 @@ class DataParams:
         named = [key for key in KINDS if getattr(self, key)]
         if len(named) > 1:
             raise ValueError(f"{' and '.join(named)} are both set: pictures come from one of {', '.join(KINDS)}")
-        if len(self.enlarge) != 2 or not 0 < self.enlarge[0] <= self.enlarge[1]:
-            raise ValueError(f"enlarge {self.enlarge}: two factors above 0, the smaller first")
-        if self.workers < 0:
-            raise ValueError(f"workers {self.workers}: from 0 up")
+        good = len(self.enlarge) == 2 and 0 < self.enlarge[0] <= self.enlarge[1]
+        require(good, f"enlarge {list(self.enlarge)}: two factors above 0, the smaller first")
+        require_from(0, self, "workers")
+
+    @property
+    def is_demo(self) -> bool:
+        """Whether no pictures are named."""
+        return not any(getattr(self, key) for key in KINDS)
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.blocks import Decoder, Encoder, start_linear
+from utils.config import require, require_from
 from utils.errors import ConfigError
 from utils.precision import without_autocast
 
@@ -41,8 +42,15 @@ class AutoencoderParams:
     shortcut: Literal["none", "linear"] = "none"
 
     def __post_init__(self):
-        if self.patch < 1 or self.patch & (self.patch - 1):
-            raise ValueError(f"patch {self.patch}: must be a power of two, 1 for none")
+        require_from(1, self, "ch", "ch_mult", "num_res_blocks", "z_channels", "embed_dim", "groups")
+        require_from(0, self, "n_embed")
+        require(self.ch % self.groups == 0, f"ch {self.ch}: a multiple of groups, {self.groups}")
+        require(self.patch > 0 and self.patch.bit_count() == 1, f"patch {self.patch}: a power of two, 1 for none")
+        values = 3 * self.downsampling**2  # of a block of pixels
+        small = self.shortcut == "none" or self.embed_dim <= values
+        require(
+            small, f"embed_dim {self.embed_dim}: shortcut linear takes a block's {values} values to at most as many"
+        )
 
     @property
     def downsampling(self) -> int:

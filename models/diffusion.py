@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from utils.config import require, require_from
+
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]  # (scaled input, t, lq) -> predicted x
 
 
@@ -28,8 +30,11 @@ class DiffusionParams:
     min_noise_level: float = 0.04
 
     def __post_init__(self):
-        if self.steps < 1:
-            raise ValueError(f"steps {self.steps}: at least 1")
+        require_from(1, self, "steps")
+        for name in ("kappa", "power", "min_noise_level"):
+            require(getattr(self, name) > 0, f"{name} {getattr(self, name)}: above 0")
+        first = first_sqrt_eta(self)
+        require(first < self.etas_end <= 1, f"etas_end {self.etas_end}: above the first step's {first:g}, at most 1")
 
 
 @dataclass(frozen=True)
@@ -44,8 +49,9 @@ class RateParams:
     eta_max: float = 1.0
 
     def __post_init__(self):
-        if not (self.c > 0 and 0 < self.eta_min <= self.eta_max <= 1):
-            raise ValueError(f"c {self.c}, eta {self.eta_min} to {self.eta_max}: above 0, eta at most 1, in this order")
+        require(self.c > 0, f"c {self.c}: above 0")
+        good = 0 < self.eta_min <= self.eta_max <= 1
+        require(good, f"eta_min {self.eta_min}, eta_max {self.eta_max}: above 0, at most 1, in this order")
 
     def eta(self, bits_per_pixel: float) -> float:
         """Noise level for the rate B_eta of the sections used, in bits per pixel of the latent's 16x16 cells."""

@@ -58,6 +58,12 @@ def rectified(x: Tensor) -> Tensor:
     return bounded(x, 0, ACTIVATION_MAX)
 
 
+def sums_are_exact(in_channels: int, kernel_size: int) -> bool:
+    """Whether float32 holds every sum of a convolution of integers."""
+    largest = in_channels * kernel_size**2 * WEIGHT_MAX * ACTIVATION_MAX + BIAS_MAX * WEIGHT_UNIT
+    return largest < _EXACT
+
+
 class IntegerConv(nn.Module):
     """Convolution of integer activations |a| <= 255 with integer weights: N x C_in x H x W -> N x C_out x H x W.
 
@@ -66,8 +72,7 @@ class IntegerConv(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int):
         super().__init__()
-        fan_in = in_channels * kernel_size**2
-        if fan_in * WEIGHT_MAX * ACTIVATION_MAX + BIAS_MAX * WEIGHT_UNIT >= _EXACT:
+        if not sums_are_exact(in_channels, kernel_size):
             raise ValueError(f"{in_channels} channels in a {kernel_size}x{kernel_size} kernel: sums would not be exact")
         self.padding = kernel_size // 2
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels, kernel_size, kernel_size))

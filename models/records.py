@@ -12,6 +12,7 @@ from models.residual_hyperprior import Symbols
 from models.residual_networks import ResidualParams
 from models.unet import UNetParams
 from models.vq_base import BaseCode, VQBaseParams
+from utils.config import require
 
 
 @dataclass(frozen=True)
@@ -39,27 +40,30 @@ class CodecParams:
 
     def __post_init__(self):
         ae, vq, unet = self.autoencoder, self.vq_base, self.unet
+        sizes = f"autoencoder.patch {ae.patch}, autoencoder.ch_mult {list(ae.ch_mult)}"
+        told = f"patch * 2^(resolutions - 1) must be 16 (patch 1: five resolutions), not {ae.downsampling}"
+        require(ae.downsampling == CELL, f"{sizes}: {told}")
         difference = self.adapter == "difference"
         lq, name = (ae.embed_dim, "autoencoder") if difference else (vq.embed_dim, "vq_base")
         for left, right, what in [
-            (ae.downsampling, CELL, "autoencoder.patch * 2^(len(ch_mult) - 1) must be 16 (patch 1: five resolutions)"),
             (len(vq.ch_mult), 1, "vq_base.ch_mult must have one resolution (one index per latent position)"),
             (vq.in_channels, ae.embed_dim, "vq_base.in_channels must equal autoencoder.embed_dim"),
             (unet.latent_channels, ae.embed_dim, "unet.latent_channels must equal autoencoder.embed_dim"),
             (unet.condition_channels, lq, f"unet.condition_channels must equal {name}.embed_dim"),
         ]:
-            if left != right:
-                raise ValueError(f"{what}: {left} is not {right}")
-        if difference and not (self.detail_branch and self.perceptual_branch):
-            raise ValueError(
-                "adapter difference: y^ is its only branch; the two branches are parts of adapter published"
-            )
-        if self.prediction == "correction" and not self.detail_branch:
-            raise ValueError("prediction correction: adds to y^, which detail_branch: false puts at 0")
+            require(left == right, f"{what}: {left} is not {right}")
+        parted = not (self.detail_branch and self.perceptual_branch)
+        told = "y^ is its only branch; detail_branch and perceptual_branch are parts of adapter published"
+        require(not (difference and parted), f"adapter difference: {told}")
+        good = self.prediction != "correction" or self.detail_branch
+        require(good, "prediction correction: adds to y^, which detail_branch: false puts at 0")
         # A 1x1 latent has one value per channel, and a normalisation over a single value is undefined. (The UNet pads.)
-        for name, width, groups in [("autoencoder", ae.ch * ae.ch_mult[-1], ae.groups), ("vq_base", vq.ch, vq.groups)]:
-            if width < 2 * groups:
-                raise ValueError(f"{name}.groups {groups}: at least two channels a group are needed at latent size")
+        for name, key, width, groups in [
+            ("autoencoder", "ch_mult", ae.ch * ae.ch_mult[-1], ae.groups),
+            ("vq_base", "ch", vq.ch, vq.groups),
+        ]:
+            told = f"{name}.groups {groups}: at least two channels a group are needed at latent size"
+            require(width >= 2 * groups, f"{told} ({name}.{key}: {width} there)")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.integers import ACTIVATION_UNIT, IntegerConv, IntegerEmbedding, bounded, floor_through, rectified
+from models.integers import (
+    ACTIVATION_UNIT,
+    IntegerConv,
+    IntegerEmbedding,
+    bounded,
+    floor_through,
+    rectified,
+    sums_are_exact,
+)
+from utils.config import require, require_from
 
 HYPER_STRIDE = 4  # latent positions per position of z, along each side
 SCALES = 48  # tables, for sigma from SCALE_MIN up by SCALE_STEP each; h_s gives the index of one
@@ -41,12 +50,16 @@ class ResidualParams:
     last_gain: float = 1.5
 
     def __post_init__(self):
-        if self.levels < 2:
-            raise ValueError(f"levels {self.levels}: at least 2")
-        if len(self.extrapolated) != 2 or not all(0 <= e <= 2 for e in self.extrapolated):
-            raise ValueError(f"extrapolated {self.extrapolated}: two numbers of levels, 0 to 2")
-        if not 0 < self.first_gain < self.last_gain:
-            raise ValueError(f"gains {self.first_gain} to {self.last_gain}: above 0, the smaller first")
+        require_from(1, self, "channels", "width", "hyper_channels", "scale_width", "code_width")
+        require_from(0, self, "blocks")
+        require_from(2, self, "levels")
+        for name in ("hyper_channels", "scale_width"):  # of h_s's 3x3 kernels
+            value = getattr(self, name)
+            require(sums_are_exact(value, 3), f"{name} {value}: too many for exact sums of the integer network")
+        good = len(self.extrapolated) == 2 and all(0 <= e <= 2 for e in self.extrapolated)
+        require(good, f"extrapolated {list(self.extrapolated)}: two numbers of levels, 0 to 2")
+        gains = self.first_gain, self.last_gain
+        require(0 < gains[0] < gains[1], f"first_gain {gains[0]}, last_gain {gains[1]}: above 0, the smaller first")
 
 
 def hyper_size(h: int, w: int) -> tuple[int, int]:

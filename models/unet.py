@@ -6,7 +6,7 @@ Axes: N batch, C channels, h and w latent rows and columns.
 
 import math
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from models.blocks import doubling
 from models.swin import SwinLayer
+from utils.config import require, require_from
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,23 @@ class UNetParams:
     head_channels: int = 32
     mlp_ratio: int = 4
     groups: int = 32
+
+    def __post_init__(self):
+        positive = [f.name for f in fields(self) if f.name not in ("num_res_blocks", "swin_depth")]
+        require_from(1, self, *positive)
+        require_from(0, self, "num_res_blocks", "swin_depth")
+        levels, windows = list(self.channel_mult), list(self.windows)
+        require(len(levels) == len(windows), f"windows {windows}: one for each resolution of channel_mult {levels}")
+        for name, divisor in (
+            ("model_channels", "groups"),
+            ("swin_embed_dim", "groups"),
+            ("swin_embed_dim", "head_channels"),
+        ):
+            value, by = getattr(self, name), getattr(self, divisor)
+            require(value % by == 0, f"{name} {value}: a multiple of {divisor}, {by}")
+        require(
+            self.model_channels % 2 == 0, f"model_channels {self.model_channels}: even (half for cosines of the time)"
+        )
 
     @property
     def size_multiple(self) -> int:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.blocks import Decoder, Encoder, nearest_codes, start_linear
+from utils.config import require, require_from
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,12 @@ class VQBaseParams:
 
     def __post_init__(self):
         k = self.codebook_size
-        if not 2 <= k <= 8192 or k & (k - 1):
-            raise ValueError(f"codebook_size must be a power of two from 2 to 8192, not {k}")
+        require(2 <= k <= 8192 and k.bit_count() == 1, f"codebook_size {k}: a power of two from 2 to 8192")
+        require_from(1, self, "ch", "ch_mult", "num_res_blocks", "z_channels", "embed_dim", "groups")
+        require_from(0, self, "revive_below")
+        require(self.ch % self.groups == 0, f"ch {self.ch}: a multiple of groups, {self.groups}")
+        require(0 <= self.decay < 1, f"decay {self.decay}: in [0, 1)")
+        require(self.epsilon > 0, f"epsilon {self.epsilon}: above 0")
 
 
 @dataclass(frozen=True)

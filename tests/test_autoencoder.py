@@ -160,7 +160,7 @@ def test_a_patch_is_folded_into_channels_and_back():
 
 
 def test_a_patch_is_a_power_of_two():
-    with pytest.raises(ValueError, match="patch 3: must be a power of two"):
+    with pytest.raises(ValueError, match="patch 3: a power of two"):
         AutoencoderParams(patch=3)
 
 

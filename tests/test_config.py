@@ -1,5 +1,6 @@
 """YAML and overrides to dataclasses, and the configurations that ship."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -33,6 +34,7 @@ class Outer:
     stages: tuple[Literal["gt", "codec"], ...] = ("gt",)
     terms: dict[Literal["a", "b"], float] = field(default_factory=dict)
     inner: Inner = field(default_factory=lambda: Inner(lr=3.0, betas=(0.5, 0.9)))
+    flag: Literal["auto", True] = "auto"
 
     def __post_init__(self):
         if self.steps < 1:
@@ -74,14 +76,17 @@ def test_values_of_every_kind():
         ({"steps": "2"}, "x: steps: expected int, found '2'"),
         ({"steps": True}, "x: steps: expected int, found True"),
         ({"flip": 1}, "x: flip: expected bool, found 1"),
-        ({"inner": {"lr": True}}, "x: inner: lr: expected float, found True"),
-        ({"inner": 3}, "x: inner: expected a block of keys, found 3"),
-        ({"inner": {"betas": 0.9}}, "x: inner: betas: expected a list, found 0.9"),
-        ({"inner": {"betas": ["a"]}}, "x: inner: betas: expected float, found 'a'"),
+        ({"inner": {"lr": True}}, "x: inner.lr: expected a finite number, found True"),
+        ({"inner": 3}, "x: inner: expected a block of keys, for instance {lr: 1.0}, found 3"),
+        ({"inner": {"betas": 0.9}}, "x: inner.betas: expected a list, found 0.9"),
+        ({"inner": {"betas": ["a"]}}, "x: inner.betas: expected a finite number, found 'a'"),
         ({"crop": "round"}, "x: crop: 'round' is none of random, square"),
+        ({"terms": "a"}, "x: terms: expected a block of keys, for instance {a: 1.0}, found 'a'"),
+        ({"share": math.nan}, "x: share: expected a finite number, found nan"),
+        ({"flag": 1}, "x: flag: 1 is none of auto, True"),
         ({"terms": {"c": 1}}, "x: terms: 'c' is none of a, b"),
-        ({"terms": {"a": "much"}}, "x: terms.a: expected float, found 'much'"),
-        ({"share": "half"}, "x: share: expected float, found 'half'"),
+        ({"terms": {"a": "much"}}, "x: terms.a: expected a finite number, found 'much'"),
+        ({"share": "half"}, "x: share: expected a finite number, found 'half'"),
         ({"steps": 0}, "x: steps must be at least 1"),  # refused by the dataclass itself
     ],
     ids=str,
@@ -122,9 +127,9 @@ def test_a_base_and_what_a_file_changes_in_it(tmp_path):
     "files, overrides, message",
     [
         ({"a": "a: 1"}, ["a"], "a: an override is written key=value"),
-        ({"a": "a: 1"}, ["b={x"], "a.yaml: "),
+        ({"a": "a: 1"}, ["b={x"], "command line: b={x: "),
         ({"a": "a: [1"}, [], "a.yaml: "),
-        ({"a": "a: [1, 2]"}, ["a.0=3"], "a.yaml: "),
+        ({"a": "a: [1, 2]"}, ["a.0=3"], "command line: a.0=3: "),
         ({"a": "a: 1\na: 2"}, [], "a.yaml: "),
         ({"a": "a: ${b}"}, [], "a.yaml: Interpolation key 'b' not found"),
         ({"a": "\udcff"}, [], "a.yaml: "),  # no text
@@ -180,6 +185,43 @@ def test_what_cannot_work_together_is_refused():
             load_config(str(TINY), [f"networks.vq_base.{key}"])
     with pytest.raises(ConfigError, match="in_channels must equal"):
         load_config(str(TINY), ["networks.vq_base.in_channels=7"])
+
+
+REFUSED = {
+    "unet.windows=[4, 4]": "unet.windows [4, 4]: one for each resolution of channel_mult [1, 1, 1, 1]",
+    "unet.windows=[0, 4, 4, 2]": "unet.windows [0, 4, 4, 2]: one number or more, each from 1 up",
+    "unet.middle_window=0": "unet.middle_window 0: from 1 up",
+    "unet.head_channels=5": "unet.swin_embed_dim 64: a multiple of head_channels, 5",
+    "unet.mlp_ratio=0": "unet.mlp_ratio 0: from 1 up",
+    "unet.channel_mult=[1, 2]": "unet.windows [4, 4, 4, 2]: one for each resolution of channel_mult [1, 2]",
+    "unet.groups=3": "unet.model_channels 80: a multiple of groups, 3",
+    "diffusion.kappa=0": "diffusion.kappa 0.0: above 0",
+    "diffusion.power=-1": "diffusion.power -1.0: above 0",
+    "diffusion.etas_end=0.01": "diffusion.etas_end 0.01: above the first step's 0.02, at most 1",
+    "diffusion.etas_end=1.5": "diffusion.etas_end 1.5: above",
+    "rate.c=.inf": "rate.c: expected a finite number, found inf",
+    "vq_base.in_channels=7": "vq_base.in_channels must equal autoencoder.embed_dim: 7 is not 32",
+    "autoencoder.ch_mult=[1, 1]": "autoencoder.patch 1, autoencoder.ch_mult [1, 1]: patch * 2^(resolutions - 1) must be 16",
+    "vq_base.decay=1": "vq_base.decay 1.0: in [0, 1)",
+    "residual.scale_width=57": "residual.scale_width 57: too many for exact sums",
+}
+
+
+@pytest.mark.parametrize("override", REFUSED)
+def test_what_cannot_train_is_refused_with_its_key_and_where_it_came_from(override, tmp_path):
+    """On the command line, in the file, and in the file that it changes."""
+    key, _, value = override.partition("=")
+    block, name = key.split(".")
+    below, above = tmp_path / "below.yaml", tmp_path / "above.yaml"
+    below.write_text(f"base: {TINY}\nnetworks: {{{block}: {{{name}: {value}}}}}\n")
+    above.write_text(f"base: below.yaml\nname: other\nnetworks: {{{block}: {{}}}}\n")
+    for path, overrides, origin in (
+        (TINY, [f"networks.{override}"], "command line"),
+        (above, [], str(below)),
+    ):
+        with pytest.raises(ConfigError) as error:
+            load_config(str(path), overrides)
+        assert str(error.value).startswith(f"{origin}: networks.{REFUSED[override]}")
 
 
 def test_the_small_model_needs_no_pretrained_weights():

@@ -11,8 +11,9 @@ from tests.small_runs import ALL_PARTS
 from training.config import load_config
 from training.dry_run import activations, dry_run, parameters
 from training.stages import STAGES
-from training.start import new_codec
+from training.start import demo_run, new_codec
 from training.step import Step
+from utils.config import origin_of
 
 
 def test_the_papers_size_in_seconds_and_without_a_trace(tmp_path):
@@ -74,7 +75,8 @@ def test_what_is_found_here_is_told(tmp_path, capsys, monkeypatch):
         main([*args, f"validation.folder={tmp_path / 'in'}", "speed.precision=bfloat16", "codec.perceptual.lpips=1"])
         == 0
     )
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert err.startswith("no pictures are named (--data PATH): five demo photographs test the machinery")
     assert "training pictures: 5 from scikit-image's photographs (no data was named)" in out
     assert f"validation pictures: 1 from {tmp_path / 'in'}" in out
     assert re.search(r"precision and speed on this machine's \w+: bfloat16", out)
@@ -82,6 +84,19 @@ def test_what_is_found_here_is_told(tmp_path, capsys, monkeypatch):
     assert main([*args, "--data", "nowhere"]) == 1 and "nowhere: no such folder" in capsys.readouterr().err
     assert main([*args, "stages=[codec]", "autoencoder=nothing.pth.tar"]) == 1
     assert "nothing.pth.tar: no such checkpoint" in capsys.readouterr().err
+
+
+def test_demo_photographs_are_a_short_run_unless_the_command_line_says_how_long(tmp_path):
+    (tmp_path / "long.yaml").write_text(f"base: {NANO}\ngt: {{iterations: 8000}}\ncodec: {{minutes: 90}}\n")
+    for overrides, lengths in (
+        ([], (200, 200, None)),
+        (["gt.iterations=900"], (900, 200, None)),
+        (["gt.iterations=20", "codec.minutes=3"], (20, 10, 3)),
+    ):
+        given = str(tmp_path / "long.yaml"), overrides
+        config, told = demo_run(load_config(*given), origin_of(*given))
+        assert (config.gt.iterations, config.codec.iterations, config.codec.minutes) == lengths
+        assert ("a short run" in told) == (200 in lengths) and "codec.iterations=200" in told or lengths[1] != 200
 
 
 def test_deterministic_sets_what_cublas_reads_or_refuses_it(monkeypatch, capsys, tmp_path):

@@ -97,7 +97,7 @@ def test_bytes_stand_for_levels(levels, extrapolated):
     [
         ({"levels": 1}, "levels 1"),
         ({"extrapolated": (-1, 0)}, "extrapolated"),
-        ({"first_gain": 2, "last_gain": 1}, "gains"),
+        ({"first_gain": 2, "last_gain": 1}, "first_gain 2, last_gain 1: above 0, the smaller first"),
     ],
 )
 def test_impossible_sizes_are_refused(wrong, message):

@@ -189,7 +189,7 @@ def test_asked_in_its_last_step_a_stage_stops_before_the_next(data, tmp_path, mo
 
 
 def test_overrides_that_do_not_fit_are_told_and_leave_the_run_as_it_was(data, tmp_path, capsys):
-    """An adversary that joins late starts anew."""
+    """An adversary that joins late starts anew. The learning rate, from 1e-3 to 1e-4, follows the longer stage."""
     folder = tmp_path / "nano"
     assert main(quick(data, tmp_path, "gt.iterations=1", "codec.iterations=1")) == 0
     resume = ["--resume", str(folder), "codec.iterations=2"]
@@ -200,6 +200,8 @@ def test_overrides_that_do_not_fit_are_told_and_leave_the_run_as_it_was(data, tm
         assert main([*resume, override]) == 1 and told in capsys.readouterr().err.splitlines()[-1]
     assert main([*resume, "codec.adversary={weight: 0.5, start: 0}"]) == 0
     assert "adversarial" in lines(folder, "metrics.jsonl")[-1]
+    told = "it was 0.001 at the end, goes on at 0.00055 and ends at 0.0001"
+    assert told in (folder / "train.log").read_text()  # half of the cosine
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device; on a CPU every run is exact, see above")

@@ -8,9 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from main_diffusion_train_vq import main
 from tests.commands import ROOT
-from utils import stopping
+from tests.small_runs import quick
+from utils import checkpoints, stopping
 from utils.stopping import StopRequest
 
 SERVE = """
@@ -92,3 +95,34 @@ def test_a_signal_again_is_the_same_request_until_some_time_has_passed(handlers,
             time.sleep(5)
     assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     assert {n: signal.getsignal(n) for n in handlers} == handlers | {signal.SIGHUP: signal.SIG_IGN}
+
+
+def test_a_second_ctrl_c_ends_at_once_unless_torchrun_repeats_it(handlers, monkeypatch):
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.number == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+    monkeypatch.setenv("RANK", "0")
+    with StopRequest() as stop:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert stop.number == signal.SIGINT
+
+
+def test_a_second_ctrl_c_while_saving_leaves_the_checkpoint_before(handlers, data, tmp_path, monkeypatch, capsys):
+    plain = torch.save
+
+    def interrupted(content, file):
+        if content.get("step") == 2:
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+        plain(content, file)
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    assert main(quick(data, tmp_path, "stages=[gt]")) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted"
+    folder = tmp_path / "nano"
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["gt_1.pth"]
+    assert checkpoints.read(folder / "checkpoints" / "gt_1.pth")["step"] == 1

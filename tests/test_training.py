@@ -11,7 +11,7 @@ import yaml
 from main_diffusion_train_vq import main
 from models.released import load_release
 from tests.commands import NANO, ROOT, TRAIN, on_board, run
-from tests.small_runs import NO_ADVERSARY, command, lines
+from tests.small_runs import NO_ADVERSARY, command, lines, quick
 from utils import checkpoints
 
 
@@ -108,7 +108,7 @@ def test_the_published_command_on_two_gloo_processes(data, tmp_path):
         (["--steps", 2, "networks.diffusion.steps=5"], "networks.diffusion.steps as well"),
         (["--data", ROOT / "docs", "data.shards=x.tar"], "data.shards as well"),
         (["codec.optim.lr"], "for instance codec.optim.lr=1e-4"),
-        (["gt.statistics=0"], "statistics 0: at least 1"),
+        (["gt.statistics=0"], "command line: gt.statistics 0: from 1 up"),
         (["gt.minutes=0"], "minutes 0.0: above 0, or null"),
         (["gt.microbatch=0"], "microbatch 0"),
         (["keep_last=0"], "keep_last 0"),
@@ -116,8 +116,15 @@ def test_the_published_command_on_two_gloo_processes(data, tmp_path):
         (["codec.crop_size=16", "codec.adversary.weight=1"], "adversary.patch needs 32 pixels"),
         (["codec.last_step_share=90"], "last_step_share 90.0: in [0, 1]"),
         (["codec.commitment=-1"], "commitment -1.0: from 0 up"),
-        (["--data", "nowhere"], "nowhere: no such folder"),
-        (["validation.folder=nowhere"], "nowhere: no such folder"),
+        (["--data", "nowhere"], "command line: data.folder: nowhere: no such folder"),
+        (
+            ["--data", "missing.txt"],
+            "command line: data.txt_file_path: missing.txt: 2 pictures in a row cannot be read",
+        ),
+        (["release=nowhere"], "command line: release: nowhere: no release there"),
+        (["autoencoder=nowhere"], "command line: autoencoder: nowhere: no such checkpoint"),
+        (["gt.perceptual=lpips"], "gt.perceptual: expected a block of keys, for instance {lpips: 1.0}, found 'lpips'"),
+        (["validation.folder=nowhere"], "command line: validation.folder: nowhere: no such folder"),
         (["validation.crop=100"], "multiple of 16"),
         (["gt.perceptual.ms_ssim=1", "gt.crop_size=176", "validation.crop=160"], "above 160 pixels"),
         (["networks.vq_base.codebook_size=300"], "power of two"),
@@ -129,12 +136,41 @@ def test_the_published_command_on_two_gloo_processes(data, tmp_path):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_wrong_input_is_one_line(args, told, tmp_path, capsys, monkeypatch):
+def test_wrong_input_is_one_line_and_leaves_no_folder(args, told, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    (tmp_path / "missing.txt").write_text("a.png\nb.png\n")
+    args = [str(tmp_path / arg) if arg == "missing.txt" else arg for arg in args]
+    told = told.replace("missing.txt", str(tmp_path / "missing.txt"))
     named = [] if {"--cfg_path", "--resume"} & set(args) else ["--cfg_path", NANO]
     status = main([str(a) for a in [*named, *args, *([] if "--resume" in args else ["--save_dir", tmp_path])]])
     error = capsys.readouterr().err.splitlines()[-1]
     assert status == 1 and error.startswith("error: ") and told in error, error
+    assert not (tmp_path / "nano").exists()
+
+
+EDGES = [  # accepted, so they train
+    *(
+        "windows=[1,3,4,2]",
+        "middle_window=3",
+        "head_channels=8",
+        "num_res_blocks=0",
+        "swin_depth=1",
+        "condition_width=1",
+    ),
+    *("channel_mult=[1,2,1,1]", "model_channels=4"),
+]
+
+
+def test_values_at_the_edge_of_what_is_accepted_train(data, tmp_path):
+    edges = [f"networks.unet.{edge}" for edge in EDGES] + [
+        "networks.diffusion.steps=1",
+        "networks.diffusion.kappa=0.01",
+    ]
+    edges += ["networks.diffusion.power=10", "networks.diffusion.etas_end=1", "networks.residual.levels=2"]
+    (tmp_path / "some.txt").write_text(f"nowhere.png\n{data / '0.png'}\n")
+    named = ["data.folder=null", f"data.txt_file_path={tmp_path / 'some.txt'}", "gt.crop_size=16", "codec.crop_size=16"]
+    args = [arg for arg in quick(data, tmp_path, *edges) if arg not in ("--data", str(data))]
+    assert main([*args, *named, "gt.iterations=1", "codec.iterations=1"]) == 0
 
 
 @pytest.mark.parametrize(

@@ -7,22 +7,12 @@ from typing import Any, Literal
 from datapipe.pictures import DataParams
 from models.records import CodecParams
 from training.speed import SpeedParams
-from utils.config import build, load_mapping
+from utils.config import build, load_mapping, origin_of, require, require_from
 
 RUN_CONFIG = "config.yaml"  # the resolved configuration, in the run's folder
 Factors = dict[Literal["lpips", "stlpips", "features", "ms_ssim"], float]  # of perceptual terms in the loss
 # By kind of adversary, in pixels: below, the PatchGAN has nothing to normalise over, and a projected head no logit.
 DISCRIMINATOR_MIN = {"patch": 32, "projected": 64}
-
-
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def require_factors(params: "StageParams", *names: str) -> None:
-    for name in names:
-        require(getattr(params, name) >= 0, f"{name} {getattr(params, name)}: from 0 up")
 
 
 @dataclass(frozen=True)
@@ -42,7 +32,7 @@ class AdversaryParams:
     adaptive: bool = True
 
     def __post_init__(self):
-        require(self.weight >= 0 and self.start >= 0, f"weight {self.weight}, start {self.start}: from 0 up")
+        require_from(0, self, "weight", "start")
 
 
 @dataclass(frozen=True)
@@ -73,8 +63,7 @@ class StageParams:
 
     def __post_init__(self):
         require(self.minutes is None or self.minutes > 0, f"minutes {self.minutes}: above 0, or null")
-        require(self.iterations >= 1, f"iterations {self.iterations}: at least 1")
-        require(self.batch_size >= 1, f"batch_size {self.batch_size}: at least 1")
+        require_from(1, self, "iterations", "batch_size")
         require(self.microbatch is None or self.microbatch >= 1, f"microbatch {self.microbatch}: at least 1, or null")
         require(self.crop_size >= 16 and self.crop_size % 16 == 0, f"crop_size {self.crop_size}: a multiple of 16")
         require(0 <= self.ema < 1, f"ema {self.ema}: in [0, 1)")
@@ -105,10 +94,11 @@ class OptimParams:
     clip: float = 0.0
 
     def __post_init__(self):
-        good = self.lr > 0 and (self.lr_end is None or self.lr_end >= 0)
-        require(good, f"lr {self.lr}, lr_end {self.lr_end}: above 0")
-        require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), f"betas {self.betas}: two, in [0, 1)")
-        require(self.warmup >= 0 and self.weight_decay >= 0 and self.clip >= 0, "warmup, weight_decay, clip: from 0 up")
+        require(self.lr > 0, f"lr {self.lr}: above 0")
+        require(self.lr_end is None or self.lr_end >= 0, f"lr_end {self.lr_end}: from 0 up, or null")
+        good = len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas)
+        require(good, f"betas {list(self.betas)}: two, in [0, 1)")
+        require_from(0, self, "warmup", "weight_decay", "clip")
 
 
 @dataclass(frozen=True)
@@ -138,8 +128,8 @@ class GtParams(StageParams):
 
     def __post_init__(self):
         super().__post_init__()
-        require(self.statistics >= 1, f"statistics {self.statistics}: at least 1")
-        require_factors(self, "distortion_weight", "chroma_weight", "latent_noise")
+        require_from(1, self, "statistics")
+        require_from(0, self, "distortion_weight", "chroma_weight", "latent_noise")
 
 
 @dataclass(frozen=True)
@@ -176,11 +166,11 @@ class CodecStageParams(StageParams):
     def __post_init__(self):
         super().__post_init__()
         good = len(self.rate_weights) == 2 and min(self.rate_weights) > 0
-        require(good, f"rate_weights {self.rate_weights}: two, above 0")
+        require(good, f"rate_weights {list(self.rate_weights)}: two, above 0")
         require(0 <= self.base_only_share < 1, f"base_only_share {self.base_only_share}: in [0, 1)")
         share = self.last_step_share
         require(share is None or 0 <= share <= 1, f"last_step_share {share}: in [0, 1], or null")
-        require_factors(self, "distortion_weight", "chroma_weight", "commitment", "latent_weight", "train_decoder")
+        require_from(0, self, "distortion_weight", "chroma_weight", "commitment", "latent_weight", "train_decoder")
         learns = self.decodes or self.latent_weight > 0
         require(learns, "distortion_weight, chroma_weight, perceptual, adversary.weight and latent_weight are all 0")
         require(self.decodes or not self.train_decoder, "train_decoder: D learns from terms of the picture; none is on")
@@ -208,7 +198,7 @@ class ValidationParams:
     crop: int | None = None
 
     def __post_init__(self):
-        require(self.limit >= 1 and self.every >= 1, f"limit {self.limit}, every {self.every}: at least 1")
+        require_from(1, self, "limit", "every")
         good = self.crop is None or (self.crop >= 16 and self.crop % 16 == 0)
         require(good, f"crop {self.crop}: a multiple of 16, or null")
 
@@ -256,18 +246,16 @@ class TrainConfig:
             f"stages {list(self.stages)}: [gt], [gt, codec], or [codec] with an image autoencoder to start from "
             "(autoencoder: path of a GT_vq_model_<it>.pth.tar, or release: folder)",
         )
-        require(self.seed >= 0, f"seed {self.seed}: from 0 up")
+        require(0 <= self.seed < 2**63, f"seed {self.seed}: from 0 up, below 2^63")
         single = [name for name in ("autoencoder", "vq_base", "unet") if getattr(self, name)]
         require(not (self.release and single), f"release is a whole codec: leave out {', '.join(single)}")
-        for name in ("log_every", "save_every", "picture_every"):
-            require(getattr(self, name) >= 1, f"{name} {getattr(self, name)}: at least 1")
-        require(self.keep_last >= 1, f"keep_last {self.keep_last}: at least 1")
+        require_from(1, self, "log_every", "save_every", "picture_every", "keep_last")
         ms_ssim = any(getattr(self, stage).perceptual.get("ms_ssim") for stage in self.stages)
         small = ms_ssim and self.validation.crop is not None and self.validation.crop <= 160
         require(not small, f"validation.crop {self.validation.crop}: perceptual.ms_ssim needs crops above 160 pixels")
-        require(bool(self.name) and "/" not in self.name, f"name {self.name!r}: one folder name")
+        require("/" not in self.name and self.name not in ("", ".", ".."), f"name {self.name!r}: one folder name")
 
 
 def load_config(path: str, overrides: Sequence[str] = (), values: dict[str, Any] | None = None) -> TrainConfig:
     """A YAML file, `key=value` overrides, and values set as they are (`load_mapping`). Raises ConfigError."""
-    return build(TrainConfig, load_mapping(path, overrides, values), str(path))
+    return build(TrainConfig, load_mapping(path, overrides, values), origin_of(path, overrides, values))

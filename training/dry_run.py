@@ -7,7 +7,6 @@ import yaml
 from torch import Tensor, nn
 
 from datapipe.pictures import Batch
-from datapipe.sources import open_source
 from measuring.weights import VGG16
 from models.codec import Codec
 from models.released import NAMES, NETWORKS
@@ -15,10 +14,9 @@ from training.config import TrainConfig
 from training.perceptual import perceptual_terms
 from training.speed import Speed
 from training.stages import STAGES
-from training.start import new_codec, start_from
+from training.start import new_codec, start_from, training_pictures, validation_of
 from training.step import Step
 from utils.config import to_mapping
-from utils.images import find_pictures
 
 META = torch.device("meta")
 MIB = 2**20
@@ -50,10 +48,10 @@ def surroundings(config: TrainConfig) -> str:
     Raises:
         DiffoError: what is named and not there.
     """
-    source = open_source(config.data.folder, config.data.txt_file_path, config.data.shards)
+    source = training_pictures(config)
     rows = [f"training pictures: {len(source)} from {source.name}{source.left_out}"]
     if config.validation.folder:
-        count = min(config.validation.limit, len(find_pictures(config.validation.folder, recursive=True)))
+        count = max(len(validation_of(config, stage, META).files) for stage in config.stages)
         rows.append(f"validation pictures: {count} from {config.validation.folder}")
     if config.release or any(getattr(config, name) for name in NAMES):
         rows += start_from(config, new_codec(config))

@@ -1,12 +1,34 @@
 """Networks that training starts from: untrained ones, and what the configuration names."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
 import torch
 
+from datapipe.pictures import Pictures
+from datapipe.source import Source
+from datapipe.sources import KINDS, open_source
+from measuring.metrics import MS_SSIM_MIN_SIDE
+from models.bitstream import CELL
 from models.codec import Codec
 from models.released import NAMES, start_from_release
 from training.config import TrainConfig
+from training.validation import Validation
 from utils import checkpoints
-from utils.errors import ConfigError
+from utils.config import COMMAND_LINE, Origin
+from utils.errors import ConfigError, DiffoError
+
+DEMO_ITERATIONS = 200  # of a stage, at most, where no pictures are named
+
+
+@contextmanager
+def named(key: str) -> Iterator[None]:
+    """Errors of what the configuration names under a key as ConfigErrors with that key."""
+    try:
+        yield
+    except DiffoError as error:
+        raise ConfigError(str(error), key) from error
 
 
 def new_codec(config: TrainConfig) -> Codec:
@@ -21,20 +43,59 @@ def new_codec(config: TrainConfig) -> Codec:
         if codec.residual:
             codec.residual.train_rates()
     except ValueError as error:
-        raise ConfigError(f"networks: these sizes do not fit together ({error})") from error
+        raise ConfigError(f"these sizes do not fit together ({error})", "networks") from error
     return codec
+
+
+def demo_run(config: TrainConfig, origin: Origin) -> tuple[TrainConfig, str]:
+    """For the demo photographs: stages of DEMO_ITERATIONS at most, but for those whose length the command line says; a
+    line to tell."""
+    stages = {}
+    for name in config.stages:
+        params = getattr(config, name)
+        asked = any(origin(f"{name}.{key}", "") == COMMAND_LINE for key in ("iterations", "minutes"))
+        if not asked and (params.minutes is not None or params.iterations > DEMO_ITERATIONS):
+            stages[name] = replace(params, iterations=DEMO_ITERATIONS, minutes=None)
+    told = "no pictures are named (--data PATH): five demo photographs test the machinery, and a model learns nothing of them"
+    if stages:
+        lengths = " ".join(f"{name}.iterations={DEMO_ITERATIONS}" for name in stages)
+        told += f"; so this is a short run, {lengths}, unless the command line says how long"
+    return replace(config, **stages), told
+
+
+def training_pictures(config: TrainConfig) -> Source:
+    """The pictures that the configuration names, opened. Raises ConfigError, also where none of the first can be read."""
+    data = config.data
+    with named("data." + next((kind for kind in KINDS if getattr(data, kind)), KINDS[0])):
+        source = open_source(data.folder, data.txt_file_path, data.shards)
+        for stage in config.stages:
+            Pictures(data, getattr(config, stage).crop_size, config.seed, source)
+    return source
+
+
+def validation_of(config: TrainConfig, stage: str, device: torch.device) -> Validation | None:
+    """The validation of a stage, if there is one. Raises ConfigError."""
+    if not config.validation.folder:
+        return None
+    smallest = MS_SSIM_MIN_SIDE if getattr(config, stage).perceptual.get("ms_ssim") else CELL
+    with named("validation.folder"):
+        return Validation(config.validation, device, smallest)
 
 
 def start_from(config: TrainConfig, codec: Codec) -> list[str]:
     """Load the networks that the configuration starts from, in place; one line to tell for each.
 
     Raises:
-        CheckpointError: a file that is not there, or not of that network and size.
+        ConfigError: a file that is not there, or not of that network and size.
     """
-    told = start_from_release(config.release, codec) if config.release else []
+    told = []
+    if config.release:
+        with named("release"):
+            told += start_from_release(config.release, codec)
     for name in NAMES:
         if path := getattr(config, name):
-            state, dropped = checkpoints.parameters_of(checkpoints.read(path))
-            checkpoints.load_strictly(getattr(codec, name), state, path)
+            with named(name):
+                state, dropped = checkpoints.parameters_of(checkpoints.read(path))
+                checkpoints.load_strictly(getattr(codec, name), state, path)
             told.append(f"{name} from {path}, without {len(dropped)} other entries")
     return told

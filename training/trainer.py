@@ -5,7 +5,7 @@ import json
 import signal
 import sys
 import time
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,24 +14,20 @@ import yaml
 from tqdm import tqdm
 
 from datapipe.pictures import Batch, Pictures, stream
-from datapipe.sources import open_source
-from measuring.metrics import MS_SSIM_MIN_SIDE
-from models.bitstream import CELL
 from models.released import require_same, stored_params
-from training.checkpointing import Checkpoints, Point
+from training.checkpointing import Checkpoints, Point, is_run
 from training.config import RUN_CONFIG, TrainConfig
 from training.progress import Progress
 from training.speed import Speed
 from training.stage import Stage
 from training.stages import STAGES
-from training.start import new_codec, start_from
+from training.start import new_codec, start_from, training_pictures, validation_of
 from training.step import Done, Step
-from training.validation import Validation
 from utils import checkpoints, distributed
 from utils.config import to_mapping
 from utils.errors import CheckpointError, ConfigError, DiffoError, NotFinite
-from utils.files import atomic_write, make_folder, require_writable
-from utils.logging import RunLog, Unbroken
+from utils.files import atomic_write, held, make_folder, require_writable
+from utils.logging import LOG, RunLog, Unbroken
 from utils.stopping import StopRequest
 
 STOPPED = 128  # and the signal's number: the exit status that shells give to what a signal has ended
@@ -39,30 +35,30 @@ FAILED = "failed_state.pth"
 
 
 class Trainer:
-    """Runs the stages in order, saves, and goes on where a saved run stopped."""
+    """Runs the stages in order, saves, and goes on where a saved run stopped.
+
+    What the configuration names is opened here, before anything is written.
+
+    Raises:
+        DiffoError: something that it names is not there, or cannot be used.
+    """
 
     def __init__(self, config: TrainConfig, folder: Path, device: torch.device):
         self.config, self.folder, self.device = config, folder, device
         Speed(config.speed, device).settle()
         self.codec = new_codec(config).to(device)
-        self.validation: dict[str, Validation] = {}
-        if config.validation.folder:
-            for name in config.stages:
-                smallest = MS_SSIM_MIN_SIDE if getattr(config, name).perceptual.get("ms_ssim") else CELL
-                self.validation[name] = Validation(config.validation, device, smallest)
+        self.validation = {name: validation_of(config, name, device) for name in config.stages}
         self.checkpoints = Checkpoints(folder, config.stages, config.keep_last)
         self.best: dict | None = None  # "stage", "step" and "loss" of the best weights by validation
         self.position = 0  # of the stream: samples that the stage has taken, on all ranks together
         self._logged: tuple[float, int] | None = None  # when scalars were written last, and the position then
-        if distributed.is_main():
-            require_writable(make_folder(folder))
-        self.log = RunLog(folder, distributed.is_main())
-        self.source = open_source(config.data.folder, config.data.txt_file_path, config.data.shards)
+        self.source = training_pictures(config)
         counts = distributed.gather_objects(len(self.source))
         if len(set(counts)) > 1:
             raise ConfigError(f"{self.source.name}: ranks find different numbers of pictures there: {counts}")
         if len(set(distributed.gather_objects(self.source.digest()))) > 1:
             raise ConfigError(f"{self.source.name}: ranks find other pictures there, or in another order")
+        self.started_from = [] if is_run(folder) else start_from(config, self.codec)  # lines to tell
 
     def run(self) -> int:
         """Train to the end, or to the end of the step in which a signal asks some rank to stop; the exit status.
@@ -70,7 +66,8 @@ class Trainer:
         Raises:
             DiffoError: what the user can mend.
         """
-        with StopRequest() as stop, closing(self.log):
+        main = distributed.is_main()
+        with StopRequest() as stop, self._held(main), closing(RunLog(self.folder, main)) as self.log:
             try:
                 first, saved = self._resume()
                 for index, name in enumerate(self.config.stages[first:], first):
@@ -87,6 +84,13 @@ class Trainer:
             self.log.say(f"finished: {self.folder}")
             return 0
 
+    def _held(self, main: bool) -> AbstractContextManager:
+        """The run's folder, made where it is not there, held against a second run in it."""
+        if not main:
+            return nullcontext()
+        require_writable(make_folder(self.folder))
+        return held(self.folder / LOG)
+
     def _stage(self, name: str, saved: dict, stop: StopRequest) -> bool:
         """Train a stage from where it stands; False if it was asked to stop before its end, and has saved."""
         params = getattr(self.config, name)
@@ -100,13 +104,15 @@ class Trainer:
             self.best = None
         progress = Progress(params, saved.get("step", 0), saved.get("seconds", 0.0))
         self.position, self._logged = saved.get("position", 0), None
+        rate = None  # of the last iteration, where the stage had ended
         if saved:
+            rate = saved["training"]["optimiser"]["param_groups"][0]["lr"] if saved["finished"] else None
             step.load_state_dict(saved["training"], saved["averages"])
             saved.clear()  # moments and averages, as large as the networks
         if distributed.is_main():  # here, where what was saved has been found to fit; overrides may have changed it
             text = yaml.safe_dump(to_mapping(self.config), sort_keys=False)
             atomic_write(self.folder / RUN_CONFIG, text.encode())
-        self._tell_start(step, progress)
+        self._tell_start(step, progress, rate)
         with closing(self._batches(stage, self.position)) as batches, self._bar(name, progress) as bar:
             while not progress.done:
                 stopped = self._step(step, next(batches), progress, stop, bar)
@@ -126,7 +132,7 @@ class Trainer:
         self._save(step, progress, finished=True)
         return True
 
-    def _tell_start(self, step: Step, progress: Progress) -> None:
+    def _tell_start(self, step: Step, progress: Progress, rate: float | None) -> None:
         name, params = step.stage.name, step.stage.params
         self.log.begin(name, progress.step)
         length = f"to {params.iterations}" if params.minutes is None else f"on, {params.minutes:g} minutes in all"
@@ -140,6 +146,12 @@ class Trainer:
         if self.position != progress.step * taken:
             before = self.position / progress.step
             self.log.say(f"a step took {before:g} pictures before and takes {taken} from here on")
+        if rate is not None:
+            now, last = step.optimiser.lr(progress.at), step.optimiser.lr(params.iterations)
+            self.log.say(
+                f"stage {name} had ended and is longer now, and its learning rate follows the place in the whole stage: it "
+                f"was {rate:g} at the end, goes on at {now:g} and ends at {last:g}"
+            )
 
     def _bar(self, name: str, progress: Progress) -> tqdm:
         shown = dict(desc=name, mininterval=1.0, file=Unbroken(sys.stderr), disable=not distributed.is_main())
@@ -193,7 +205,7 @@ class Trainer:
     def _validate(self, step: Step, progress: Progress) -> bool:
         """Score the averaged weights when it is time; True if they are the best so far, and so must be saved."""
         name, number = step.stage.name, progress.step
-        if name not in self.validation or not (progress.done or number % self.config.validation.every == 0):
+        if not self.validation[name] or not (progress.done or number % self.config.validation.every == 0):
             return False
         try:
             with step.speed.eager():
@@ -277,7 +289,7 @@ class Trainer:
             self.checkpoints.remove_unfinished()
         if saved is None:
             self.log.keep_until(stages[0], 0, stages)
-            for told in start_from(self.config, self.codec):
+            for told in self.started_from:
                 self.log.say(told)
             return 0, {}
         where = f"{self.folder}, {saved['stage']} {saved['step']}"

@@ -34,4 +34,12 @@ class CheckpointError(DiffoError):
 
 
 class ConfigError(DiffoError):
-    """A configuration with an unknown key, a missing key, or a value that cannot work."""
+    """A configuration with an unknown key, a missing key, or a value that cannot work.
+
+    Attributes:
+        key: dotted, of the value where what it names shows that it cannot work; the message does not tell it yet.
+    """
+
+    def __init__(self, told: str, key: str | None = None):
+        super().__init__(told)
+        self.key = key
