@@ -133,7 +133,7 @@ def everything(add) -> None:
 def page(add) -> None:
     add("--data", type=Path, metavar="DIR", help="the originals of the pictures that rates coded")
     add("--demo", action="store_true", help="code the photographs that scikit-image ships, instead of --data")
-    add("--limit", type=positive, default=24, metavar="N", help="at most so many pictures on it (default %(default)s)")
+    add("--limit", type=positive, metavar="N", help="at most so many pictures on it (default 24)")
 
 
 COMMANDS = {

@@ -11,8 +11,9 @@ from tqdm import tqdm
 from coding.report import Row
 from experiments.baselines import BASELINES
 from experiments.embedding import TYPES, Embedded, as_it_is, close_to
+from experiments.inputs import named_photographs
 from measuring.scores import SCORES
-from utils.errors import DiffoError, PictureError
+from utils.errors import DiffoError
 from utils.images import decode_image, read_image
 
 RATES = 3  # at which a picture is shown
@@ -38,8 +39,10 @@ def compared(folder: Path, rows: Sequence[Row], means: Sequence[Row], data: Path
     first = means[0]["codec"]
     aims = spread(sorted((mean for mean in means if mean["codec"] == first), key=lambda mean: mean["bpp"]), RATES)
     labels = [mean["label"] for mean in aims]
-    told = tqdm(names, "embedding", unit="picture")
-    pictures = [_compared(folder, data, first, labels, by_picture[name]) for name in told]
+    paths = named_photographs(data)
+    originals = {name: _original(name, paths.get(name), by_picture[name][0]["made_from"]) for name in names}
+    told = tqdm(originals.items(), "embedding", unit="picture")
+    pictures = [_compared(folder, original, first, labels, by_picture[name]) for name, original in told]
     return {"rates": [mean["bpp"] for mean in aims], "first": first, "pictures": pictures}
 
 
@@ -49,7 +52,7 @@ def spread(values: Sequence, count: int) -> list:
     return [values[i] for i in dict.fromkeys(round(last * k / max(1, count - 1)) for k in range(count))]
 
 
-def _compared(folder: Path, data: Path, first: str, labels: Sequence[str], rows: Sequence[Row]) -> dict:
+def _compared(folder: Path, original: Tensor, first: str, labels: Sequence[str], rows: Sequence[Row]) -> dict:
     """One picture: its original, the `files` that are shown, and for every codec the positions there of the nearest to
     those that the first codec took at the labels; none for a codec that has no file of it."""
     aims = [next(row["bytes"] for row in rows if (row["codec"], row["label"]) == (first, label)) for label in labels]
@@ -64,7 +67,7 @@ def _compared(folder: Path, data: Path, first: str, labels: Sequence[str], rows:
     told = {name: rows[0][name] for name in ("picture", "width", "height")}
     shown = [_file(row) | vars(_embedded(folder, row)) for row in files]
     return told | {
-        "original": vars(close_to(_original(data, rows[0]))),
+        "original": vars(close_to(original)),
         "aims": aims,
         "files": shown,
         "nearest": nearest,
@@ -77,17 +80,13 @@ def _file(row: Row) -> dict:
     return told | {"scores": {name: row[name] for name in SCORES if row.get(name) is not None}}
 
 
-def _original(data: Path, row: Row) -> Tensor:
-    """The original of a row, uint8 (3, H, W); errors as `compared`."""
-    path = data / row["picture"]
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise PictureError(
-            f"{path}: cannot be read ({error.strerror}); name the originals' folder with --data"
-        ) from error
-    if not row["made_from"].endswith(f"{zlib.crc32(content):08x}"):
-        raise DiffoError(f"{path}: not the picture that was coded; name the originals' folder with --data")
+def _original(name: str, path: Path | None, made_from: str) -> Tensor:
+    """The original of which a row says that it was made from it, uint8 (3, H, W); errors as `compared`."""
+    if path is None:
+        raise DiffoError(f"{name}: not in --data, which should be the folder of the pictures that were coded")
+    content = path.read_bytes()
+    if not made_from.endswith(f"{zlib.crc32(content):08x}"):
+        raise DiffoError(f"{path}: not the picture of this name that was coded (--data)")
     return decode_image(content, str(path))
 
 
@@ -99,4 +98,4 @@ def _embedded(folder: Path, row: Row) -> Embedded:
         return as_it_is(folder.joinpath("files", f"{stem}{suffix}").read_bytes(), suffix)
     decoded = close_to(read_image(folder / "decoded" / f"{stem}.png"))
     half = ", enlarged from half size by Lanczos as it was measured" if row["scale"] != 1 else ""
-    return Embedded(decoded.uri, f"decoded{half}: {decoded.told}")
+    return Embedded(decoded.uri, f"what it decodes to{half}, as {decoded.told}")

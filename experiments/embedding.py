@@ -42,8 +42,7 @@ def close_to(picture: Tensor) -> Embedded:
     for name, options in _LOSSY.items():
         if found := _smallest(picture, image, options):
             data, distance = found
-            told = f"{name}, {distance:.1f} dB to it" if distance < 99 else f"{name}, equal to it"
-            return Embedded(_uri(f"image/{options['format'].lower()}", data), told)
+            return Embedded(_uri(f"image/{options['format'].lower()}", data), f"{name} of {distance:.1f} dB")
     return Embedded(_uri("image/webp", _saved(image, format="WEBP", lossless=True, quality=50)), "lossless WebP")
 
 

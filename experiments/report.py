@@ -36,6 +36,7 @@ DEMO = {
     "metrics": ("psnr", "ms_ssim", "stlpips-alex", "nlpd"),
     "codecs": ("jpeg2000", "webp", "avif", "heic", "jxl"),
 }
+PICTURES = 24  # on the page where no --limit is given: of Kodak, under 25 MB
 PAGE = Path(__file__).with_name("page")  # its parts
 BY_RATE = {"x": "bits per pixel (whole files)", "unit": "bpp"}
 
@@ -108,7 +109,7 @@ def content_of(folder: Path, tables: dict[str, dict[str, dict]], data: Path | No
         if data is None:
             raise DiffoError(f"name the originals with --data; they were coded by: {means['about']['command']}")
         rows = read(folder / "rates" / "rates.json", "pictures")["pictures"]
-        content["compared"] = compared(folder / "rates", rows, means["rows"], data, args.limit)
+        content["compared"] = compared(folder / "rates", rows, means["rows"], data, args.limit or PICTURES)
     return content
 
 
@@ -133,7 +134,7 @@ def groups_of(tables: dict[str, dict[str, dict]]) -> Iterator[dict]:
             curve(f"{rate:.3f} bpp", zip(swept["etas"], scores, strict=True))
             for rate, scores in zip(swept["rates"], swept["scores"], strict=True)
         ]
-        axes = {"title": heading(name), "x": "noise level eta", "unit": "eta", "y": better(name), "log": True}
+        axes = {"title": SCORES[name].heading, "x": "noise level eta", "unit": "eta", "y": better(name), "log": True}
         yield {"title": eta["title"], "charts": [axes | {"curves": curves}]}
     if variance := tables.get("variance", {}).get("variance"):
         rows = variance["rows"]
@@ -156,7 +157,7 @@ def score_charts(means: Sequence[Row], dataset: str | None) -> Iterator[dict]:
         if curves:
             drawn = published_curves(dataset, name) if dataset else []
             curves += [curve(each.label, zip(each.x, each.y, strict=True), measured=False) for each in drawn]
-            axes = BY_RATE | {"title": heading(name), "y": better(name), "told": score.convention}
+            axes = BY_RATE | {"title": score.heading, "y": better(name), "told": score.convention}
             yield axes | {"curves": curves}
 
 
@@ -169,15 +170,15 @@ def described(row: Row, name: str) -> str:
     """What a point of a mean says beside its place: interval, bytes, quality."""
     low, high = row.get(name + LOW), row.get(name + HIGH)
     decimals = SCORES[name].decimals
-    interval = f"95 % interval {low:.{decimals}f} to {high:.{decimals}f}; " if low is not None else ""
-    return f"{interval}{row['bytes']:.0f} bytes; {'' if row['label'].startswith('at') else 'quality '}{row['label']}"
+    interval = f"95 % interval {low:.{decimals}f} to {high:.{decimals}f}\n" if low is not None else ""
+    label = row["label"] if row["codec"] in BASELINES else f"quality {row['label']}"
+    return f"{interval}{row['bytes']:.0f} bytes, {label}"
 
 
 def better(name: str) -> str:
-    """An axis of a score: its name, unit, and which way is better."""
-    score = SCORES[name]
-    unit = f" in {score.unit}" if score.unit else ""
-    return f"{score.heading}{unit}, {'lower' if score.lower_is_better else 'higher'} is better"
+    """An axis of a score: its unit, and which way is better."""
+    told = "lower is better" if SCORES[name].lower_is_better else "higher is better"
+    return f"{SCORES[name].unit}, {told}" if SCORES[name].unit else told
 
 
 def page(content: dict) -> str:

@@ -120,7 +120,7 @@ def test_the_page_says_how_it_was_measured(content, folder):
 def test_curves_have_every_mean(content, folder):
     means = json.loads((folder / "results" / "rates" / "means.json").read_text())["rows"]
     (group,) = content["groups"]
-    assert [chart["title"] for chart in group["charts"]] == ["PSNR dB ↑", "PSNR of red dB ↑"]
+    assert [chart["title"] for chart in group["charts"]] == ["PSNR", "PSNR of red"]
     for chart, score in zip(group["charts"], ("psnr", "psnr_red"), strict=True):
         drawn = {(x, y) for curve in chart["curves"] for x, y, _ in curve["points"]}
         assert drawn == {(row["bpp"], row[score]) for row in means if row["bpp"] is not None}
@@ -151,12 +151,13 @@ def test_what_is_wrong_is_said_in_a_line(folder, tmp_path, capsys):
     shutil.copytree(folder / "results" / "rates", tmp_path / "rates")
     others = photograph(tmp_path / "others" / "small.png", 96, 80, seed=8).parent
     photograph(others / "large.png", 176, 192, seed=9)
+    only = photograph(tmp_path / "only" / "small.png", 96, 80).parent
     (tmp_path / "empty").mkdir()
     for options, told in [
         (["-o", tmp_path / "empty"], "no results there"),
         (["-o", tmp_path], "coded by: python reproduce.py rates"),
-        (["-o", tmp_path, "--data", tmp_path], "large.png: cannot be read"),
-        (["-o", tmp_path, "--data", others], "large.png: not the picture that was coded"),
+        (["-o", tmp_path, "--data", only], "large.png: not in --data"),
+        (["-o", tmp_path, "--data", others], "large.png: not the picture of this name"),
         (["-o", tmp_path, "--data", others, "--demo"], "leave out --data"),
     ]:
         assert command("report", *options, "--device", "cpu") == 1

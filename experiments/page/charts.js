@@ -8,7 +8,7 @@ const MARKERS = [
   "M0 5.2L4.8-3.6H-4.8Z", "M-1.6-5H1.6V-1.6H5V1.6H1.6V5H-1.6V1.6H-5V-1.6H-1.6Z", "M-4.8-4.8H4.8L-4.8 4.8H4.8Z",
   "M0-5.6L1.4-1.8L5.4-1.7L2.2.7L3.3 4.5L0 2.2L-3.3 4.5L-2.2.7L-5.4-1.7L-1.4-1.8Z",
 ];
-const DASHES = ["", "7 3", "2.5 2.5", "9 3 2.5 3"];
+const DASHES = ["", "8 3", "9 3 2 3", "4 3"];
 const MARGIN = {left: 54, right: 16, top: 30, bottom: 44};
 const tip = document.getElementById("tip");
 

@@ -2,16 +2,18 @@
 
 const page = JSON.parse(document.getElementById("data").textContent);
 const by = id => document.getElementById(id);
+const count = value => value.toLocaleString("en");
 const ORIGINAL = "original";
 
 function words(value) {
-  if (value === null || value === "") return "none";
+  if (Number.isInteger(value)) return count(value);
   if (typeof value !== "object") return String(value);
   return Object.entries(value).map(([key, item]) => Array.isArray(value) ? words(item) : `${key} ${words(item)}`).join(", ") || "none";
 }
 
 function facts(about) {
-  return Object.entries(about).flatMap(([key, value]) => [
+  const told = Object.entries(about).filter(([, value]) => value !== null);
+  return told.flatMap(([key, value]) => [
     element("dt", {}, key),
     element("dd", {}, key === "command" || key === "commit" ? element("code", {}, words(value)) : words(value)),
   ]);
@@ -19,12 +21,13 @@ function facts(about) {
 
 function table(lines, attributes = {}) {
   const [headings, ...rows] = lines;
-  const cell = text => {
+  const kinds = headings.map((_, i) => rows.every(row => /^[-+\d]/.test(row[i])) ? null : "words");
+  const cell = (text, i) => {
     const [, value, interval] = /^(\S+) (\[.*\])$/.exec(text) || [null, text, null];
-    return element("td", {class: /^[-+\d]/.test(text) ? null : "words"}, value, ...(interval ? [element("small", {}, interval)] : []));
+    return element("td", {class: kinds[i + 1]}, value, ...(interval ? [element("small", {}, interval)] : []));
   };
   return element("table", attributes,
-    element("thead", {}, element("tr", {}, ...headings.map(text => element("th", {scope: "col"}, text)))),
+    element("thead", {}, element("tr", {}, ...headings.map((text, i) => element("th", {scope: "col", class: kinds[i]}, text.replace(/ (?=[↑↓]$)/, "\u00a0"))))),
     element("tbody", {}, ...rows.map(([first, ...others]) => element("tr", {}, element("th", {scope: "row"}, first), ...others.map(cell)))));
 }
 
@@ -51,6 +54,7 @@ function compare({first, rates, pictures}) {
   const rival = codecs.find(codec => codec !== first) || ORIGINAL;
   const state = {picture: 0, rate: Math.floor((rates.length - 1) / 2), left: rival, right: first};
   by("first").textContent = first;
+  by("rates").querySelector("legend").textContent = `Mean rate of ${first}, bits per pixel`;
   by("pictures").hidden = false;
 
   for (const side of ["left", "right"]) {
@@ -74,7 +78,7 @@ function compare({first, rates, pictures}) {
   function update() {
     const picture = pictures[state.picture], aim = picture.aims[state.rate];
     const files = [state.left, state.right].map(fileOf);
-    by("stage").style.width = `${picture.width}px`;
+    by("stage").style.width = `${Math.max(320, picture.width)}px`;
     by("stage").style.aspectRatio = `${picture.width} / ${picture.height}`;
     ["left", "right"].forEach((side, i) => {
       const file = files[i], codec = state[side], image = by(`${side}-picture`);
@@ -82,7 +86,8 @@ function compare({first, rates, pictures}) {
       image.hidden = file === undefined;
       image.alt = `${picture.picture}, ${label(codec)}`;
       if (file !== undefined) image.src = file ? file.uri : picture.original.uri;
-      by(`${side}-badge`).textContent = label(codec) + (file ? ` · ${count(file.bytes)} B` : file === null ? "" : ": no file so small");
+      const size = file ? `${count(file.bytes)} bytes` : file === null ? "" : "no file of it";
+      by(`${side}-badge`).replaceChildren(label(codec), element("span", {}, size));
     });
     [...by("film").children].forEach((button, i) => button.setAttribute("aria-pressed", String(i === state.picture)));
     by("sides").replaceChildren(table([["", label(state.left), label(state.right)]]));
@@ -90,7 +95,6 @@ function compare({first, rates, pictures}) {
     move(parseFloat(stage.style.getPropertyValue("--at") || 50));
   }
 
-  const count = value => value.toLocaleString("en");
   function rowsOf(files, picture, aim) {
     const told = (name, tell) => [name, files.map(file => file === null ? tell(null) : file === undefined ? "no file of this picture" : tell(file)), [false, false]];
     const rows = [
