@@ -4,7 +4,7 @@
 # make test-browser   the report in headless Chromium; installs Playwright, and a Chromium where there is none
 # make lint    undefined names, unused imports, formatting
 # make bench-hostile    10,000 altered files and 1,000 resealed ones: refused, in time and in little memory
-# make bench-parts   milliseconds for each part of coding, e.g. make bench-parts BENCH="--pictures kodak"
+# make bench   time and operations of every part of coding, e.g. make bench BENCH="--quality 40 --device cuda"
 # make bench-train   training speed and memory, e.g. make bench-train BENCH="--stages codec"
 # Each sets up .venv first, once.
 
@@ -15,7 +15,7 @@ INSTALLED := $(VENV)/.installed
 PYTHON ?= $(shell for p in python3.12 python3.11 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: demo report test test-slow test-browser lint bench-hostile bench-parts bench-train clean
+.PHONY: demo report test test-slow test-browser lint bench bench-hostile bench-train clean
 .DEFAULT_GOAL := demo
 
 demo: $(INSTALLED)
@@ -45,8 +45,8 @@ lint: $(INSTALLED)
 bench-hostile: $(INSTALLED)
 	@$(PY) -m benchmarks.hostile
 
-bench-parts: $(INSTALLED)
-	@$(PY) -m benchmarks.parts $(BENCH)
+bench: $(INSTALLED)
+	@$(PY) reproduce.py timing $(BENCH)
 
 bench-train: $(INSTALLED)
 	@$(PY) -m benchmarks.train $(BENCH)

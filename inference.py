@@ -1,9 +1,9 @@
 """Code pictures to `.dfo` files and decode them: DiffO's command line.
 
-python inference.py -i photo.jpg -o out --ddim --one_step            code, decode from the file, measure
+python inference.py -i photo.jpg -o out                              code, decode from the file, measure
 python inference.py --mode compress -i pictures -o files             pictures -> .dfo
 python inference.py --mode compress -i p.png -o files --target_bpp 0.08   the largest file not over a budget
-python inference.py --mode decompress -i files -o out --one_step     .dfo -> .png
+python inference.py --mode decompress -i files -o out                .dfo -> .png
 python inference.py --mode inspect -i files/photo.dfo                header and sizes of a file
 """
 

@@ -43,7 +43,7 @@ def size(text: str) -> str:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = command_parser(__doc__)
+    parser = command_parser(__doc__, "reproduce.py")
     commands = parser.add_subparsers(dest="experiment", required=True, metavar="COMMAND")
     weights = commands.add_parser("weights", help="fetch the weights of learned scores")
     weights.add_argument("--timeout", type=float, default=20, metavar="S", help="for a connection (default 20 seconds)")

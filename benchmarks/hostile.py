@@ -29,7 +29,7 @@ from datapipe.sources import demo_photographs
 from experiments.inputs import photographs
 from models.bitstream import MAX_SIDE, MIN_SIDE, CodedResidual, pack, unpack
 from models.codec import Codec
-from models.entropy_coding import encode_indices, encode_symbols
+from models.entropy_coding import encode_symbols
 from models.released import SMALL, load_release
 from models.residual_networks import hyper_size
 from utils.commandline import answer, command_parser, positive
@@ -135,7 +135,8 @@ def refilled(files: list[bytes], random: Random) -> bytes:
         {"height": int(sides[0])},
         {"height": picture.height + int(random.integers(1, 41)), "width": int(sides[1])},
         {"base": mutate(picture.base, [other.base], random)},
-        {"fixed_length": not picture.fixed_length},
+        {"fixed_length": not picture.fixed_length, "in_passes": False},
+        {"in_passes": not picture.in_passes, "fixed_length": False},
         {"fingerprint": random.bytes(4)},
         {"residual": other.residual},
     ]
@@ -167,15 +168,14 @@ def nonsense(codec: Codec, files: list[bytes], random: Random) -> bytes:
     """A file of random symbols, each as likely as any other that the tables can code, up to the largest."""
     file = unpack(_one(files, random))
     h, w = file.latent_size
-    k = random.integers(0, codec.params.vq_base.codebook_size, h * w)
-    base, fixed = encode_indices(k, codec.params.vq_base.codebook_size, codec.base_table)
-    file = replace(file, base=base, fixed_length=fixed)
+    k = random.integers(0, codec.params.vq_base.codebook_size, (h, w))
+    file = replace(file, **codec.coded_base(k))
     if file.residual is None:
         return pack(file)
     residual, code = codec.residual, int(random.integers(1, 256))
     shape = (codec.params.residual.hyper_channels, *hyper_size(h, w))
     n_z, hyper = _random_symbols(*residual.hyper_coding(shape, code), random)
-    index = residual.table_index(n_z.reshape(shape), torch.from_numpy(k).view(1, h, w))
+    index = residual.table_index(n_z.reshape(shape), torch.from_numpy(k)[None])
     _, symbols = _random_symbols(*residual.residual_coding(index), random)
     return pack(replace(file, residual=CodedResidual(code, hyper, symbols)))
 

@@ -129,7 +129,8 @@ def _inspection(args: argparse.Namespace) -> Callable[[Job], None]:
         if release or weights.named:
             codec = weights.codec(file.fingerprint)
             facts |= ledger.beside(codec, codec.read(data, args.preview))
-        facts["base_coding"] = "fixed length" if file.fixed_length else "range coder"
+        coded = "range coder, in passes" if file.in_passes else "range coder"
+        facts["base_coding"] = "fixed length" if file.fixed_length else coded
         facts |= {"weights": file.fingerprint.hex(), "release": release}
         told = facts | {"release": release or "none of those that ship"}
         lines = [f"{name:22} {value}" for name, value in told.items()]

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from models.codec import Codec
-from models.entropy_coding import TOTAL, symbol_bits
+from models.entropy_coding import symbol_bits
 from models.records import Contents
 from utils.images import to_uint8
 
@@ -64,9 +64,8 @@ class CompressAIView(nn.Module):
         return {"x_hat": images.to(self.codec.device).float() / 255}
 
     def _likelihoods(self, contents: Contents) -> dict[str, Tensor]:
-        file, found, k = contents.file, contents.symbols, contents.k.numpy()
-        size = self.codec.params.vq_base.codebook_size
-        base = np.full(k.shape, 1 / size) if file.fixed_length else self.codec.base_table[k] / TOTAL
+        file, found = contents.file, contents.symbols
+        base = 2.0 ** -self.codec.base_bits(file, contents.k)
         likelihoods = {"header": np.array([2.0 ** (-8 * (file.header_bytes + file.check_bytes))]), "base": base}
         if found is not None:
             for name, section in self.codec.residual.coded(found, file.residual.code).items():

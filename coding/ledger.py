@@ -5,7 +5,7 @@ import math
 from measuring.metrics import bpp
 from models.bitstream import CodedPicture
 from models.codec import Codec
-from models.entropy_coding import symbol_bits, table_cost_bits
+from models.entropy_coding import symbol_bits
 from models.records import Contents
 
 Facts = dict[str, float | int]
@@ -29,10 +29,10 @@ def beside(codec: Codec, contents: Contents) -> Facts:
 
     Ideal is the sum of -log2 p over the symbols; header and checks count as they are.
     """
-    file, k = contents.file, contents.k.numpy().ravel()
+    file = contents.file
     fixed = math.prod(file.latent_size) * int(math.log2(codec.params.vq_base.codebook_size))
     bits = 8 * (file.header_bytes + file.check_bytes)
-    bits += fixed if file.fixed_length else table_cost_bits(k, codec.base_table)
+    bits += codec.base_bits(file, contents.k).sum()
     if contents.symbols is not None:
         coded = codec.residual.coded(contents.symbols, file.residual.code)
         bits += sum(float(symbol_bits(*section).sum()) for section in coded.values())

@@ -1,12 +1,14 @@
 """Which input becomes which output, decided and checked before any work."""
 
 import os
+import sys
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from utils.errors import DiffoError
-from utils.files import PICTURES, find_files
+from utils.files import PICTURES, find_files, tell_left_out
 
 STREAM = ".dfo"
 
@@ -34,16 +36,23 @@ class Job:
 def inputs(paths: list[Path], streams: bool, recursive: bool) -> list[tuple[Path, Path]]:
     """The files below `paths`, each once, with its name relative to the folder that was given.
 
+    Says on stderr what a folder of pictures holds besides.
+
     Raises:
         DiffoError: a path that is not there, or a folder with nothing to do in it.
     """
     found = []
     for path in paths:
         if path.is_dir():
-            files = find_files(path, (STREAM,) if streams else PICTURES, recursive)
+            others: Counter[str] = Counter()
+            files = find_files(path, (STREAM,) if streams else PICTURES, recursive, others)
+            besides = "" if streams else tell_left_out(others)
             if not files:
+                kind = f"{STREAM} files" if streams else "pictures"
                 deeper = "" if recursive else "; --recursive looks into its sub-folders"
-                raise DiffoError(f"{path}: no {f'{STREAM} files' if streams else 'pictures'} in this folder{deeper}")
+                raise DiffoError(f"{path}: no {kind} in this folder{besides}{deeper}")
+            if besides:
+                print(f"{path}: {len(files)} picture{'s' * (len(files) > 1)}{besides}", file=sys.stderr)
             found += [(file, file.relative_to(path)) for file in files]
         elif path.is_file():
             found.append((path, Path(path.name)))

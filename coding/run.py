@@ -13,7 +13,8 @@ from coding.plan import STREAM, Job
 from coding.table import Table
 from measuring.charts import contact_sheet
 from measuring.evaluator import Evaluator
-from measuring.metrics import MS_SSIM_MIN_SIDE, colour_shift, ms_ssim, psnr
+from measuring.metrics import colour_shift, ms_ssim, psnr
+from measuring.scores import SCORES
 from models.bitstream import unpack
 from models.codec import Codec
 from models.records import Analysed, Sampling
@@ -103,13 +104,11 @@ class Run:
             decoded, networks = self._timed(lambda: codec.render(contents, sampling))
             write_image(job.output(".png"), decoded.image)
             row |= {"eta": decoded.eta, "steps": steps or 1, "decode_s": reading + networks, "read_s": reading}
-            notes = [row.get("note"), "preview: the base alone" if args.preview else None]
+            row |= {"note": "preview: the base alone"} if args.preview else {}
             if original is not None:
-                row |= {"psnr": psnr(original, decoded.image), "ms_ssim": ms_ssim(original, decoded.image)}
-                notes.append(f"MS-SSIM needs sides from {MS_SSIM_MIN_SIDE} pixels" if row["ms_ssim"] is None else None)
+                add_scores(row, {"psnr": psnr(original, decoded.image), "ms_ssim": ms_ssim(original, decoded.image)})
                 row |= zip(("error_r", "error_g", "error_b"), colour_shift(original, decoded.image), strict=True)
                 self.pairs.append((job.reference or job.source, job.output(".png"), row))
-            row["note"] = "; ".join(filter(None, notes)) or None
         self.rows.append(row)
         self.done.append(job)
         if self.table:
@@ -161,7 +160,7 @@ class Run:
         for reason in self.evaluator.left_out.values():
             print(f"skipped: {reason}", file=sys.stderr)
         for original, decoded, row in self.pairs if self.evaluator.names else []:
-            row |= self.evaluator(*self._pair(original, decoded))
+            add_scores(row, self.evaluator(*self._pair(original, decoded)))
 
     def overview(self) -> None:
         sheet = []
@@ -186,6 +185,13 @@ class Run:
             "threads": torch.get_num_threads(),
             "command": args.command,
         }
+
+
+def add_scores(row: report.Row, scores: dict[str, float | None]) -> None:
+    """Scores for a row, whose note gets the reason where its picture is too small for one."""
+    small = [SCORES[name] for name, value in scores.items() if value is None and name not in row]
+    reasons = [f"{score.heading} needs sides from {score.min_side} pixels" for score in small]
+    row |= scores | {"note": "; ".join(filter(None, [row.get("note"), *reasons])) or None}
 
 
 def read_bytes(path: Path, max_pixels: int) -> bytes:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from coding.report import Row, columns_of, mean_row
 from utils.errors import DiffoError
-from utils.files import atomic_write, held, make_folder
+from utils.files import atomic_write, held, made_folder
 
 PAUSE = 20  # between two times that the files are written, in durations of writing them: 5 % of the time at most
 
@@ -41,7 +41,7 @@ class Table:
     def __enter__(self) -> "Table":
         with ExitStack() as opened:
             if self.writes:
-                opened.enter_context(held(make_folder(self.json.parent)))
+                opened.enter_context(held(opened.enter_context(made_folder(self.json.parent))))
             self._read()
             self._opened = opened.pop_all()
         return self

@@ -9,6 +9,7 @@ python -m datapipe.prepare download kodak -o data/kodak         or clic2020: tes
 import argparse
 import os
 import sys
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -21,7 +22,7 @@ from datapipe.sources import read_list
 from datapipe.test_sets import CROP, download_clic2020, download_kodak
 from utils.commandline import answer, command_parser, positive
 from utils.errors import DiffoError, PictureError
-from utils.files import PICTURES, atomic_write, make_folder
+from utils.files import PICTURES, atomic_write, make_folder, tell_left_out
 from utils.images import find_pictures, read_image
 
 CHECKERS = min(4, os.cpu_count() or 1)  # processes that decode for --check
@@ -101,8 +102,11 @@ def download(args: argparse.Namespace) -> None:
 def gather(places: list[str], check: bool) -> list[Path]:
     """The pictures of folders and lists, in order; with `check`, those that can be read, the others named."""
     paths: list[Path] = []
+    others: Counter[str] = Counter()
     for place in places:
-        paths += map(Path, read_list(place)) if place.endswith(".txt") else find_pictures(place, recursive=True)
+        paths += map(Path, read_list(place)) if place.endswith(".txt") else find_pictures(place, True, others)
+    if others:
+        print(f"{', '.join(places)}: {len(paths)} pictures{tell_left_out(others)}", file=sys.stderr)
     if check:
         paths = readable(paths)
     if not paths:

@@ -16,12 +16,13 @@ class Source(ABC):
 
     Attributes:
         name: where the pictures are, for messages.
+        left_out: what else is there, as `utils.files.tell_left_out` says it.
     """
 
-    def __init__(self, name: str, count: int):
+    def __init__(self, name: str, count: int, left_out: str = ""):
         if not count:
-            raise ConfigError(f"{name}: no pictures there")
-        self.name = name
+            raise ConfigError(f"{name}: no pictures there{left_out}")
+        self.name, self.left_out = name, left_out
         # Shared with the processes that decode: they mark, the main process tells.
         self._unreadable = torch.zeros(count, dtype=torch.bool).share_memory_()
         self._told: set[int] = set()

@@ -3,6 +3,7 @@
 import os
 from array import array
 from bisect import bisect
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 from datapipe.shards import ShardSource
 from datapipe.source import Source
 from utils.errors import DiffoError
-from utils.files import PICTURES, scan
+from utils.files import PICTURES, scan, tell_left_out
 from utils.images import read_image
 
 Paths = tuple[str, ...] | str | None  # one path or several
@@ -29,9 +30,10 @@ class FileSource(Source):
 
     Args:
         found: folders, and the files that were found in each, in order.
+        left_out: what else is there; filled while `found` is read.
     """
 
-    def __init__(self, found: Iterable[tuple[str, Iterable[str]]], name: str):
+    def __init__(self, found: Iterable[tuple[str, Iterable[str]]], name: str, left_out: Counter[str] | None = None):
         names, ends = bytearray(), array("q", [0])
         self._folders: list[str] = []
         self._firsts: list[int] = []  # index of the first file of each folder
@@ -43,7 +45,7 @@ class FileSource(Source):
                 names += os.fsencode(path.removeprefix(start))
                 ends.append(len(names))
         self._names, self._ends = bytes(names), np.array(ends)
-        super().__init__(name, len(ends) - 1)
+        super().__init__(name, len(ends) - 1, tell_left_out(left_out or Counter()))
 
     def path(self, index: int) -> str:
         """The file of a picture."""
@@ -75,7 +77,9 @@ def open_source(folder: Paths = None, txt_file_path: Paths = None, shards: Paths
         return FileSource([(os.path.dirname(name), read_list(name)) for name in lists], ", ".join(lists))
     if folder:
         folders = several(folder)
-        return FileSource(((f, scan(f, PICTURES, recursive=True)) for f in folders), ", ".join(folders))
+        left_out: Counter[str] = Counter()
+        found = ((f, scan(f, PICTURES, True, left_out)) for f in folders)
+        return FileSource(found, ", ".join(folders), left_out)
     demo = demo_photographs()
     return FileSource([("", map(str, demo))], "scikit-image's photographs (no data was named)")
 

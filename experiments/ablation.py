@@ -7,7 +7,7 @@ from pathlib import Path
 from coding.report import Row
 from experiments.coded import Coding, Variant, evaluator_of, table_of
 from experiments.inputs import ROOT, about, named_photographs
-from experiments.summary import CHANGE, HIGH, LOW, mean_of, write_summary
+from experiments.summary import CHANGE, HIGH, LOW, draw_bars, mean_of, write_summary
 from measuring.intervals import paired
 from models.released import ABOUT, load_release
 from training.config import RUN_CONFIG
@@ -46,6 +46,7 @@ def run(args: argparse.Namespace) -> None:
         ]
         title = f"Fig. 10: ablations beside {args.reference}, {args.data.name}"
         write_summary(means, args.out_path, "ablation", about(args, releases), title)
+        draw_bars(means, args.out_path, args.metrics, ("codec",), title)
 
 
 def gathered(places: list[Path]) -> dict[str, Path]:

@@ -9,9 +9,9 @@ import argparse
 import copy
 from dataclasses import replace
 
-from experiments.coded import Variant, measured
+from experiments.coded import Variant, at_quality, measured
 from experiments.inputs import about, releases_of
-from experiments.summary import beside_paper, write_summary
+from experiments.summary import beside_paper, draw_bars, origin, write_summary
 from models.codec import Codec
 from utils.distributed import is_main
 from utils.errors import DiffoError
@@ -31,7 +31,9 @@ def run(args: argparse.Namespace) -> None:
     means = measured(args, "pictures", releases, variants)
     if is_main():
         title = f"Fig. 4: branches, {args.data.name}"
-        write_summary(beside_paper(means, "paper-fig4"), args.out_path, "branches", about(args, releases), title)
+        told = about(args, releases, paper=origin("paper-fig4"))
+        write_summary(beside_paper(means, "paper-fig4"), args.out_path, "branches", told, title)
+        draw_bars(means, args.out_path, args.metrics, ("codec", "label"), title)
 
 
 def variants_of(name: str, codec: Codec, quality: float) -> list[Variant]:
@@ -41,6 +43,7 @@ def variants_of(name: str, codec: Codec, quality: float) -> list[Variant]:
         raise DiffoError(
             f"{name}: these branches are parts of adapter published with prediction latent, and it has others"
         )
+    at_quality(name, codec, quality)
     trained = params.detail_branch, params.perceptual_branch
     if trained != BRANCHES["both"]:
         label = next((label for label, flags in BRANCHES.items() if flags == trained), "neither branch")

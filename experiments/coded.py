@@ -237,6 +237,13 @@ def at(label: str) -> str:
     return f"at {label}"
 
 
+def at_quality(name: str, model: Codec, quality: float) -> float:
+    """The quality, where a release has it. Raises DiffoError for one above 0 of the base alone."""
+    if quality and not model.has_levels:
+        raise DiffoError(f"--quality {quality:g}: {name} codes the base alone, which is quality 0")
+    return quality
+
+
 def curve_of(name: str, model: Codec, qualities: Sequence[float]) -> list[Variant]:
     """A release at all those qualities that it has, the base alone among them if it has no others.
 

@@ -11,7 +11,7 @@ from coding.report import Row
 from experiments.baselines import Coded
 from experiments.coded import Coding, Variant, at, evaluator_of, table_of
 from experiments.inputs import about, named_photographs, releases_of
-from experiments.summary import mean_of, write_summary
+from experiments.summary import draw_bars, mean_of, write_summary
 from measuring.scores import SCORES
 from models.codec import Codec
 from models.released import load_release
@@ -70,6 +70,7 @@ def run(args: argparse.Namespace) -> None:
     if is_main():
         title = f"{name} within the bytes of base-only releases, {args.data.name}"
         write_summary(means, args.out_path, "equal_bytes", about(args, releases | rivals), title)
+        draw_bars(means, args.out_path, args.metrics, ("codec", "label"), title)
 
 
 def rivals_of(args: argparse.Namespace, ours: Codec) -> dict[str, Codec]:

@@ -16,6 +16,7 @@ from models.codec import Codec
 from models.released import SMALL, load_release
 from utils.distributed import local_device, world_size
 from utils.errors import DiffoError
+from utils.version import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARIES = ("torch", "numpy", "pillow", "pyiqa", "pytorch-msssim", "cvvdp", "pillow-heif", "pillow-jxl-plugin")
@@ -61,6 +62,7 @@ def about(args: argparse.Namespace, releases: dict[str, Codec], **more: object) 
         "date": date.today().isoformat(),
         "weights": {name: codec.fingerprint.hex() for name, codec in releases.items()},
         "parameters": {name: sum(p.numel() for p in codec.parameters()) for name, codec in releases.items()},
+        "version": __version__,
         "commit": commit(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "threads": torch.get_num_threads(),

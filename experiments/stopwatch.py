@@ -25,6 +25,7 @@ NETWORKS = (
     ("", "denoise", "U: denoiser, one step"),
     ("autoencoder", "decode", "D: image decoder, latent x^ to picture"),
 )
+PASSES = [("index_model", name, "index model: indices in passes, in exact integers") for name in ("encode", "decode")]
 CODER = ("encode_indices", "encode_symbols", "decode_indices", "decode_symbols")
 ENTROPY, NOISE = "entropy coding of indices and symbols", "noise: standard normal, from the file's seed"
 READ, WRITE = "file I/O: reading the input", "file I/O: writing the output"
@@ -52,12 +53,14 @@ class Stopwatch:
     @contextmanager
     def watching(self, codec: Codec) -> Iterator[None]:
         """Inside it, every call of the codec's parts is counted."""
-        watched = [(getattr(codec, owner) if owner else codec, name, part) for owner, name, part in NETWORKS]
+        watched = [
+            (getattr(codec, owner) if owner else codec, name, part) for owner, name, part in (*NETWORKS, *PASSES)
+        ]
         watched += [(entropy_coding, name, ENTROPY) for name in CODER]
         saved = []
         try:
             for owner, name, part in watched:
-                if owner is None:  # no residual codec
+                if owner is None:  # these weights have no such part
                     continue
                 if isinstance(getattr(owner, name), nn.Module):
                     owner, name = getattr(owner, name), "forward"

@@ -7,12 +7,14 @@ from statistics import fmean
 from coding.report import COLUMNS, Row, align
 from coding.table import write_json, write_rows
 from experiments.published import KINDS, published
-from measuring.intervals import bootstrap
+from measuring.charts import bars
+from measuring.intervals import Interval, bootstrap
 from measuring.scores import SCORES
 from utils.files import atomic_write
 
 SIZES = ("bytes", "payload_bytes", "bpp", "eta")
 LOW, HIGH = "_low", "_high"  # ends of a mean's 95 % interval
+KIND = "paper's kind"  # a key of experiments.published.KINDS
 PAPER = "paper_"  # begins the columns of what the paper printed
 BD_RATE, CHANGE = "bd-rate-", "change-of-"  # begin columns of a score's BD-rate, and of its change from a reference
 
@@ -56,8 +58,14 @@ def beside_paper(means: Sequence[Row], source: str) -> list[Row]:
             row[key] = mean.get(key)
             if record and key in record.scores:
                 row[PAPER + key] = record.scores[key]
-        rows.append(row | {"paper's kind": f"{KINDS[record.kind]}; {record.note}"} if record else row)
+        rows.append(row | {KIND: record.kind} if record else row)
     return rows
+
+
+def origin(source: str) -> str:
+    """Where the values of the paper are from, and what limits them."""
+    record = published(source=source)[0]
+    return f"{record.where}; {record.note}"
 
 
 def heading(column: str) -> str:
@@ -82,6 +90,7 @@ def write_summary(rows: Sequence[Row], folder: Path, name: str, about: dict, tit
     if any(key.endswith(LOW) for row in rows for key in row):
         told.append("- in brackets: 95 % intervals of the means, by bootstrap over pictures")
     told += [f"- {heading(key)}: {SCORES[key].convention}" for key in columns if key in SCORES]
+    told += [f"- {kind}: {KINDS[kind]}" for kind in dict.fromkeys(row[KIND] for row in rows if KIND in row)]
     atomic_write(folder / f"{name}.md", ("\n".join(told) + "\n").encode(errors="backslashreplace"))
     print(align(lines_of(rows, intervals=False)))
     print(f"written to {folder}: {name}.csv, {name}.json, {name}.md")
@@ -91,6 +100,22 @@ def filled(rows: Sequence[Row]) -> list[str]:
     """Columns that any row fills, in the rows' own order."""
     columns = dict.fromkeys(key for row in rows for key in row)
     return [key for key in columns if any(row.get(key) is not None for row in rows)]
+
+
+def draw_bars(
+    rows: Sequence[Row], folder: Path, columns: Sequence[str], names: Sequence[str], title: str, stem: str = ""
+) -> None:
+    """A bar chart for each of these columns that a row fills, `<stem><column>.png` and `.pdf`.
+
+    Args:
+        names: columns whose words together name a row's bar.
+    """
+    for key in (key for key in filled(rows) if key in columns):
+        found = [row for row in rows if row.get(key) is not None]
+        values = {
+            " ".join(str(r[n]) for n in names): Interval(r[key], r.get(key + LOW), r.get(key + HIGH)) for r in found
+        }
+        bars(values, folder / f"{stem}{key}.png", heading(key), title)
 
 
 def lines_of(rows: Sequence[Row], intervals: bool = True) -> list[list[str]]:

@@ -4,11 +4,11 @@ import argparse
 
 from coding.report import Row
 from datapipe.sources import demo_photographs
-from experiments.coded import table_of
+from experiments.coded import at_quality, table_of
 from experiments.inputs import about, releases_of
-from experiments.published import KINDS, Published, published
+from experiments.published import Published, published
 from experiments.rates import anchor_of, bd_rates, points
-from experiments.summary import PAPER, write_summary
+from experiments.summary import BD_RATE, KIND, PAPER, draw_bars, origin, write_summary
 from experiments.timing import TOTAL, measure
 from models.codec import Codec
 from utils.distributed import is_main
@@ -24,6 +24,8 @@ def run(args: argparse.Namespace) -> None:
         DiffoError: an option is wrong, before anything is coded.
     """
     releases = releases_of(args)
+    for name, codec in releases.items():
+        at_quality(name, codec, args.quality)
     means = points(args, releases)
     if not is_main():
         return
@@ -42,8 +44,10 @@ def run(args: argparse.Namespace) -> None:
     rows += [
         {"codec": f"{system} (paper alone)"} | printed(record) for system, record in paper.items() if system != OURS
     ]
-    told = about(args, releases, anchor=anchor, size=SIZE, repeats=args.repeats) | reasons
-    write_summary(rows, args.out_path, "table1", told, f"Table 1: BD-rate against {anchor}, size and speed")
+    told = about(args, releases, anchor=anchor, size=SIZE, repeats=args.repeats, paper=origin("paper-table1"))
+    title = f"Table 1: BD-rate against {anchor}, size and speed"
+    write_summary(rows, args.out_path, "table1", told | reasons, title)
+    draw_bars(rows, args.out_path, [BD_RATE + name for name in args.metrics], ("codec",), title)
 
 
 def made_from(codec: Codec, args: argparse.Namespace) -> str:
@@ -59,5 +63,4 @@ def seconds(codec: Codec, args: argparse.Namespace) -> Row:
 def printed(record: Published) -> Row:
     """A record's values in the columns of the paper."""
     values = record.scores | {key: getattr(record, key) for key in ("parameters", "encode_s", "decode_s")}
-    told = f"{KINDS[record.kind]}; {record.note}; seconds on {record.hardware}"
-    return {PAPER + key: value for key, value in values.items()} | {"paper's kind": told}
+    return {PAPER + key: value for key, value in values.items()} | {KIND: record.kind}

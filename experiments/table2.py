@@ -2,10 +2,10 @@
 
 import argparse
 
-from experiments.coded import Variant, measured
+from experiments.coded import Variant, at_quality, measured
 from experiments.inputs import about, releases_of
 from experiments.rates import THE_PAPERS
-from experiments.summary import beside_paper, write_summary
+from experiments.summary import beside_paper, draw_bars, origin, write_summary
 from models.records import Sampling
 from utils.distributed import is_main
 from utils.errors import DiffoError
@@ -21,6 +21,7 @@ def run(args: argparse.Namespace) -> None:
     by_steps: dict[int, str] = {}
     for name, codec in releases.items():
         steps = codec.params.diffusion.steps
+        at_quality(name, codec, args.quality)
         if (other := by_steps.setdefault(steps, name)) != name:
             raise DiffoError(f"--weights: {other} and {name} were both trained with {steps} steps; leave out one")
     variants = [
@@ -32,4 +33,6 @@ def run(args: argparse.Namespace) -> None:
     means = measured(args, "pictures", releases, variants)
     if is_main():
         title = f"Table 2: steps of the schedule, {args.data.name}"
-        write_summary(beside_paper(means, "paper-table2"), args.out_path, "table2", about(args, releases), title)
+        told = about(args, releases, paper=origin("paper-table2"))
+        write_summary(beside_paper(means, "paper-table2"), args.out_path, "table2", told, title)
+        draw_bars(means, args.out_path, args.metrics, ("label",), title)

@@ -10,6 +10,7 @@ import argparse
 import tempfile
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +20,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from coding.report import Row
+from coding.table import Table
 from datapipe.sources import demo_photographs
-from experiments.coded import table_of
+from experiments.coded import at_quality, table_of
 from experiments.inputs import about, photographs, releases_of
 from experiments.stopwatch import READ, REST, WRITE, Stopwatch, seconds
-from experiments.summary import write_summary
+from experiments.summary import draw_bars, write_summary
 from models.codec import Codec
 from utils.distributed import is_main
-from utils.errors import DiffoError
 from utils.files import atomic_write
 from utils.images import read_image, write_image
 
@@ -47,29 +48,38 @@ def run(args: argparse.Namespace) -> None:
     """
     releases = releases_of(args)
     for name, codec in releases.items():
-        if args.quality and not codec.has_levels:
-            raise DiffoError(f"--quality {args.quality:g}: {name} codes the base alone; time it at quality 0")
+        at_quality(name, codec, args.quality)
     picture = (photographs(args.data) if args.data else demo_photographs())[0]
     if not is_main():
         return
-    device, shown = next(iter(releases.values())).device, []
+    found = {}
     with table_of(args, "rows", releases, KEY) as table:
         for name, codec in releases.items():
             for size in args.sizes:
-                how = f"weights {codec.fingerprint.hex()}, quality {args.quality:g}, {args.precision}, "
-                how += f"{args.repeats} repeats, {device}, {torch.get_num_threads()} threads"
-                done = [row for row in table.rows if (row["codec"], row["size"]) == (name, size)]
-                if not done or any(row["made_from"] != how for row in done):
-                    done = [
-                        {"codec": name, "size": size} | row | {"made_from": how}
-                        for row in measure(codec, picture, size, args)
-                    ]
-                    for row in done:
-                        table.add(row)
-                shown += done
+                found[name, size] = timed(table, name, codec, picture, size, args)
     told = about(args, releases, precision=args.precision, quality=args.quality, repeats=args.repeats)
-    rows = [{"part": row["part"]} | {k: v for k, v in row.items() if k not in ("part", "made_from")} for row in shown]
-    write_summary(rows, args.out_path, "timing", told, "Milliseconds of every part of coding a picture")
+    rows = [
+        {"part": row["part"]} | {k: v for k, v in row.items() if k != "made_from"} for row in chain(*found.values())
+    ]
+    write_summary(rows, args.out_path, "timing", told, "Time and operations of every part of coding a picture")
+    for (name, size), parts in found.items():
+        for way in WAYS:
+            of_way = [row for row in parts if row["way"] == way]
+            title = f"{name}, {size}: milliseconds to {way}"
+            draw_bars(of_way, args.out_path, ["ms"], ["part"], title, f"{name}-{size}-{way}-")
+
+
+def timed(table: Table, name: str, codec: Codec, picture: Path, size: str, args: argparse.Namespace) -> list[Row]:
+    """The rows of a release and size: those of the table, if they are of the same weights and setting."""
+    made_from = f"weights {codec.fingerprint.hex()}, quality {args.quality:g}, {args.precision}, "
+    made_from += f"{args.repeats} repeats, {codec.device}, {torch.get_num_threads()} threads"
+    done = [row for row in table.rows if (row["codec"], row["size"]) == (name, size) and row["made_from"] == made_from]
+    if done:
+        return done
+    rows = [{"codec": name, "size": size, **row, "made_from": made_from} for row in measure(codec, picture, size, args)]
+    for row in rows:
+        table.add(row)
+    return rows
 
 
 def measure(codec: Codec, picture: Path, size: str, args: argparse.Namespace) -> list[Row]:
@@ -131,12 +141,12 @@ def rows_of(way: str, rounds: list[dict[str, float]], flops: dict[str, float], p
         low, median, high = map(float, np.percentile(values, (25, 50, 75)))
         row = {"way": way, "part": part, "ms": 1e3 * median, "first quartile": 1e3 * low, "third quartile": 1e3 * high}
         row |= {"share of the way, %": 100 * median / whole, "GFLOP": flops.get(part, 0) / 1e9}
-        rows.append(row | {"share of the peak, %": 100 * flops.get(part, 0) / (peak * median)})
+        rows.append(row | {"share of the peak, %": 100 * flops.get(part, 0) / (peak * median) if median else None})
     return rows
 
 
 def matrix_peak(device: torch.device, precision: str) -> float:
-    """Operations a second of a large matrix product, the median of some."""
+    """Operations a second of a large matrix product, the fastest of some."""
     side = PEAK_SIDE[device.type]
     matrix = torch.randn(side, side, device=device, dtype=getattr(torch, precision))
     times = []
@@ -144,4 +154,4 @@ def matrix_peak(device: torch.device, precision: str) -> float:
         began = seconds(device)
         matrix @ matrix
         times.append(seconds(device) - began)
-    return 2 * side**3 / float(np.median(times[1:]))
+    return 2 * side**3 / min(times[1:])

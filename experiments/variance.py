@@ -4,7 +4,8 @@ As the rate rises less of the latent is left to the denoiser, which is why the n
 """
 
 import argparse
-import functools
+from functools import partial
+from pathlib import Path
 from statistics import fmean
 
 import torch
@@ -15,6 +16,7 @@ from experiments.inputs import about, named_photographs, releases_of
 from experiments.summary import write_summary
 from measuring.charts import Curve, chart
 from models.codec import Codec
+from models.records import ONE_STEP
 from utils.distributed import is_main
 from utils.errors import DiffoError
 from utils.images import read_image, to_signed
@@ -47,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
             old = {label: table.get(label, picture) for label in labels}
             todo = {k: q for k, q in labels.items() if not old[k] or old[k]["made_from"] != made_from}
             if todo:
-                jobs.append(functools.partial(variances, codec, picture, path, todo, made_from))
+                jobs.append(partial(variances, codec, picture, path, todo, made_from))
         fill(table, jobs, name)
         rows = {label: [table.get(label, picture) for picture in pictures] for label in labels}
     if not is_main():
@@ -64,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 @torch.inference_mode()
-def variances(codec: Codec, picture: str, path, labels: dict[str, float], made_from: str) -> list[Row]:
+def variances(codec: Codec, picture: str, path: Path, labels: dict[str, float], made_from: str) -> list[Row]:
     """A row for every quality of one picture: mean squares over the latent's values; of x, about its channels' means."""
     image, rows = read_image(path), []
     analysed = codec.analyse(image)
@@ -72,14 +74,10 @@ def variances(codec: Codec, picture: str, path, labels: dict[str, float], made_f
     for label, quality in labels.items():
         contents = codec.read(codec.write(analysed, codec.level_code(quality)))
         y_hat, z_q = codec.known(contents)
-        x_hat, eta = codec.denoise(y_hat, z_q, contents.file)
+        x_hat, eta = codec.denoise(y_hat, z_q, contents.file, ONE_STEP)
         row = {"label": label, "picture": picture, "made_from": made_from, "bpp": contents.file.section_bpp}
         row["latent"] = x.var(dim=(2, 3), correction=0).mean().item()
-        row |= {key: (x - part).square().mean().item() for key, part in lost(analysed.y, y_hat, x_hat).items()}
+        for kind, part in (("base_lost", analysed.y), ("lost", y_hat), ("denoised_lost", x_hat)):
+            row[kind] = (x - part).square().mean().item()
         rows.append(row | {"noise": codec.schedule.kappa**2 * eta})
     return rows
-
-
-def lost(y: torch.Tensor, y_hat: torch.Tensor, x_hat: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What stands for the latent after the base, the residual and the denoiser."""
-    return {"base_lost": y, "lost": y_hat, "denoised_lost": x_hat}

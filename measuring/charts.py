@@ -1,15 +1,20 @@
 """Charts of lines, drawn with Matplotlib, and sheets of originals beside decoded pictures, drawn with Pillow."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from measuring.intervals import Interval
 from utils.files import atomic_path
+
+if TYPE_CHECKING:  # it takes a second to import
+    from matplotlib.figure import Figure
 from utils.images import write_image
 
 COLUMN, MARGIN, CAPTION = 512, 24, 36  # pixels; pictures fit a square as wide as a column: portraits stay as large
@@ -64,7 +69,30 @@ def chart(
     axes.spines[["top", "right"]].set_visible(False)
     if len(curves) > 1:
         figure.legend(frameon=False, fontsize=9, loc="outside right upper")
-    for file in (Path(path), Path(path).with_suffix(".pdf")):
+    _save(figure, Path(path))
+
+
+def bars(values: Mapping[str, Interval], path: str | os.PathLike[str], x: str, title: str) -> None:
+    """Draw values by name as bars with their intervals, the first on top: a PNG file at `path`, a PDF file beside it.
+
+    Raises:
+        DiffoError: the folder of `path` cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 1.2 + 0.3 * len(values)), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    for name, value in values.items():
+        ends = None if value.low is None else [[value.mean - value.low], [value.high - value.mean]]
+        axes.barh(name, value.mean, xerr=ends, color="0.75", edgecolor="black", capsize=3)
+    axes.invert_yaxis()
+    axes.set(xlabel=x, title=title)
+    axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, Path(path))
+
+
+def _save(figure: "Figure", path: Path) -> None:
+    for file in (path, path.with_suffix(".pdf")):
         with atomic_path(file) as temporary:
             figure.savefig(temporary, format=file.suffix[1:])
 

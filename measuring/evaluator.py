@@ -1,9 +1,11 @@
 """The one evaluator: scores of a decoded picture by their names in `SCORES`. Libraries are imported when first needed."""
 
 import contextlib
-import importlib
+import importlib.util
 import io
 import logging
+import sys
+import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 
@@ -67,7 +69,7 @@ def _by_pyiqa(name: str, device: torch.device) -> Measure:
 
 def _network(name: str, device: torch.device) -> nn.Module:
     """The network inside a pyiqa metric: its wrapper switches TF32 on again for every call."""
-    with _silent():
+    with _silent(), _pkg_resources():
         import pyiqa
 
         if name in _STLPIPS:
@@ -95,6 +97,22 @@ def _cvvdp(name: str, device: torch.device) -> Measure:
 
         metric = pycvvdp.cvvdp(display_name="standard_4k", device=device, quiet=True)
     return lambda original, decoded: metric.predict(decoded, original, dim_order="CHW")[0].item()
+
+
+@contextlib.contextmanager
+def _pkg_resources() -> Iterator[None]:
+    """Inside it, openai-clip can be imported, which takes `packaging` from a module that setuptools has dropped."""
+    missing = importlib.util.find_spec("pkg_resources") is None
+    if missing:
+        import packaging.version
+
+        sys.modules["pkg_resources"] = types.ModuleType("pkg_resources")
+        sys.modules["pkg_resources"].packaging = packaging
+    try:
+        yield
+    finally:
+        if missing:
+            del sys.modules["pkg_resources"]
 
 
 @contextlib.contextmanager

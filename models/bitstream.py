@@ -2,12 +2,13 @@
 
     magic         3 bytes   b"DfO"
     version       1 byte    1
-    flags         1 byte    bit 0: base at fixed length; bit 1: residual sections follow; others zero
+    flags         1 byte    bit 0: base at fixed length; bit 1: residual sections follow; bit 2: base in passes, not
+                            together with bit 0; others zero
     fingerprint   4 bytes   of the weights that wrote the file
     height        varint    of the source picture, in pixels
     width         varint
     base length   varint    in bytes
-    base                    see entropy_coding
+    base                    see entropy_coding; in passes, index_model
     CRC-32        4 bytes   big endian, over everything before it
 
 and with bit 1, after what a preview needs,
@@ -36,6 +37,7 @@ CELL = 16  # pixels per latent position, along each side
 
 _FLAG_FIXED_LENGTH = 1
 _FLAG_RESIDUAL = 2
+_FLAG_PASSES = 4
 _FLAGS_AT = len(MAGIC) + 1
 _FINGERPRINT_AT = _FLAGS_AT + 1
 _SIZES_AT = _FINGERPRINT_AT + FINGERPRINT_BYTES
@@ -68,8 +70,9 @@ class CodedPicture:
         base: the section with the indices of the base, at least 1 byte.
         fixed_length: whether the base is at fixed length rather than range-coded.
         residual: the sections above the base; None for the base alone.
+        in_passes: whether the base is range-coded in passes, by the index model, rather than with one table.
     Raises:
-        BitstreamError: a size outside the range, or an empty base.
+        BitstreamError: a size outside the range, an empty base, or one that is coded in two ways.
     """
 
     height: int
@@ -78,6 +81,7 @@ class CodedPicture:
     base: bytes
     fixed_length: bool
     residual: CodedResidual | None = None
+    in_passes: bool = False
 
     def __post_init__(self) -> None:
         if not (MIN_SIDE <= self.height <= MAX_SIDE and MIN_SIDE <= self.width <= MAX_SIDE):
@@ -87,6 +91,8 @@ class CodedPicture:
             )
         if not self.base:
             raise BitstreamError("the base section is empty: there is nothing to decode")
+        if self.fixed_length and self.in_passes:
+            raise BitstreamError("the base is marked as at fixed length and as coded in passes: the file is damaged")
 
     @property
     def header_bytes(self) -> int:
@@ -143,7 +149,7 @@ def unpack(data: bytes, preview: bool = False) -> CodedPicture:
     end = at + base_bytes + _CRC_BYTES
     _check_layer(data, end)
     flags = data[_FLAGS_AT]
-    if flags & ~(_FLAG_FIXED_LENGTH | _FLAG_RESIDUAL):
+    if flags & ~(_FLAG_FIXED_LENGTH | _FLAG_RESIDUAL | _FLAG_PASSES):
         raise BitstreamError(f"this file uses features (flags {flags:#04x}) of a newer program: update the program")
     residual = None
     if flags & _FLAG_RESIDUAL and not preview:
@@ -157,6 +163,7 @@ def unpack(data: bytes, preview: bool = False) -> CodedPicture:
         base=bytes(data[at : at + base_bytes]),
         fixed_length=bool(flags & _FLAG_FIXED_LENGTH),
         residual=residual,
+        in_passes=bool(flags & _FLAG_PASSES),
     )
 
 
@@ -177,7 +184,12 @@ def _read_residual(data: bytes, at: int) -> tuple[CodedResidual, int]:
 
 
 def _header(picture: CodedPicture) -> bytes:
-    flags = (_FLAG_FIXED_LENGTH if picture.fixed_length else 0) | (_FLAG_RESIDUAL if picture.residual else 0)
+    marks = {
+        _FLAG_FIXED_LENGTH: picture.fixed_length,
+        _FLAG_RESIDUAL: picture.residual,
+        _FLAG_PASSES: picture.in_passes,
+    }
+    flags = sum(flag for flag, present in marks.items() if present)
     sizes = (picture.height, picture.width, len(picture.base))
     return MAGIC + bytes((VERSION, flags)) + picture.fingerprint + b"".join(map(_varint, sizes))
 

@@ -22,6 +22,7 @@ from models import bitstream, diffusion, entropy_coding
 from models.autoencoder import Autoencoder
 from models.bitstream import CELL, CodedPicture, CodedResidual
 from models.diffusion import Denoiser, Schedule
+from models.index_model import IndexModel
 from models.noise import portable_noise
 from models.records import ONE_STEP, Analysed, CodecOutput, CodecParams, Contents, Decoded, Draws, Sampling
 from models.residual_hyperprior import LEVEL_CODES, ResidualHyperprior, Symbols
@@ -41,6 +42,7 @@ class Codec(nn.Module):
         residual: the residual codec, or None.
         max_pixels: files that claim more are refused before anything is allocated.
         base_table: integer frequency table of the base indices, int32 (K,), learnt at release; None before.
+        index_model: codes the base indices in passes, fitted at release; None without one.
         fingerprint: 4 bytes that name the weights; None while they are being trained.
     """
 
@@ -58,6 +60,7 @@ class Codec(nn.Module):
         self.rate = params.rate
         self.max_pixels = MAX_PIXELS
         self.base_table: np.ndarray | None = None
+        self.index_model: IndexModel | None = None
         self.fingerprint: bytes | None = None
 
     @property
@@ -181,10 +184,15 @@ class Codec(nn.Module):
         k = self.vq_base.indices(x)
         y = self.vq_base.reconstruct(self.vq_base.rows(k))
         s = self.residual.analysis(x - y, y) if self.has_levels else None
-        base, fixed = entropy_coding.encode_indices(
-            k.flatten().cpu().numpy(), self.params.vq_base.codebook_size, self.base_table
-        )
-        return Analysed(CodedPicture(height, width, self.fingerprint, base, fixed), k, y, s)
+        file = CodedPicture(height, width, self.fingerprint, **self.coded_base(k[0].cpu().numpy()))
+        return Analysed(file, k, y, s)
+
+    def coded_base(self, k: np.ndarray) -> dict[str, bytes | bool]:
+        """Indices (h, w) in the shortest of the ways that these weights have: fields of `CodedPicture`."""
+        base, fixed = entropy_coding.encode_indices(k.ravel(), self.params.vq_base.codebook_size, self.base_table)
+        if self.index_model and len(in_passes := self.index_model.encode(k)) < len(base):
+            return {"base": in_passes, "fixed_length": False, "in_passes": True}
+        return {"base": base, "fixed_length": fixed, "in_passes": False}
 
     @torch.inference_mode()
     @full_precision()
@@ -213,9 +221,7 @@ class Codec(nn.Module):
                 "decode it with the release of that fingerprint"
             )
         self.require_allowed(file.height, file.width)
-        h, w = file.latent_size
-        how = self.params.vq_base.codebook_size, self.base_table, file.fixed_length
-        k = torch.from_numpy(entropy_coding.decode_indices(file.base, h * w, *how)).view(1, h, w)
+        k = torch.from_numpy(self._read_base(file))[None]
         return Contents(file, k, self._read_residual(file.residual, k) if file.residual else None)
 
     def require_allowed(self, height: int, width: int) -> None:
@@ -225,6 +231,23 @@ class Codec(nn.Module):
                 f"a picture of {width}x{height} pixels is above the limit of {self.max_pixels:,}: "
                 "raise max_pixels (--max_pixels) if you trust the file"
             )
+
+    def _read_base(self, file: CodedPicture) -> np.ndarray:
+        h, w = file.latent_size
+        if not file.in_passes:
+            how = self.params.vq_base.codebook_size, self.base_table, file.fixed_length
+            return entropy_coding.decode_indices(file.base, h * w, *how).reshape(h, w)
+        if self.index_model is None:
+            raise BitstreamError("the base is coded in passes and its weights have no index model: the file is damaged")
+        entropy_coding.require_shorter(file.base, h * w, self.params.vq_base.codebook_size)
+        return self.index_model.decode(file.base, h, w)
+
+    def base_bits(self, file: CodedPicture, k: Tensor) -> np.ndarray:
+        """Ideal cost of every index of a file that holds k, 1 x h x w, as it codes them: float64 (1, h, w)."""
+        k = k.numpy()
+        if file.fixed_length:
+            return np.full(k.shape, math.log2(self.params.vq_base.codebook_size))
+        return self.index_model.bits(k[0])[None] if file.in_passes else entropy_coding.index_bits(k, self.base_table)
 
     def _read_residual(self, coded: CodedResidual, k: Tensor) -> Symbols:
         if not self.has_levels:

@@ -6,6 +6,7 @@ autoencoder). Each holds exactly the published parameters under `state_dict`; al
     diffo   networks     JSON of CodecParams
             digests      SHA-256 of the parameters in the two other files
             base_table   int32 (K,), or None before release
+            index_model  absent without one: the network's state dict
             residual     absent without one: state_dict, tables and densities, which training alone needs
 """
 
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from models.codec import Codec
+from models.index_model import IndexModel, IndexNetwork
 from models.records import CodecParams
 from models.residual_hyperprior import ResidualTables
 from utils import checkpoints
@@ -97,12 +99,14 @@ def save_triple(
     params: CodecParams,
     table: np.ndarray | None = None,
     residual_tables: ResidualTables | None = None,
+    index_model: IndexModel | None = None,
 ) -> None:
     """Write the three files.
 
     Args:
         states: state dicts of the networks, in the precision that is to be stored.
         table: integer frequencies of the base indices, int32 (K,), at release. residual_tables: those of the residual.
+        index_model: that of the base indices.
     """
     for network in ("autoencoder", "unet"):
         checkpoints.save(getattr(triple, network), {"state_dict": states[network]})
@@ -111,6 +115,8 @@ def save_triple(
         "digests": digests_of(states),
         "base_table": None if table is None else torch.from_numpy(np.asarray(table, dtype=np.int32)),
     }
+    if index_model is not None:
+        ours["index_model"] = index_model.network.state_dict()
     if "residual" in states:
         state, densities = parted(states["residual"])
         tables = {key: torch.from_numpy(t) for key, t in vars(residual_tables).items()} if residual_tables else {}
@@ -137,6 +143,9 @@ def fingerprint(codec: Codec, digests: dict[str, str]) -> bytes:
     tensors = dict(codec.vq_base.state_dict())
     if codec.base_table is not None:
         tensors[f"{OURS}.base_table"] = torch.from_numpy(codec.base_table)
+    if codec.index_model is not None:
+        state = codec.index_model.network.state_dict()
+        tensors |= {f"{OURS}.index_model.{key}": value for key, value in state.items()}
     if codec.residual is not None:
         state, _ = parted(codec.residual.state_dict())
         tensors |= {f"{OURS}.residual.{key}": value for key, value in state.items()}
@@ -197,10 +206,19 @@ def load_triple(
     codec = assembled(params, states, triple.files)
     if ours and ours["base_table"] is not None:
         codec.base_table = ours["base_table"].numpy()
+    if ours and "index_model" in ours:
+        codec.index_model = _index_model(ours["index_model"], codec.params, triple.vq_base)
     if residual and residual["tables"]:
         codec.residual.freeze(ResidualTables(**{key: table.numpy() for key, table in residual["tables"].items()}))
     codec.fingerprint = fingerprint(codec, digests)
     return codec.to(device)
+
+
+def _index_model(state: dict[str, Tensor], params: CodecParams, path: Path) -> IndexModel:
+    """The index model of a state dict. Raises CheckpointError."""
+    network = IndexNetwork(params.vq_base.codebook_size, *IndexNetwork.sizes(state))
+    checkpoints.load_strictly(network, state, path)
+    return IndexModel(network)
 
 
 def assembled(params: CodecParams, states: States, files: Mapping[str, Path]) -> Codec:

@@ -1,5 +1,7 @@
 """Make a release from a training run: averaged networks in half precision, integer tables, fingerprint, digests.
 
+Last, a small network is fitted to the indices that were counted: with it, indices take far fewer bits (models/index_model.py).
+
 python -m release runs/tiny weights/mine --data pictures/
 """
 
@@ -10,12 +12,13 @@ from pathlib import Path
 from datapipe.sources import data_options
 from models.codec import Codec
 from models.released import NAMES, NETWORKS, Triple, assembled, load_triple, stored_params
+from release import index_model
 from release.making import COUNTED, require_empty, round_to_half, write_release
 from release.tables import BATCH, count
 from training.checkpointing import AVERAGES, BEST, CHECKPOINTS
 from training.config import RUN_CONFIG, load_config
 from utils import checkpoints
-from utils.commandline import command_parser, positive
+from utils.commandline import command_parser, number, positive
 from utils.distributed import local_device
 from utils.errors import CheckpointError
 
@@ -28,6 +31,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", metavar="PATH", help="training pictures as for training (default: the run's)")
     parser.add_argument("--crops", type=positive, default=COUNTED, metavar="N", help=f"to count (default {COUNTED})")
     parser.add_argument("--batch", type=positive, default=BATCH, metavar="N", help=f"crops at once (default {BATCH})")
+    parser.add_argument(
+        "--index_steps",
+        type=number(int, lambda value: value >= 0, "from 0 up"),
+        default=index_model.STEPS,
+        metavar="N",
+        help=f"to fit the index model in (default {index_model.STEPS}); 0: without one, indices with one table as the paper",
+    )
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
     return parser.parse_args(argv)
 
@@ -88,5 +98,6 @@ def release(args: argparse.Namespace) -> None:
     round_to_half(codec)
     counts = count(codec.to(device), config, args.crops, args.batch)
     notes = counts.install(codec.cpu())
+    notes |= index_model.install(codec, counts.crops, args.index_steps, config.seed, device)
     about = write_release(args.out, iteration, codec, config, "float16", **notes)
     print(json.dumps(about, indent=1))

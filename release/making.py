@@ -71,7 +71,8 @@ def write_release(
     states = states_of(codec)
     if precision == "float16":
         states = {name: halved(state, name) for name, state in states.items()}
-    save_triple(triple, states, codec.params, codec.base_table, codec.residual and codec.residual.tables)
+    tables = codec.residual and codec.residual.tables
+    save_triple(triple, states, codec.params, codec.base_table, tables, codec.index_model)
     about = {
         "fingerprint": load_release(out).fingerprint.hex(),
         "iteration": iteration,

@@ -3,7 +3,7 @@
 import math
 import sys
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -29,12 +29,13 @@ class Counts:
 
     Attributes:
         base: indices, (K,). hyper: n_z by level and channel, (L, C_z, 31). symbols: n by table index, (SCALES, 63).
-        The last two are None without a residual codec.
+        These two are None without a residual codec. crops: the indices themselves, int16 (h, w) each.
     """
 
     base: np.ndarray
     hyper: np.ndarray | None = None
     symbols: np.ndarray | None = None
+    crops: list[np.ndarray] = field(default_factory=list)
 
     @classmethod
     def none(cls, codec: Codec) -> "Counts":
@@ -97,6 +98,7 @@ def count(codec: Codec, config: TrainConfig, crops: int, batch: int = BATCH) -> 
 def _count_crops(codec: Codec, crops: Batch, seed: int, counts: Counts) -> None:
     x = codec.to_latent(crops.image.to(codec.device))
     k = codec.vq_base.indices(x)
+    counts.crops.extend(k.cpu().numpy().astype(np.int16))
     counts.base += np.bincount(k.flatten().cpu().numpy(), minlength=len(counts.base))
     if codec.residual is None:
         return

@@ -98,7 +98,7 @@ def test_an_image_of_pil_is_read_as_its_file_and_stays_as_it_is(codec, rgb, tmp_
         (np.zeros((0, 40), np.uint8), "an array 0 x 40, uint8, came; a picture has sides from 16"),
         (torch.zeros(3, 15, 40), "a tensor 3 x 15 x 40, torch.float32, came; a picture has sides from 16"),
         (Image.new("RGB", (15, 40)), "the PIL image: 15x40 is too small"),
-        (Image.new("F", (32, 40)), "the PIL image: floating-point pictures"),
+        (Image.new("F", (32, 40)), "the PIL image: floating-point samples"),
         ("nowhere.png", "nowhere.png: cannot be read"),
     ],
     ids=str,

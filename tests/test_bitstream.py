@@ -23,13 +23,14 @@ quick = settings(max_examples=150, deadline=None, derandomize=True, database=Non
 sections = st.binary(min_size=1, max_size=200)
 residuals = st.builds(CodedResidual, code=st.integers(1, 255), hyper=sections, symbols=sections)
 sides = st.integers(16, 2**20)
+ways = st.sampled_from([{"fixed_length": True}, {"fixed_length": False}, {"fixed_length": False, "in_passes": True}])
 pictures = st.builds(
-    CodedPicture,
+    lambda way, **rest: CodedPicture(**rest, **way),
+    way=ways,
     height=sides,
     width=sides,
     fingerprint=st.binary(min_size=4, max_size=4),
     base=sections,
-    fixed_length=st.booleans(),
     residual=st.none() | residuals,
 )
 either = pytest.mark.parametrize("picture", [BASE, BOTH], ids=["base", "both"])
@@ -182,8 +183,9 @@ def test_latent_size(height, width, latent):
         (edited(BASE, 3, b"\x00"), "version 0; this program reads 1: update"),
         (altered(BASE, 3, b"\x02"), "damaged"),
         (edited(BASE, 4, b"\x02"), "cut after 43 bytes, within its residual"),
-        (edited(BASE, 4, b"\x04"), "features .flags 0x04. of a newer program: update"),
+        (edited(BASE, 4, b"\x08"), "features .flags 0x08. of a newer program: update"),
         (edited(BASE, 4, b"\x83"), "newer program: update"),
+        (edited(BASE, 4, b"\x05"), "at fixed length and as coded in passes: the file is damaged"),
         (altered(BASE, 4, b"\x03"), "damaged"),
         (edited(BASE, 9, b"\x0f"), "200×15 pixels cannot be stored: each side must be 16 to 1048576"),
         (edited(BASE, 9, b"\x81\x80\x40"), "200×1048577 pixels"),
@@ -201,7 +203,7 @@ def test_latent_size(height, width, latent):
         (edited(BOTH, 23, b"\xff\xff\xff\xff\x7f"), "cut after .* within its residual"),
         (edited(BOTH, 23, b"\x08"), "checksum does not match|follow"),
         (pack(BOTH)[:-4] + bytes(4), "checksum does not match"),
-        (resealed(resealed(b"DfO\x01\x06" + pack(BOTH)[5 : BASE_END - 4]) + pack(BOTH)[21:-4]), "newer program"),
+        (resealed(resealed(b"DfO\x01\x0a" + pack(BOTH)[5 : BASE_END - 4]) + pack(BOTH)[21:-4]), "newer program"),
     ],
 )
 def test_refusals_say_what_is_wrong(data, message):

@@ -3,7 +3,8 @@ import pytest
 import torch
 from PIL import Image
 
-from measuring.charts import COLUMN, MARGIN, Curve, chart, contact_sheet
+from measuring.charts import COLUMN, MARGIN, Curve, bars, chart, contact_sheet
+from measuring.intervals import Interval
 from utils.images import read_image
 
 
@@ -18,6 +19,15 @@ def test_a_mark_lies_on_its_curve(tmp_path):
     assert 10 < np.ptp(rows) < height / 10 and 10 < np.ptp(columns) < width / 10
     # (2.5, 2) lies at three quarters of the width of the axes and half their height.
     assert abs(rows.mean() / height - 0.5) < 0.06 and 0.65 < columns.mean() / width < 0.8
+
+
+def test_bars_are_as_long_as_their_values_and_the_first_is_on_top(tmp_path):
+    bars({"a": Interval(1.0), "b": Interval(2.0, 1.9, 2.1)}, tmp_path / "a.png", "x", "title")
+    grey = (np.asarray(Image.open(tmp_path / "a.png").convert("RGB")) == 191).all(axis=2)
+    lengths = grey.sum(axis=1)
+    upper, lower = np.split(lengths, [int(np.flatnonzero(lengths).mean())])
+    assert lower.max() / upper.max() == pytest.approx(2, rel=0.05)
+    assert (tmp_path / "a.pdf").read_bytes().startswith(b"%PDF")
 
 
 def flat(height: int, width: int, *colour: int) -> torch.Tensor:

@@ -159,6 +159,22 @@ def test_learned_scores_run_on_cached_weights(untrained, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_clip_iqa_runs_on_a_small_network_of_its_kind(untrained, monkeypatch, capfd):
+    with evaluator._pkg_resources():
+        from pyiqa.archs import clip_model, clipiqa_arch
+    torch.manual_seed(0)
+    small = clip_model.CLIP(32, 224, (1, 1, 1, 1), 8, None, 77, 49408, 16, 2, 1).eval()
+    monkeypatch.setattr(clipiqa_arch, "load", lambda *_: small)
+    evaluate = Evaluator(["clip-iqa"])
+    (score,), (without,), (other,) = (
+        evaluate(*pair).values() for pair in ((CHELSEA, CHELSEA), (255 - CHELSEA, CHELSEA), (CHELSEA, 255 - CHELSEA))
+    )
+    assert 0 < score < 1 and without == score != other
+    crops = [CHELSEA[:, :side, :100] for side in (32, 31)]
+    assert [evaluate(crop, crop)["clip-iqa"] is None for crop in crops] == [False, True]
+    assert capfd.readouterr() == ("", "")
+
+
 def test_computed_without_tf32_whatever_was_set(monkeypatch):
     seen = []
 

@@ -94,10 +94,9 @@ VALUES = np.arange(65536, dtype=np.uint16).reshape(256, 256)
 SCALED = np.round(VALUES / 65535 * 255).astype(np.uint8)
 
 
-@pytest.mark.parametrize("name, kind", [(n, np.uint16) for n in ("a.png", "a.tif", "a.pgm")] + [("a.tif", np.int32)])
-def test_16_bit_grey_is_scaled(tmp_path, name, kind):
-    """Also where 32 bits hold it."""
-    assert np.array_equal(read(saved(tmp_path, Image.fromarray(VALUES.astype(kind)), name)), grey_to_rgb(SCALED))
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.pgm"])
+def test_16_bit_grey_is_scaled(tmp_path, name):
+    assert np.array_equal(read(saved(tmp_path, Image.fromarray(VALUES), name)), grey_to_rgb(SCALED))
 
 
 def test_16_bit_grey_with_a_transparent_value(tmp_path):
@@ -111,7 +110,7 @@ def test_16_bit_colour_is_scaled_within_one(tmp_path):
     assert np.abs(got - values / 65535 * 255).max() < 1
 
 
-@pytest.mark.parametrize("mode, value", [("F", 0.5), ("I", 70000), ("I", -1)])
+@pytest.mark.parametrize("mode, value", [("F", 0.5), ("I", 255), ("I", -1)])
 def test_kinds_without_a_range_are_refused(tmp_path, mode, value):
     path = saved(tmp_path, Image.new(mode, (WIDTH, HEIGHT), value), "a.tif")
     with pytest.raises(PictureError, match="no defined range"):

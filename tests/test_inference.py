@@ -12,6 +12,7 @@ from models.entropy_coding import frequency_table
 from models.released import Triple, save_triple, states_of
 from tests.commands import NANO, ROOT, call, grey_values, photograph, run
 from training.config import load_config
+from utils import picture_files
 
 DENOISE = ["--ddim", "--one_step"]
 
@@ -115,6 +116,26 @@ def test_a_broken_picture_does_not_stop_the_others(pictures, weights, tmp_path, 
     assert status == 1 and "broken.png" in error and "small.png" in error and "2 of 3" in error
     assert (tmp_path / "out" / "a.png").exists() and not list(tmp_path.rglob("*.tmp"))
     assert not (tmp_path / "out" / "broken.dfo").exists()
+
+
+def test_what_a_folder_holds_besides_is_said_in_one_line(pictures, weights, tmp_path, capsys):
+    (pictures / "notes.txt").touch()
+    args = ["-i", pictures, "-o", tmp_path / "out", "--mode", "compress", *weights]
+    status, _, error = call(capsys, *args)
+    assert status == 0 and error == f"{pictures}: 1 picture, 1 .txt: no reader\n"
+
+
+def test_a_picture_that_a_library_fails_on_does_not_stop_the_others(pictures, weights, tmp_path, capsys, monkeypatch):
+    def fail(image):
+        if image.size == (30, 20):
+            raise ValueError("conversion from La to L not supported")
+        return image
+
+    photograph(pictures / "0.png", 30, 20)
+    monkeypatch.setattr(picture_files, "to_srgb", fail)
+    status, _, error = call(capsys, "-i", pictures, "-o", tmp_path / "out", "--mode", "compress", *weights)
+    assert status == 1 and "0.png: damaged or cut short (conversion from La" in error and "1 of 2" in error
+    assert (tmp_path / "out" / "a.dfo").is_file() and (tmp_path / "out" / "metrics.csv").is_file()
 
 
 def test_names_that_are_no_text(pictures, weights, tmp_path):

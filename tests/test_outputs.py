@@ -84,6 +84,16 @@ def test_both_pictures_of_one_stem_go_there_and_back(same_stem, weights, tmp_pat
     assert grey_values(out / "a.png").shape == (48, 32, 3) and grey_values(out / "a.png.png").shape == (48, 64, 3)
 
 
+def test_an_output_of_an_earlier_run_keeps_its_name(same_stem, weights, tmp_path, capsys):
+    code = ["--mode", "compress", "-o", tmp_path / "out", *weights, "-i"]
+    assert call(capsys, *code, same_stem / "a.png")[0] == 0
+    before = (tmp_path / "out" / "a.dfo").read_bytes()
+    assert call(capsys, *code, same_stem / "a.jpg")[0] == 0  # nothing to overwrite
+    assert (tmp_path / "out" / "a.dfo").read_bytes() == before and (tmp_path / "out" / "a.jpg.dfo").is_file()
+    rows = json.loads((tmp_path / "out" / "metrics.json").read_text())["pictures"]
+    assert [(row["picture"], row["output"]) for row in rows] == [("a.png", "a.dfo"), ("a.jpg", "a.jpg.dfo")]
+
+
 def test_a_picture_that_is_not_ours_stays(same_stem, weights, tmp_path, capsys):
     original, file = same_stem / "a.png", same_stem / "a.dfo"
     before = original.read_bytes()
@@ -150,7 +160,7 @@ def test_what_is_said_of_a_single_small_picture(same_stem, weights, tmp_path, ca
     status, table, _ = call(capsys, "-i", same_stem / "a.jpg", "-o", tmp_path / "out", *weights)
     row = json.loads((tmp_path / "out" / "metrics.json").read_text())["pictures"][0]
     assert status == 0 and "mean of" not in table and "ms_ssim" in row and row["ms_ssim"] is None
-    assert row["note"] == "MS-SSIM needs sides from 161 pixels" and row["note"] in table
+    assert row["note"] == "MS-SSIM (luma) needs sides from 161 pixels" and row["note"] in table
     _, text, _ = call(capsys, "--mode", "inspect", "-i", tmp_path / "out" / "a.dfo", *weights)
     assert "None" not in text and "none of those that ship" in text
 

@@ -46,6 +46,8 @@ def told(capsys, *args, status: int = 0) -> str:
 
 def test_lists_are_relative_where_they_can_be(folder, tmp_path, capsys):
     assert "train.txt: 4 pictures" in told(capsys, "list", folder, "-o", tmp_path / "train.txt")
+    (folder / "notes.txt").touch()
+    assert "4 pictures, 1 .txt: no reader" in told(capsys, "list", folder, "-o", tmp_path / "train.txt")
     names = ["a.jpg", "b.png", "broken.png", "sub/c.png"]
     assert (tmp_path / "train.txt").read_text().splitlines() == [f"in/{name}" for name in names]
     (tmp_path / "lists").mkdir()

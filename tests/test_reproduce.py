@@ -1,131 +1,258 @@
-"""The command reproduce.py: the sweep of the noise level, the fit of c, and rates of one model."""
+"""The command reproduce.py: what its tables say, that it goes on where it was interrupted, and what it refuses."""
 
-import csv
-import json
 import shlex
-from dataclasses import replace
+from collections import Counter
+from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from experiments.eta import Sweep, fit
+from experiments import all as everything
+from experiments import branches
+from experiments.baselines import BASELINES, Baseline
 from models.codec import Codec
-from models.diffusion import RateParams
-from models.entropy_coding import frequency_table
+from models.records import Sampling
 from models.released import load_release
-from release.making import write_release
-from release.tables import Counts
-from reproduce import main
-from tests.commands import NANO, photograph
-from tests.residual import new_codec
-from training.config import load_config
+from reproduce import parse
+from tests.commands import photograph, run
+from tests.small_releases import base_alone, reproduce, rows_in, told_in, two_layers
+from utils.images import read_image
 
-RATES = np.array([0.03, 0.05, 0.08, 0.12])
-ETAS = np.geomspace(0.02, 1, 30)
-
-
-def parabola(best) -> Sweep:
-    """Scores with their least value at eta = best(rate)."""
-    return Sweep(ETAS, RATES, np.stack([(np.log(ETAS) - np.log(best(b))) ** 2 for b in RATES]))
-
-
-def test_c_is_found_where_the_best_eta_falls_as_the_rate_rises():
-    found = parabola(lambda b: 0.013 / b)
-    assert found.identifies_c
-    rate = fit(found, RateParams())
-    assert rate.c == pytest.approx(0.013, rel=0.03)
-    assert found.of_rule(rate) < found.costs.mean(0).min() / 10
-
-
-@pytest.mark.parametrize("best", [0.001, 100.0])
-def test_a_monotone_sweep_identifies_nothing(best):
-    """The default stays where every rate wants the least, or the most, noise of the sweep."""
-    found = parabola(lambda b: best)
-    assert not found.identifies_c
-    assert fit(found, RateParams(c=0.02)).c == 0.02
-
-
-def test_the_rule_is_interpolated_in_log_eta_and_clipped():
-    found = Sweep(np.array([0.01, 1.0]), np.array([0.1, 0.1]), np.array([[0.0, 1.0], [2.0, 4.0]]))
-    assert found.of_rule(RateParams(c=0.01, eta_min=0.01)) == pytest.approx((0.5 + 3) / 2)  # eta = 0.1
-    assert found.of_rule(RateParams(c=1e-9, eta_min=0.01)) == 1 and found.of_rule(RateParams(c=9)) == 2.5
+SCORES = ("psnr", "psnr_red")
 
 
 @pytest.fixture(scope="module")
 def release(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("weights") / "nano"
-    codec = new_codec()
-    write_release(folder, 3, codec, replace(load_config(str(NANO)), networks=codec.params), counted_indices=7)
-    return folder
+    return two_layers(tmp_path_factory.mktemp("weights") / "nano")
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two pictures")
+def plain(tmp_path_factory):
+    """A release of the base alone, with a larger code book."""
+    torch.manual_seed(1)
+    return base_alone(tmp_path_factory.mktemp("weights") / "k2048", "networks.vq_base.codebook_size=2048")
+
+
+@pytest.fixture
+def pictures(tmp_path):
     for i in range(2):
-        photograph(folder / f"{i}.png", 96, 80, seed=i)
-    return folder
+        photograph(tmp_path / "two" / f"{i}.png", 96, 80, seed=i)
+    return tmp_path / "two"
 
 
-def test_eta_is_swept_and_stored(release, pictures, tmp_path, capsys):
-    stored = tmp_path / "stored"
-    command = ["eta", "--weights", release, "--data", pictures, "--held_out", pictures, "-o", tmp_path / "out"]
-    command += ["--points", 3, "--limit", 1, "--metric", "gmsd", "--device", "cpu"]
-    assert main([str(a) for a in [*command, "--store", stored]]) == 0
-    about = json.loads((tmp_path / "out" / "eta.json").read_text())
-    assert about["metric"] == "gmsd" and about["better"] == "lower" and about["fit"]["pictures"] == 1
-    scores = np.array(about["sweeps"]["fit"]["scores"])
-    assert scores.shape == (6, 3) and about["fit"]["its score"] == pytest.approx(scores.mean(0).min(), abs=1e-5)
-    rates = about["sweeps"]["fit"]["rates"]
-    assert rates == sorted(rates)
-    assert Image.open(tmp_path / "out" / "eta.png").size[0] > 500
-    new, old = load_release(stored), load_release(release)
-    assert new.params.rate.c == pytest.approx(about["c"], abs=1e-5)
-    assert (new.fingerprint == old.fingerprint) == (new.params.rate == old.params.rate)
-    assert torch.equal(new.unet.state_dict()["out.2.weight"], old.unet.state_dict()["out.2.weight"])
-    assert json.loads((stored / "release.json").read_text())["counted_indices"] == 7
-    capsys.readouterr()
-    assert main([str(a) for a in [*command, "--store", stored]]) == 1
-    assert "not an empty folder" in capsys.readouterr().err
+@pytest.fixture
+def coded(monkeypatch) -> Counter:
+    """How often pictures are analysed, decoded, and searched by another codec, from now on."""
+    counts = Counter()
+    for owner, name in ((Codec, "analyse"), (Codec, "decode"), (Baseline, "fit")):
+        monkeypatch.setattr(owner, name, counting(getattr(owner, name), name, counts))
+    return counts
 
 
-def test_rates_of_one_model(release, pictures, tmp_path, capsys):
-    command = ["rates", "--weights", release, "--data", pictures, "-o", tmp_path, "--qualities", "0", "50"]
-    assert main([str(a) for a in [*command, "--metrics", "gmsd", "--device", "cpu"]]) == 0
-    rows = list(csv.DictReader((tmp_path / "rates.csv").read_text().splitlines()))
-    for row in rows:
-        files = list((tmp_path / f"quality_{row['quality']}").glob("*.dfo"))
-        assert float(row["bytes"]) == sum(f.stat().st_size for f in files) / 2
-    assert float(rows[0]["bpp"]) < float(rows[1]["bpp"])
-    command = shlex.split(json.loads((tmp_path / "quality_50" / "metrics.json").read_text())["about"]["command"])
-    assert command[:4] == ["python", "inference.py", "-i", str(pictures)] and command[-1] == str(release)
-    assert {p.name for p in tmp_path.glob("*.png")} == {"psnr.png", "gmsd.png"}  # too small for MS-SSIM
+def counting(work, name, counts):
+    def counted(*args, **options):
+        counts[name] += 1
+        return work(*args, **options)
+
+    return counted
 
 
-def test_two_layers_against_a_base_alone_at_its_bytes(release, tmp_path, capsys):
-    """The same base and a larger code book: ours never takes more bytes, and the means are those of the rows."""
-    rival, data = tmp_path / "k2048", tmp_path / "data"
-    config = load_config(str(NANO), ["networks.vq_base.codebook_size=2048"])
-    codec = Codec(config.networks)
-    codec.base_table = frequency_table(Counts.none(codec).base)
-    write_release(rival, 3, codec, config)
-    data.mkdir()
-    for i in range(2):
-        photograph(data / f"{i}.png", 176, 192, seed=i)
-    command = ["equal_bytes", "--weights", release, "--against", rival, "--data", data, "-o", tmp_path / "out"]
-    assert main([str(a) for a in [*command, "--device", "cpu"]]) == 0
-    rows = list(csv.DictReader((tmp_path / "out" / "equal_bytes.csv").read_text().splitlines()))
-    assert [row["picture"] for row in rows] == ["0.png", "0.png", "1.png", "1.png"]
-    pairs = list(zip(rows[::2], rows[1::2], strict=True))
-    assert all(their["weights"] == "k2048" and int(our["bytes"]) <= int(their["bytes"]) for their, our in pairs)
-    won = sum(float(our["ms_ssim"]) > float(their["ms_ssim"]) for their, our in pairs)
-    table = capsys.readouterr().out
-    assert f"{won} of 2" in table and f"{2 - won} of 2" in table
-    photograph(data / "small.png", 96, 96, seed=3)
-    assert main([str(a) for a in [*command, "--device", "cpu"]]) == 1
-    assert "small.png: MS-SSIM" in capsys.readouterr().err
+def rates(release, pictures, out, *more) -> list[object]:
+    return ["rates", "--weights", release, "--data", pictures, "-o", out, "--metrics", *SCORES, *more]
+
+
+def test_rates_of_two_releases_and_another_codec_at_the_first_ones_bytes(release, plain, pictures, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = ["rates", "--weights", release, plain, "--data", pictures, "-o", out, "--metrics", *SCORES]
+    command += ["--qualities", 0, 50, "--codecs", "webp"]
+    assert reproduce(*command) == 0
+    rows = {(row["codec"], row["label"], row["picture"]): row for row in rows_in(out / "rates.csv")}
+    points = [("nano", "0"), ("nano", "50"), ("k2048", "0"), ("webp", "at 0"), ("webp", "at 50")]
+    assert set(rows) == {(*point, f"{i}.png") for point in points for i in range(2)}
+    for (codec, label, picture), row in rows.items():
+        if row["bytes"]:
+            suffix = ".webp" if codec == "webp" else ".dfo"
+            file = out / "files" / codec / label / f"{picture[0]}{suffix}"
+            assert int(row["bytes"]) == file.stat().st_size
+            assert float(row["bpp"]) == pytest.approx(8 * int(row["bytes"]) / (96 * 80))
+            assert read_image(out / "decoded" / codec / label / picture).shape == (3, 80, 96)
+        if codec == "webp":
+            target = int(rows["nano", label.removeprefix("at "), picture]["bytes"])
+            assert int(row["bytes"] or row["floor_bytes"]) <= target or not row["bytes"]
+    means = told_in(out / "means.json")
+    assert [(mean["codec"], mean["label"]) for mean in means["rows"]] == points
+    for mean, point in zip(means["rows"], points, strict=True):
+        of_point = [rows[*point, f"{i}.png"] for i in range(2)]
+        assert mean["reached"] == sum(row["bytes"] != "" for row in of_point)
+        if mean["reached"] == 2:
+            assert mean["psnr"] == pytest.approx(sum(float(row["psnr"]) for row in of_point) / 2)
+            assert mean["psnr_low"] <= mean["psnr"] <= mean["psnr_high"]
+        else:
+            assert mean["bytes"] is None and "psnr" not in mean and mean["floor_bytes"] > 0
+    words = shlex.split(means["about"]["command"])
+    assert words == ["python", "reproduce.py", *map(str, command), "--device", "cpu"]
+    assert means["about"]["weights"]["nano"] == load_release(release).fingerprint.hex()
+    assert {path.name for path in out.glob("psnr.*")} == {"psnr.png", "psnr.pdf"}
+    assert (out / "bd_rate.md").read_text().startswith("# BD-rate against webp")
+
+
+def test_what_is_done_is_not_done_again(release, pictures, tmp_path, coded, monkeypatch):
+    monkeypatch.setattr("experiments.rates.draw", lambda *_: None)  # which takes longer than all of this
+    command = ["rates", "--weights", release, "--data", pictures, "-o", tmp_path / "out"]
+    command += ["--codecs", "webp", "--metrics", "psnr", "--qualities"]
+    assert reproduce(*command, 50) == 0
+    assert coded == {"analyse": 2, "decode": 2, "fit": 2}
+    before = (tmp_path / "out" / "rates.csv").read_text()
+    assert reproduce(*command, 50) == 0
+    assert coded == {"analyse": 2, "decode": 2, "fit": 2} and (tmp_path / "out" / "rates.csv").read_text() == before
+    assert reproduce(*command, 50, 100) == 0  # a quality more: that alone
+    assert coded == {"analyse": 4, "decode": 4, "fit": 4}
+    assert reproduce(*command, 50, 100, "--metrics", *SCORES) == 0  # a score more: of what is there
+    assert coded == {"analyse": 4, "decode": 4, "fit": 4}
+    assert all(row["psnr_red"] for row in rows_in(tmp_path / "out" / "rates.csv") if row["bytes"])
+    photograph(pictures / "1.png", 96, 80, seed=5)  # another picture of that name
+    assert reproduce(*command, 50) == 0
+    assert coded == {"analyse": 5, "decode": 5, "fit": 5}
+    assert reproduce(*command, 50, "--codecs") == 0  # no other codec, and no anchor
+    assert [mean["codec"] for mean in told_in(tmp_path / "out" / "means.json")["rows"]] == ["nano"]
+
+
+def test_an_interrupted_command_goes_on(release, pictures, tmp_path, coded, monkeypatch, capsys):
+    command = rates(release, pictures, tmp_path / "out", "--codecs", "--qualities", 0)
+    counted = Codec.decode
+    monkeypatch.setattr(Codec, "decode", lambda *args: _interrupt() if coded["decode"] else counted(*args))
+    assert reproduce(*command) == 130
+    assert [row["picture"] for row in rows_in(tmp_path / "out" / "rates.csv")] == ["0.png"]
+    monkeypatch.setattr(Codec, "decode", counted)
+    assert reproduce(*command) == 0
+    assert coded["decode"] == 2 and len(rows_in(tmp_path / "out" / "rates.csv")) == 2
+
+
+def _interrupt():
+    raise KeyboardInterrupt
+
+
+def test_a_codec_that_cannot_get_so_small_says_how_small_it_gets(release, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(Baseline, "fit", lambda *_: None)
+    command = rates(release, pictures, tmp_path / "out", "--codecs", "jpeg", "--qualities", 0)
+    assert reproduce(*command) == 0
+    mean = told_in(tmp_path / "out" / "means.json")["rows"][-1]
+    assert (mean["codec"], mean["pictures"], mean["reached"], mean["bytes"]) == ("jpeg", 2, 0, None)
+    floors = [len(BASELINES["jpeg"].smallest(read_image(pictures / f"{i}.png")).data) for i in range(2)]
+    assert mean["floor_bytes"] == sum(floors) / 2 and "psnr" not in mean
+
+
+def test_steps_of_the_schedule_beside_the_papers(plain, pictures, tmp_path):
+    one = base_alone(tmp_path / "one", "networks.diffusion.steps=1")
+    command = ["table2", "--weights", plain, one, "--data", pictures, "-o", tmp_path / "out", "--metrics", *SCORES]
+    assert reproduce(*command) == 0
+    rows = {row["label"]: row for row in told_in(tmp_path / "out" / "table2.json")["rows"]}
+    assert list(rows)[:3] == ["1 step", "2 steps", "trained with 2 steps, run with 1"]
+    assert rows["2 steps"]["paper_psnr"] == 22.21 and rows["2 steps"]["paper's kind"] == "secondary"
+    assert rows["50 steps"]["codec"] == "paper alone" and rows["50 steps"].get("psnr") is None
+    data = load_release(plain).compress(read_image(pictures / "0.png"))
+    decoded = load_release(plain).decode(data, Sampling(2)).image
+    assert torch.equal(read_image(tmp_path / "out" / "decoded" / "k2048" / "2 steps" / "0.png"), decoded)
+    assert {path.suffix for path in (tmp_path / "out").glob("psnr.*")} == {".png", ".pdf"}
+    text = (tmp_path / "out" / "table2.md").read_text()
+    assert "PSNR dB ↑, paper" in text and "LPIPS-vgg ↓, paper" in text and "- secondary: through a third party" in text
+    assert reproduce(*command, "--weights", plain, tmp_path / "one", one) == 1  # one folder twice
+
+
+def test_branches_are_switched_off_in_decoding(plain, pictures, tmp_path):
+    command = ["branches", "--weights", plain, "--data", pictures, "-o", tmp_path, "--metrics", *SCORES]
+    assert reproduce(*command) == 0
+    rows = [row for row in told_in(tmp_path / "branches.json")["rows"] if row["codec"] == "k2048"]
+    assert [row["label"] for row in rows] == ["base only", "residual only", "both"]
+    assert len({row["bytes"] for row in rows}) == 1 and len({row["psnr"] for row in rows}) == 3
+    codec = load_release(plain)
+    decoded = codec.decompress(codec.compress(read_image(pictures / "0.png")))
+    assert torch.equal(read_image(tmp_path / "decoded" / "k2048" / "both" / "0.png"), decoded)
+    off = base_alone(tmp_path / "detail-off", "networks.detail_branch=false")
+    assert [v.label for v in branches.variants_of("detail-off", load_release(off), 0)] == ["base only"]
+
+
+def test_ablations_beside_their_reference(pictures, tmp_path, capsys):
+    torch.manual_seed(2)
+    for name in ("config", "codebook-64"):
+        base_alone(tmp_path / "releases" / name)
+    unfinished = tmp_path / "releases" / "shift-off"
+    unfinished.mkdir()
+    (unfinished / "config.yaml").write_text("name: shift-off")
+    command = ["ablation", "--releases", tmp_path / "releases", "--data", pictures, "-o", tmp_path / "out"]
+    assert reproduce(*command, "--metrics", *SCORES) == 0
+    assert "shift-off has no release yet" in capsys.readouterr().err
+    rows = {row["codec"]: row for row in told_in(tmp_path / "out" / "ablation.json")["rows"]}
+    change = rows["codebook-64"]["psnr"] - rows["config"]["psnr"]
+    assert rows["codebook-64"]["change-of-psnr"] == pytest.approx(change) and change != 0
+    assert "change-of-psnr" not in rows["config"] and "64" in rows["codebook-64"]["changes"]
+
+
+def test_two_layers_against_a_base_alone_at_its_bytes(release, plain, pictures, tmp_path):
+    """Ours never takes more bytes, and what was won is said by score."""
+    command = ["equal_bytes", "--weights", release, "--against", plain, "--data", pictures, "-o", tmp_path / "out"]
+    assert reproduce(*command, "--metrics", "psnr", "gmsd") == 0
+    rows = rows_in(tmp_path / "out" / "pictures.csv")
+    theirs, ours = ([row for row in rows if row["codec"] == codec] for codec in ("base alone", "two layers"))
+    assert [row["label"] for row in theirs + ours] == ["k2048"] * 2 + ["at k2048"] * 2
+    pairs = list(zip(theirs, ours, strict=True))
+    assert all(int(our["bytes"]) <= int(their["bytes"]) for their, our in pairs)
+    their_mean, our_mean = told_in(tmp_path / "out" / "equal_bytes.json")["rows"]
+    won = sum(float(our["psnr"]) > float(their["psnr"]) for their, our in pairs)
+    assert (our_mean["won by PSNR"], their_mean["won by PSNR"]) == (f"{won} of 2", f"{2 - won} of 2")
+    won = sum(float(our["gmsd"]) < float(their["gmsd"]) for their, our in pairs)  # less is better
+    assert our_mean["won by GMSD"] == f"{won} of 2"
+
+
+def test_variances_in_the_latent(release, pictures, tmp_path):
+    command = ["variance", "--weights", release, "--data", pictures, "-o", tmp_path / "out", "--qualities", 0, 100]
+    assert reproduce(*command) == 0
+    low, high = told_in(tmp_path / "out" / "variance.json")["rows"]
+    assert low["lost"] == pytest.approx(low["base_lost"]) and high["lost"] != pytest.approx(high["base_lost"])
+    assert low["latent"] == pytest.approx(high["latent"]) and low["bpp"] < high["bpp"]
+    codec = load_release(release)
+    etas = [codec.decode(codec.compress(read_image(pictures / f"{i}.png"))).eta for i in range(2)]
+    assert low["noise"] == pytest.approx(codec.schedule.kappa**2 * sum(etas) / 2)
+    assert (tmp_path / "out" / "variance.pdf").is_file()
+
+
+def test_table1_has_rates_sizes_and_seconds(release, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr("experiments.table1.SIZE", "64x64")
+    command = ["table1", "--weights", release, "--data", pictures, "-o", tmp_path, "--codecs", "webp", "--repeats", 1]
+    assert reproduce(*command, "--metrics", *SCORES, "--qualities", 0, 100, "--anchor", "nano") == 0
+    ours, webp, *paper = told_in(tmp_path / "table1.json")["rows"]
+    assert ours["parameters"] == sum(p.numel() for p in load_release(release).parameters())
+    assert ours["encode_s"] > 0 and ours["decode_s"] > 0
+    assert (ours["paper_parameters"], ours["paper_decode_s"]) == (210_000_000, 0.253)
+    assert webp["codec"] == "webp" and {row["codec"] for row in paper} > {"DiffEIC (paper alone)"}
+    assert all(key.startswith(("paper", "codec")) for row in paper for key in row)
+
+
+def test_all_says_what_each_command_lacks(release, plain, pictures, tmp_path, monkeypatch, capsys):
+    done = {}
+    for name in ("rates", "table1", "variance", "timing", "equal_bytes", "branches"):
+        monkeypatch.setattr(getattr(everything, name), "run", lambda args, name=name: done.update({name: args}))
+    command = ["all", "--weights", release, "--data", pictures, "-o", tmp_path / "out", "--metrics", *SCORES]
+    assert reproduce(*command, "--against", plain) == 0
+    assert set(done) == {"rates", "table1", "variance", "timing", "equal_bytes", "branches"}
+    assert done["timing"].out_path == tmp_path / "out" / "timing" and done["timing"].data.name == "0.png"
+    assert done["rates"].command.startswith("python reproduce.py all --weights")
+    told = capsys.readouterr().err
+    for line in ("table2 needs releases", "ablation needs a release of config", "eta needs --held_out"):
+        assert f"left out: {line}" in told
+    for name in ("rates", "table1", "timing"):  # every option that a command reads is one of all's
+        own = vars(parse([name, *(["--data", "x"] if name != "timing" else [])]))
+        assert set(own) <= set(vars(done[name]))
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_pictures_and_write_one_table(release, pictures, tmp_path):
+    flags = rates(release, pictures, tmp_path / "out", "--qualities", 0, "--codecs", "webp", "--device", "cpu")
+    run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "reproduce.py", *flags)
+    assert reproduce(*rates(release, pictures, tmp_path / "alone", "--qualities", 0, "--codecs", "webp")) == 0
+    shared, alone = ((tmp_path / name / "rates.csv").read_text() for name in ("out", "alone"))
+    assert shared == alone
+    assert told_in(tmp_path / "out" / "means.json")["about"]["processes"] == 2
 
 
 @pytest.mark.parametrize(
@@ -137,17 +264,24 @@ def test_two_layers_against_a_base_alone_at_its_bytes(release, tmp_path, capsys)
         (["eta", "--held_out", "PICTURES", "--metric", "ms_ssim"], "ms_ssim needs sides from 161 pixels"),
         (["rates", "--metrics", "gmsd", "lpips"], "unknown metric lpips"),
         (["rates", "--weights", "none"], "none"),
-        (["rates", "--qualities", "0", "101"], "101 is not in 0 to 100"),
+        (["rates", "--qualities", "20", "200"], "usage: reproduce.py rates"),
+        (["rates", "--qualities", "20", "200"], "200 is not in 0 to 100"),
+        (["rates", "--codecs", "bmp"], "--codecs bmp: unknown"),
+        (["rates", "--anchor", "vvc"], "--anchor vvc: not among what is measured"),
+        (["rates", "--published", "moon"], "--published moon: no such set"),
+        (["rates", "--weights", "RELEASE", "RELEASE"], "two releases of one folder name"),
+        (["rates", "--weights", "PLAIN", "--qualities", "20"], "k2048: this release codes the base alone"),
+        (["table2", "--quality", "50", "--weights", "PLAIN"], "--quality 50: k2048 codes the base alone"),
+        (["ablation", "--releases", "PLAIN"], "--reference config: none of the releases is called so"),
         (["equal_bytes", "--against", "RELEASE", "none"], "none"),
+        (["equal_bytes", "--against", "RELEASE"], "--against: nano has a residual codec"),
     ],
-    ids=" ".join,
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value,
 )
-def test_options_are_checked_before_pictures(flags, told, release, pictures, tmp_path, capsys, monkeypatch):
+def test_options_are_checked_before_pictures(flags, told, release, plain, pictures, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Codec, "analyse", lambda *_: pytest.fail("a picture was coded"))
-    flags = [{"PICTURES": str(pictures), "RELEASE": str(release)}.get(flag, flag) for flag in flags]
-    try:
-        status = main([*flags, "--data", str(pictures), "-o", "out", "--device", "cpu"])
-    except SystemExit as stop:
-        status = stop.code
+    named = {"PICTURES": str(pictures), "RELEASE": str(release), "PLAIN": str(plain)}
+    status = reproduce(*(named.get(flag, flag) for flag in flags), "--data", pictures, "-o", "out")
     assert status and told in capsys.readouterr().err
+    assert not [path for path in Path("out").rglob("*") if path.is_file()]

@@ -1,6 +1,7 @@
 """Tar shards: ours and the webdataset library's, read through their indexes as folders are."""
 
 import io
+import os
 import shutil
 import tarfile
 
@@ -54,6 +55,21 @@ def tar(path, members: dict[str, bytes], mode: str = "w"):
             info.size = len(data)
             file.addfile(info, io.BytesIO(data))
     return path
+
+
+def test_there_may_be_more_shards_than_open_files(tmp_path):
+    """1,024 are usual, and public sets have thousands of shards."""
+    resource = pytest.importorskip("resource", reason="this system has no limit of open files")
+    for i in range(80):
+        write_index(tar(tmp_path / f"{i:03d}.tar", {"a.png": png(i)}))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 20, limits[1]))
+    try:
+        source = ShardSource([str(tmp_path)])
+        levels = [int(source.read(i)[0, 0, 0]) for i in range(80)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert levels == list(range(80))
 
 
 # The same pictures, however they are stored ---------------------------------------------------------------------------

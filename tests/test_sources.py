@@ -4,16 +4,19 @@ import itertools
 import os
 import shutil
 import tracemalloc
+from collections import Counter
 
 import pytest
 import torch
 import torch.multiprocessing
+from PIL import Image
 
 from datapipe.pictures import TRIED, DataParams, Pictures, epoch_order, stream
 from datapipe.sources import FileSource, data_options, open_source, read_list
 from tests.commands import NANO, photograph
 from training.config import load_config
 from utils.errors import ConfigError, DiffoError
+from utils.files import HEIF, PICTURES, find_files, tell_left_out
 from utils.images import find_pictures, read_image
 
 SIZE = 32
@@ -87,6 +90,37 @@ def test_linked_folders_are_entered_and_loops_end(tmp_path):
     found = find_pictures(tmp_path / "set", recursive=True)
     assert [str(path.relative_to(tmp_path / "set")) for path in found] == ["1/b.jfif", "z/a.png", "z.png"]
     assert found == sorted(found)
+
+
+def test_a_folder_takes_every_kind_of_picture_and_says_what_it_left_out(tmp_path, monkeypatch):
+    """Left out of Pillow's kinds: what is no still picture (video, drawings), and measurements without a range."""
+    Image.init()
+    others = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
+    read = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN.keys() - others}
+    assert read - {".pfm", ".heics", ".heifs"} <= set(PICTURES)
+    for name in ("a.png", "b.JFIF", "c.heic", "d.HEIC", "e.txt", "README", "sub/f.heic", "sub/g.avif"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "gone.png").symlink_to("nowhere.png")
+    plain = tuple(suffix for suffix in PICTURES if suffix not in HEIF)
+    left_out = Counter()
+    assert len(find_files(tmp_path, plain, True, left_out)) == 3
+    besides = tell_left_out(left_out)
+    assert besides.startswith(", 3 .heic: no reader (pip install pillow-heif), 1 ")
+    for part in (", 1 .txt: no reader", ", 1 without a suffix: no reader", ", 1 .png: not a file"):
+        assert part in besides
+    left_out.clear()
+    assert len(find_files(tmp_path, plain, False, left_out)) == 2
+    assert ", 2 .heic: no reader (" in tell_left_out(left_out)
+    assert tell_left_out(Counter({f".{i}: no reader": 9 - i for i in range(7)})).endswith(
+        "5 .4: no reader, and 7 of other kinds"
+    )
+    monkeypatch.setattr("datapipe.sources.PICTURES", plain)
+    assert open_source(folder=str(tmp_path)).left_out == besides
+    for name in ("a.png", "b.JFIF", "sub/g.avif"):
+        (tmp_path / name).unlink()
+    with pytest.raises(ConfigError, match=r"no pictures there, 3 \.heic: no reader \(pip install pillow-heif\)"):
+        open_source(folder=str(tmp_path))
 
 
 # Unreadable pictures --------------------------------------------------------------------------------------------------

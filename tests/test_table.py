@@ -112,3 +112,9 @@ def test_the_command_adds_to_what_is_there_and_refuses_a_folder_in_use(tmp_path,
     holder.kill()
     holder.wait()
     assert call(capsys, *flags)[0] == 0
+
+
+def test_a_table_without_rows_leaves_no_folder(tmp_path):
+    with pytest.raises(DiffoError, match="refused"), Table(tmp_path / "deep" / "out", "metrics", dict):
+        raise DiffoError("refused")
+    assert not (tmp_path / "deep").exists()

@@ -51,7 +51,7 @@ def surroundings(config: TrainConfig) -> str:
         DiffoError: what is named and not there.
     """
     source = open_source(config.data.folder, config.data.txt_file_path, config.data.shards)
-    rows = [f"training pictures: {len(source)} from {source.name}"]
+    rows = [f"training pictures: {len(source)} from {source.name}{source.left_out}"]
     if config.validation.folder:
         count = min(config.validation.limit, len(find_pictures(config.validation.folder, recursive=True)))
         rows.append(f"validation pictures: {count} from {config.validation.folder}")

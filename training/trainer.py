@@ -131,7 +131,7 @@ class Trainer:
         self.log.begin(name, progress.step)
         length = f"to {params.iterations}" if params.minutes is None else f"on, {params.minutes:g} minutes in all"
         self.log.say(
-            f"stage {name}: iterations {progress.step} {length}, {len(self.source)} pictures from {self.source.name}, "
+            f"stage {name}: iterations {progress.step} {length}, {len(self.source)} pictures from {self.source.name}{self.source.left_out}, "
             f"batch {params.batch_size} x {distributed.world_size()}, {self.device}, {step.speed}"
         )
         if params.minutes is not None:

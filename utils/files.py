@@ -3,8 +3,10 @@
 import errno
 import os
 import secrets
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 
 from utils.errors import DiffoError
@@ -18,29 +20,51 @@ except ImportError:  # Windows
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _DISK_ERRORS = _FULL | {errno.EROFS, errno.EIO}
 
+HEIF = (".heic", ".heif", ".hif")
+HEIF_HINT = " (pip install pillow-heif)"
+
+# Suffixes of what `utils.images` reads: Pillow's still pictures of grey values and colours, and HEIF where it can.
 PICTURES = (
-    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".jp2", ".gif", ".bmp", ".tif", ".tiff"),
-    *(".ppm", ".pgm", ".pbm", ".pnm"),
+    *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".avif", ".avifs", ".gif", ".bmp", ".dib"),
+    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
+    *(".tga", ".icb", ".vda", ".vst", ".qoi", ".psd", ".pcx", ".dcx", ".ico", ".icns", ".cur", ".dds", ".ftc", ".ftu"),
+    *(".sgi", ".rgb", ".rgba", ".bw", ".ras", ".pxr", ".pcd", ".xbm", ".xpm", ".im", ".msp", ".gbr", ".blp"),
+    *(".fli", ".flc"),
+    *(HEIF if find_spec("pillow_heif") else ()),
 )
+_KINDS_NAMED = 5  # of those that were left out
 
 
-def find_files(folder: str | os.PathLike[str], suffixes: tuple[str, ...], recursive: bool = False) -> list[Path]:
+def find_files(
+    folder: str | os.PathLike[str],
+    suffixes: tuple[str, ...],
+    recursive: bool = False,
+    left_out: Counter[str] | None = None,
+) -> list[Path]:
     """Sorted paths of the files in a folder with one of these suffixes, in any case; an empty list if there are none.
 
     Hidden files and, when `recursive`, hidden folders are skipped; linked folders are entered, unless they lead back.
+    What other files are there is counted in `left_out`, for `tell_left_out`, by kind and reason.
     Raises DiffoError if `folder` is missing, not a folder, or cannot be listed.
     """
-    return [Path(name) for name in scan(folder, suffixes, recursive)]
+    return [Path(name) for name in scan(folder, suffixes, recursive, left_out)]
 
 
-def scan(folder: str | os.PathLike[str], suffixes: tuple[str, ...], recursive: bool = False) -> Iterator[str]:
+def scan(
+    folder: str | os.PathLike[str],
+    suffixes: tuple[str, ...],
+    recursive: bool = False,
+    left_out: Counter[str] | None = None,
+) -> Iterator[str]:
     """The paths of `find_files` one by one, as text: a Path for each of a million names takes seconds."""
     if not os.path.isdir(folder):
         raise DiffoError(f"{folder}: no such folder")
-    return _scan(os.fspath(folder), suffixes, recursive, ())
+    return _scan(os.fspath(folder), suffixes, recursive, Counter() if left_out is None else left_out, ())
 
 
-def _scan(folder: str, suffixes: tuple[str, ...], recursive: bool, above: tuple[str, ...]) -> Iterator[str]:
+def _scan(
+    folder: str, suffixes: tuple[str, ...], recursive: bool, left_out: Counter[str], above: tuple[str, ...]
+) -> Iterator[str]:
     """`scan`; `above`: the real paths of the folders on the way here."""
     real = os.path.realpath(folder)
     if real in above:
@@ -55,9 +79,26 @@ def _scan(folder: str, suffixes: tuple[str, ...], recursive: bool, above: tuple[
         link = entry.is_symlink()  # of which entry's own answers may be errors
         if os.path.isdir(entry.path) if link else entry.is_dir():
             if recursive:
-                yield from _scan(entry.path, suffixes, recursive, (*above, real))
-        elif entry.name.lower().endswith(suffixes) and (os.path.isfile(entry.path) if link else entry.is_file()):
+                yield from _scan(entry.path, suffixes, recursive, left_out, (*above, real))
+            continue
+        file = os.path.isfile(entry.path) if link else entry.is_file()
+        if file and entry.name.lower().endswith(suffixes):
             yield entry.path
+        else:
+            left_out[_kind(entry.name) + (": no reader" if file else ": not a file")] += 1
+
+
+def _kind(name: str) -> str:
+    return os.path.splitext(name)[1].lower() or "without a suffix"
+
+
+def tell_left_out(left_out: Counter[str]) -> str:
+    """What was left out, to go on a line with what was taken: ", 3 .heic: no reader", and nothing if there is nothing."""
+    named = left_out.most_common(_KINDS_NAMED)
+    parts = [f", {count} {kind}{HEIF_HINT if kind.startswith(HEIF) else ''}" for kind, count in named]
+    if rest := left_out.total() - sum(count for _, count in named):
+        parts.append(f", and {rest} of other kinds")
+    return "".join(parts)
 
 
 def make_folder(path: str | os.PathLike[str]) -> Path:

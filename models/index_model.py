@@ -1,0 +1,166 @@
+"""The base's indices in passes: every symbol's table is computed, in integers, from indices that are decoded already.
+
+    0 4 2 4     pass 0: every fourth row and column, one table for all
+    4 3 4 3     pass 1: the middles between these
+    2 4 1 4     pass 2, 3, 4: the middles between all before
+    4 3 4 3
+
+Each pass doubles what is known. A network of integers (integers.py) sees the CONTEXT nearest positions of earlier passes
+and gives every code a score, in sixteenths of a bit; the table holds 2^score, scaled to its total. Nothing of a pass
+depends on the pass itself or a later one, so its positions are computed together. Axes: h, w rows and columns of indices,
+M positions of a pass, K codes.
+"""
+
+import copy
+import math
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from models.entropy_coding import SectionDecoder, SectionEncoder, own_bits, own_tables
+from models.integers import ACTIVATION_UNIT, IntegerConv, IntegerEmbedding, rectified
+
+PATTERN = np.array([[0, 4, 2, 4], [4, 3, 4, 3], [2, 4, 1, 4], [4, 3, 4, 3]])
+PASSES = 1 + int(PATTERN.max())
+CONTEXT = 16
+_REACH = 3 * len(PATTERN)  # of the context, in rows and columns, at most
+_ENTRIES = 1 << 17  # of tables that are in memory at once
+_LARGEST = 20  # log2 of the largest share before scaling; none is below 1
+
+
+def _power(units: int) -> int:
+    """floor(2^(units/16)), by roots of integers: the same on every machine."""
+    value = 1 << units
+    for _ in range(ACTIVATION_UNIT.bit_length() - 1):
+        value = math.isqrt(value)
+    return value
+
+
+_SHARES = np.array([_power(units) for units in range(ACTIVATION_UNIT * _LARGEST, -1, -1)], dtype=np.float64)
+
+
+def offsets(number: int) -> np.ndarray:
+    """Rows and columns from any position of a pass to its context: (CONTEXT, 2), the nearest first; none for pass 0."""
+    side = len(PATTERN)
+    row, column = np.argwhere(PATTERN == number)[0]
+    steps = np.stack(np.mgrid[-_REACH : _REACH + 1, -_REACH : _REACH + 1], axis=-1).reshape(-1, 2)
+    steps = steps[PATTERN[(row + steps[:, 0]) % side, (column + steps[:, 1]) % side] < number]
+    return steps[np.argsort((steps**2).sum(axis=1), kind="stable")[:CONTEXT]]
+
+
+OFFSETS = [offsets(number) for number in range(PASSES)]
+
+
+def positions(number: int, h: int, w: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns, (M,) each, of a pass's positions, row by row."""
+    repeats = -(-h // len(PATTERN)), -(-w // len(PATTERN))
+    return np.nonzero(np.tile(PATTERN, repeats)[:h, :w] == number)
+
+
+def parts(h: int, w: int, codes: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """(pass, rows, columns) in the order of the file, so many positions at a time that their tables are bounded."""
+    size = _ENTRIES // codes
+    for number in range(PASSES):
+        rows, columns = positions(number, h, w)
+        for start in range(0, len(rows), size):
+            yield number, rows[start : start + size], columns[start : start + size]
+
+
+def bordered(k: np.ndarray, codes: int) -> np.ndarray:
+    """Indices (h, w) with a border as wide as contexts reach, which holds what stands for the unknown: K. int16."""
+    return np.pad(k.astype(np.int16), _REACH, constant_values=codes)
+
+
+def contexts(grid: np.ndarray, number: int, rows: np.ndarray, columns: np.ndarray, codes: int) -> np.ndarray:
+    """What a pass knows around positions: int16 (M, CONTEXT), K outside the picture and, in pass 0, everywhere.
+
+    Args:
+        grid: a `bordered` one that holds the indices of earlier passes; the others are not looked at.
+    """
+    if number == 0:
+        return np.full((len(rows), CONTEXT), codes, dtype=np.int16)
+    down, right = OFFSETS[number].T + _REACH
+    return grid[rows[:, None] + down, columns[:, None] + right]
+
+
+class IndexNetwork(nn.Module):
+    """Contexts -> scores, an integer network: a first layer for each pass, and two that all share."""
+
+    def __init__(self, codes: int, channels: int = 16, width: int = 96):
+        super().__init__()
+        self.codes = codes
+        self.embedding = IntegerEmbedding(codes + 1, channels)
+        nn.init.normal_(self.embedding.weight)
+        self.first = nn.ModuleList(IntegerConv(CONTEXT * channels, width, 1) for _ in range(PASSES))
+        self.hidden = IntegerConv(width, width, 1)
+        self.out = IntegerConv(width, codes, 1)
+
+    @staticmethod
+    def sizes(state: Mapping[str, Tensor]) -> tuple[int, int]:
+        """Channels and width of a state dict."""
+        return state["embedding.weight"].shape[1], state["hidden.weight"].shape[0]
+
+    def forward(self, number: int, context: Tensor) -> Tensor:
+        """int64 (M, CONTEXT) of a pass -> (M, K), integers, in units of 1/16 bit."""
+        a = self.embedding(context.T[:, None]).flatten(0, 2)[None, ..., None]  # 1 CONTEXT*C M 1
+        a = rectified(self.hidden(rectified(self.first[number](a))))
+        return self.out(a)[0, :, :, 0].T
+
+
+def shares(scores: np.ndarray) -> np.ndarray:
+    """floor(2^(20 - d/16)), d units below the best score of a row, at least 1: (M, K), integers in float64."""
+    distance = scores.max(axis=1, keepdims=True) - scores
+    return _SHARES[np.minimum(distance, len(_SHARES) - 1).astype(np.int64)]
+
+
+class IndexModel:
+    """The released model: codes and decodes the indices of a picture, on the CPU whatever becomes of the codec.
+
+    In float32: its layers are matrix products whose partial sums float32 holds exactly, in any order.
+    """
+
+    def __init__(self, network: IndexNetwork):
+        self.network = copy.deepcopy(network).float().cpu().eval().requires_grad_(False)
+
+    def encode(self, k: np.ndarray) -> bytes:
+        """The section of indices (h, w) in [0, K)."""
+        encoder = SectionEncoder()
+        for _, symbols, masses in self._coded(k):
+            encoder.add(symbols, masses)
+        return encoder.close()
+
+    def bits(self, k: np.ndarray) -> np.ndarray:
+        """Ideal cost of every index of (h, w): float64 (h, w)."""
+        bits = np.empty(k.shape)
+        for at, symbols, masses in self._coded(k):
+            bits[at] = own_bits(symbols, masses)
+        return bits
+
+    def _coded(self, k: np.ndarray) -> Iterator[tuple[tuple[np.ndarray, np.ndarray], np.ndarray, np.ndarray]]:
+        grid = bordered(k, self.network.codes)
+        for number, rows, columns in parts(*k.shape, self.network.codes):
+            yield (rows, columns), k[rows, columns], self.masses(grid, number, rows, columns)
+
+    def decode(self, section: bytes, h: int, w: int) -> np.ndarray:
+        """Inverse of `encode`: int64 (h, w). Accepts exactly what the encoder writes.
+
+        Raises:
+            BitstreamError: a section that no encoder writes for a picture of this size.
+        """
+        decoder = SectionDecoder(section, "base")
+        grid = bordered(np.full((h, w), self.network.codes), self.network.codes)
+        k = grid[_REACH:-_REACH, _REACH:-_REACH]
+        for number, rows, columns in parts(h, w, self.network.codes):
+            k[rows, columns] = decoder.take_own(self.masses(grid, number, rows, columns))
+        decoder.close()
+        return k.astype(np.int64)
+
+    @torch.inference_mode()
+    def masses(self, grid: np.ndarray, number: int, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        """Tables (M, K) of positions of a pass, for the coder, given a grid with the indices of earlier passes."""
+        context = torch.from_numpy(contexts(grid, number, rows, columns, self.network.codes).astype(np.int64))
+        with torch.autocast("cpu", enabled=False):
+            scores = self.network(number, context)
+        return own_tables(shares(scores.numpy()))

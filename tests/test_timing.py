@@ -1,0 +1,57 @@
+"""Times and operations of the parts of coding."""
+
+import pytest
+import torch
+
+from experiments import timing
+from experiments.stopwatch import NETWORKS, NOISE, Stopwatch
+from models.released import load_release
+from tests.commands import photograph
+from tests.small_releases import reproduce, told_in, two_layers
+
+
+def test_a_call_inside_another_counts_for_its_own_part_alone():
+    now = iter([0, 10, 13, 14])  # outer begins, inner begins, inner ends, outer ends
+    stopwatch = Stopwatch(lambda: next(now))
+    assert stopwatch.count("outer", lambda: stopwatch.count("inner", lambda: "result")) == "result"
+    assert stopwatch.spent == {"inner": 3, "outer": 11}
+
+
+def test_medians_quartiles_shares_and_the_peak():
+    rounds = [{"E": seconds, "D": 0.010} for seconds in (0.010, 0.020, 0.030, 0.050, 0.040)]
+    e, d, together = timing.rows_of("encode", rounds, {"E": 6e9}, 1e12)
+    assert (e["ms"], e["first quartile"], e["third quartile"]) == pytest.approx((30, 20, 40))
+    assert e["share of the way, %"] == pytest.approx(75) and d["share of the way, %"] == pytest.approx(25)
+    assert e["GFLOP"] == 6 and e["share of the peak, %"] == pytest.approx(100 * 6 / 30)  # of 1 GFLOP in a millisecond
+    assert d["GFLOP"] == 0 and together["ms"] == pytest.approx(40) and together["GFLOP"] == 6
+
+
+def test_every_part_is_timed_and_its_operations_counted(tmp_path, monkeypatch):
+    release = two_layers(tmp_path / "nano")
+    photograph(tmp_path / "two" / "a.png", 96, 80)
+    monkeypatch.setattr(timing, "PEAK_SIDE", {"cpu": 64})
+    command = ["timing", "--weights", release, "--data", tmp_path / "two", "-o", tmp_path / "out", "--quality", 60]
+    command += ["--sizes", "48x64", "--repeats", 2]
+    assert reproduce(*command) == 0
+    rows = told_in(tmp_path / "out" / "timing.json")["rows"]
+    parts = {row["part"]: row for row in rows}
+    assert set(parts) > {part for *_, part in NETWORKS} | {NOISE}
+    for way in timing.WAYS:
+        assert sum(row["GFLOP"] for row in rows if row["way"] == way and row["part"] != timing.TOTAL) == pytest.approx(
+            next(row["GFLOP"] for row in rows if row["way"] == way and row["part"] == timing.TOTAL)
+        )
+    # The first convolution of E alone: 3x3x3 multiplications and additions for each of its channels and pixels.
+    channels = load_release(release).params.autoencoder.ch
+    assert parts[NETWORKS[0][2]]["GFLOP"] > 2 * 27 * channels * 48 * 64 / 1e9
+    assert parts[NOISE]["GFLOP"] == 0 and parts[NOISE]["ms"] > 0
+    monkeypatch.setattr(timing, "measure", lambda *_: pytest.fail("timed again"))
+    assert reproduce(*command) == 0
+
+
+def test_watching_leaves_the_codec_as_it_was(tmp_path):
+    codec = load_release(two_layers(tmp_path / "nano"))
+    before = codec.autoencoder.encode, codec.residual.analysis.forward, torch.nn.Module.__call__
+    with pytest.raises(KeyboardInterrupt), Stopwatch(lambda: 0.0).watching(codec):
+        assert codec.autoencoder.encode != before[0]
+        raise KeyboardInterrupt
+    assert (codec.autoencoder.encode, codec.residual.analysis.forward, torch.nn.Module.__call__) == before
