@@ -12,7 +12,7 @@ import torch
 from experiments.baselines import BASELINES
 from experiments.compared import spread
 from experiments.embedding import MIN_PSNR, close_to
-from experiments.report import page
+from experiments.report import DEMO, page
 from measuring.metrics import psnr
 from release.making import write_release
 from reproduce import main
@@ -169,6 +169,16 @@ def test_what_is_wrong_is_said_in_a_line(folder, tmp_path, capsys):
     assert command("report", "-o", tmp_path, "--data", others, "--device", "cpu") == 1
     assert "means.json: not a table" in capsys.readouterr().err
     assert not (tmp_path / "report.html").exists()
+
+
+def test_the_demo_codes_its_pictures_and_reports_on_them(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("experiments.report.demo_photographs", lambda: [folder / "pictures" / "large.png"])
+    monkeypatch.setitem(DEMO, "metrics", ("psnr",))
+    monkeypatch.setitem(DEMO, "codecs", ("webp",))
+    assert command("report", "--demo", "-o", tmp_path, "--device", "cpu") == 0
+    html = (tmp_path / "report.html").read_text()
+    assert "Rates and scores on photographs" in html and "python reproduce.py report --demo" in html
+    assert (tmp_path / "report-demo" / "rates" / "means.md").is_file()
 
 
 @pytest.fixture(scope="module")
