@@ -3,7 +3,7 @@
 import argparse
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain
@@ -17,9 +17,11 @@ from coding.report import Row
 from coding.table import Table
 from experiments.baselines import BASELINES, Baseline
 from experiments.inputs import about, named_photographs
+from experiments.patch_distances import add_distances
 from experiments.summary import mean_of
 from measuring.evaluator import Evaluator
 from measuring.metrics import bpp
+from measuring.patches import PatchDistances
 from models.codec import Codec
 from models.records import ONE_STEP, Sampling
 from utils.distributed import gather_objects, is_main, local_device, rank, world_size
@@ -59,9 +61,7 @@ class Variant:
 def evaluator_of(args: argparse.Namespace) -> Evaluator:
     """The evaluator of --metrics; says which of them cannot be had, and why. Raises DiffoError for an unknown name."""
     evaluator = Evaluator(args.metrics, local_device(args.device))
-    if is_main():
-        for reason in evaluator.left_out.values():
-            print(f"left out: {reason}", file=sys.stderr)
+    _say_left_out(evaluator.left_out)
     return evaluator
 
 
@@ -69,16 +69,21 @@ def baselines_of(names: Sequence[str]) -> list[Baseline]:
     """Other codecs by name; says which of them cannot be had, and why. Raises DiffoError for an unknown name."""
     if unknown := [name for name in names if name not in BASELINES]:
         raise DiffoError(f"--codecs {unknown[0]}: unknown; known are {', '.join(BASELINES)}")
-    chosen = {name: BASELINES[name].unavailable() for name in names}
+    lacking = {name: reason for name in names if (reason := BASELINES[name].unavailable())}
+    _say_left_out(lacking)
+    return [BASELINES[name] for name in names if name not in lacking]
+
+
+def _say_left_out(reasons: Mapping[str, str]) -> None:
     if is_main():
-        for reason in filter(None, chosen.values()):
+        for reason in reasons.values():
             print(f"left out: {reason}", file=sys.stderr)
-    return [BASELINES[name] for name, reason in chosen.items() if reason is None]
 
 
 def table_of(args: argparse.Namespace, name: str, releases: dict[str, Codec], key: Sequence[str] = KEY) -> Table:
     """The table of a command's rows, in --out_path; the main process writes it."""
-    return Table(args.out_path, name, lambda: about(args, releases), key, writes=is_main())
+    told = about(args, releases)
+    return Table(args.out_path, name, lambda: told, key, writes=is_main())
 
 
 def measured(
@@ -87,13 +92,18 @@ def measured(
     releases: dict[str, Codec],
     variants: Sequence[Variant],
     baselines: Sequence[Baseline] = (),
+    distances: Sequence[str] = (),
 ) -> list[Row]:
     """--data coded by every variant, and by other codecs at the first release's bytes: rows in `<name>.csv`, their means.
 
+    Args:
+        distances: names of `measuring.patches.DISTANCES` that the means get as well.
     Raises:
         DiffoError: an option is wrong, before anything is coded; or as `Coding.code`.
     """
     evaluator, pictures = evaluator_of(args), named_photographs(args.data, args.limit)
+    by_patches = PatchDistances(distances, local_device(args.device))
+    _say_left_out(by_patches.left_out)
     first = [variant for variant in variants if variant.codec == variants[0].codec]
     points = [(variant.codec, variant.label) for variant in variants]
     points += [(baseline.name, at(variant.label)) for baseline in baselines for variant in first]
@@ -101,7 +111,11 @@ def measured(
         coding = Coding(table, pictures, args.out_path, evaluator)
         coding.code(variants)
         coding.match(baselines, first)
-        return [mean_of(coding.rows(*point), evaluator.names) for point in points]
+        means = [mean_of(coding.rows(*point), evaluator.names) for point in points]
+        if is_main():
+            decoded = [[coding.decoded(*point, picture) for picture in pictures] for point in points]
+            add_distances(means, decoded, list(pictures.values()), by_patches)
+    return means
 
 
 def fill(table: Table, jobs: Sequence[Callable[[], list[Row]]], told: str) -> None:
@@ -210,7 +224,7 @@ class Coding:
 
     def _scored(self, row: Row, image: Tensor, decoded: Tensor | None = None) -> Row:
         """The row with its scores; the decoded picture, where it is given, is written, else it is read."""
-        path = self._decoded(*(row[name] for name in KEY))
+        path = self.decoded(*(row[name] for name in KEY))
         if decoded is None:
             decoded = read_image(path)
         else:
@@ -226,9 +240,10 @@ class Coding:
         if row["bytes"] is None:
             return True
         has_scores = not scored or all(score in row for score in self.evaluator.names)
-        return has_scores and self._decoded(codec, label, name).is_file()
+        return has_scores and self.decoded(codec, label, name).is_file()
 
-    def _decoded(self, codec: str, label: str, name: str) -> Path:
+    def decoded(self, codec: str, label: str, name: str) -> Path:
+        """Where the decoded picture is."""
         return self.folder / "decoded" / codec / label / f"{Path(name).with_suffix('')}.png"
 
 

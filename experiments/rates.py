@@ -8,10 +8,9 @@ from experiments.baselines import BASELINES, Baseline
 from experiments.coded import baselines_of, curve_of, measured
 from experiments.inputs import about, releases_of
 from experiments.published import published, records
-from experiments.summary import BD_RATE, write_summary
+from experiments.summary import BD_RATE, SHOWN, write_summary
 from measuring.bd_rate import bd_rate
 from measuring.charts import Curve, chart
-from measuring.scores import SCORES
 from models.codec import Codec
 from utils.distributed import is_main
 from utils.errors import DiffoError
@@ -42,7 +41,9 @@ def points(args: argparse.Namespace, releases: dict[str, Codec]) -> list[Row]:
     """Means of every release at --qualities, and of --codecs at the first one's bytes. Errors as `run`."""
     baselines = baselines_for(args, releases)
     curves = [curve_of(name, codec, args.qualities) for name, codec in releases.items()]
-    return measured(args, "rates", releases, [variant for curve in curves for variant in curve], baselines)
+    return measured(
+        args, "rates", releases, [variant for curve in curves for variant in curve], baselines, args.distances
+    )
 
 
 def baselines_for(args: argparse.Namespace, releases: dict[str, Codec]) -> list[Baseline]:
@@ -75,19 +76,19 @@ def bd_rates(means: Sequence[Row], anchor: str) -> tuple[dict[str, Row], dict[st
     reasons: dict[str, str] = {}
     for codec in dict.fromkeys(row["codec"] for row in means if row["codec"] != anchor):
         found[codec] = {}
-        for score in (name for name in SCORES if any(name in row for row in means)):
+        for score in (name for name in SHOWN if any(name in row for row in means)):
             pair = [curve(means, name, score) for name in (anchor, codec)]
             try:
-                found[codec][BD_RATE + score] = bd_rate(*pair, SCORES[score].lower_is_better)
+                found[codec][BD_RATE + score] = bd_rate(*pair, SHOWN[score].lower_is_better)
             except DiffoError as error:
-                reasons[f"{codec}, {SCORES[score].heading}"] = str(error)
+                reasons[f"{codec}, {SHOWN[score].heading}"] = str(error)
     return found, reasons
 
 
 def draw(means: Sequence[Row], args: argparse.Namespace) -> None:
     """`<score>.png` and `.pdf` for every score that has a mean, with the published points of set --published."""
     labels = {name: baseline.label for name, baseline in BASELINES.items()}
-    for name, score in SCORES.items():
+    for name, score in SHOWN.items():
         curves = []
         for codec in dict.fromkeys(row["codec"] for row in means):
             if points := curve(means, codec, name):

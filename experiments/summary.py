@@ -9,9 +9,11 @@ from coding.table import write_json, write_rows
 from experiments.published import KINDS, published
 from measuring.charts import bars
 from measuring.intervals import Interval, bootstrap
+from measuring.patches import DISTANCES
 from measuring.scores import SCORES
 from utils.files import atomic_write
 
+SHOWN = SCORES | DISTANCES  # what has a heading, a convention, and a side that is better
 SIZES = ("bytes", "payload_bytes", "bpp", "eta")
 LOW, HIGH = "_low", "_high"  # ends of a mean's 95 % interval
 KIND = "paper's kind"  # a key of experiments.published.KINDS
@@ -72,7 +74,7 @@ def heading(column: str) -> str:
     """A column's name for readers: the score's, with its unit and which way is better."""
     name = column.removeprefix(PAPER)
     plain = name.removeprefix(BD_RATE).removeprefix(CHANGE)
-    if score := SCORES.get(plain):
+    if score := SHOWN.get(plain):
         told = f"{score.heading} {score.unit}".strip() + (" ↓" if score.lower_is_better else " ↑")
     else:
         told = HEADINGS.get(name) or (COLUMNS.get(name) or (name.replace("_", " "),))[0]
@@ -89,7 +91,7 @@ def write_summary(rows: Sequence[Row], folder: Path, name: str, about: dict, tit
     told = [f"# {title}", "", *markdown(lines_of(rows)), "", *(f"- {key}: {_words(about[key])}" for key in about)]
     if any(key.endswith(LOW) for row in rows for key in row):
         told.append("- in brackets: 95 % intervals of the means, by bootstrap over pictures")
-    told += [f"- {heading(key)}: {SCORES[key].convention}" for key in columns if key in SCORES]
+    told += [f"- {heading(key)}: {SHOWN[key].convention}" for key in columns if key in SHOWN]
     told += [f"- {kind}: {KINDS[kind]}" for kind in dict.fromkeys(row[KIND] for row in rows if KIND in row)]
     atomic_write(folder / f"{name}.md", ("\n".join(told) + "\n").encode(errors="backslashreplace"))
     print(align(lines_of(rows, intervals=False)))
@@ -142,7 +144,7 @@ def _number(key: str, value: str | int | float | None) -> str:
         return str(value)
     if key.removeprefix(PAPER).startswith(BD_RATE):
         return f"{value:+.2f}"
-    if score := SCORES.get(key.removeprefix(PAPER).removeprefix(CHANGE)):
+    if score := SHOWN.get(key.removeprefix(PAPER).removeprefix(CHANGE)):
         return f"{value:.{score.decimals}f}"
     return f"{value:.0f}" if key.endswith("bytes") else f"{value:.4g}"
 

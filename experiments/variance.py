@@ -1,6 +1,7 @@
 """Fig. 9a: variance of the latent, of what the base loses of it, of what is lost after the residual, and of the noise.
 
-As the rate rises less of the latent is left to the denoiser, which is why the noise may fall with it (Eq. 11).
+As the rate rises less of the latent is left to the denoiser, which is why the noise may fall with it (Eq. 11). What the
+figure's own axes are could not be checked against the paper.
 """
 
 import argparse

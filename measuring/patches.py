@@ -40,6 +40,8 @@ class Distance:
     network: str
     weights: tuple[WeightFile | PackagedFile, ...]
     lower_is_better: bool = True
+    unit: str = ""
+    decimals: int = 4
 
 
 _INCEPTION = "inception", (INCEPTION,)

@@ -109,8 +109,12 @@ class Codec(nn.Module):
 
     # Training -------------------------------------------------------------------------------------------------------
 
-    def forward(self, image: Tensor, draws: Draws) -> CodecOutput:
-        """One training pass (DiffO, section 3): N x 3 x H x W in [-1, 1], sides multiples of 16."""
+    def forward(self, image: Tensor, draws: Draws, decode: bool = True) -> CodecOutput:
+        """One training pass (DiffO, section 3): N x 3 x H x W in [-1, 1], sides multiples of 16.
+
+        Args:
+            decode: compute D(x^), nearly all of the work; a loss of the latent alone needs no picture.
+        """
         with torch.no_grad():  # E is frozen in this stage
             x = self.to_latent(image)  # x = E(X)
         base = self.vq_base(x)  # k, z_q
@@ -121,7 +125,8 @@ class Codec(nn.Module):
         x_hat = diffusion.one_step(self.denoiser(y_hat), x_t, lq, eta, self.params.diffusion, centre)
         with without_autocast(x.device):
             auxiliary = self.residual.rate_model.auxiliary_loss() if self.residual else None
-        return CodecOutput(x, y_hat, x_hat, self.autoencoder.decode(x_hat), base, residual_bpp, auxiliary)
+        decoded = self.autoencoder.decode(x_hat) if decode else None
+        return CodecOutput(x, y_hat, x_hat, decoded, base, residual_bpp, auxiliary)
 
     def with_residual(self, x: Tensor, y: Tensor, k: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         """y^ and the residual's rate. Computed for every sample and masked at level 0: all parameters take part."""

@@ -68,7 +68,7 @@ class CodecOutput:
 
     Attributes:
         x, y_hat, x_hat: latent, what the decoder knows of it, and prediction, N x d x h x w.
-        image: prediction D(x_hat), N x 3 x H x W, unclamped.
+        image: prediction D(x_hat), N x 3 x H x W, unclamped; None where it was not asked for.
         base: indices, codes and code-book statistics.
         residual_bpp: rate of the residual per sample, in bits per pixel, (N,); 0 at level 0 and without a residual.
         auxiliary: CompressAI's loss of the quantiles, a scalar; None without a residual codec.
@@ -77,7 +77,7 @@ class CodecOutput:
     x: Tensor
     y_hat: Tensor
     x_hat: Tensor
-    image: Tensor
+    image: Tensor | None
     base: BaseCode
     residual_bpp: Tensor
     auxiliary: Tensor | None

@@ -41,6 +41,7 @@ TABLE = {
     ("codec", "distortion"): OF_THE_PICTURE,
     ("codec", "chroma"): OF_THE_PICTURE,
     ("codec", "lpips"): OF_THE_PICTURE,
+    ("codec", "latent"): OF_THE_PICTURE,  # |x - x^|^2, all but D of the way to the picture
     ("codec", "adversarial"): OF_THE_PICTURE,
     ("codec", "discriminator"): {"discriminator"},
     # |sg(z_q) - VQ-E(x)|^2; averages move the code book.
@@ -56,7 +57,8 @@ class Everything(torch.nn.Module):
 
     def __init__(self, name: str, *overrides: str, **draws: list):
         super().__init__()
-        options = (f"{name}.adversary.weight=0.5", f"{name}.adversary.start=0", f"{name}.chroma_weight=1.0")
+        options = [f"{name}.adversary.weight=0.5", f"{name}.adversary.start=0", f"{name}.chroma_weight=1.0"]
+        options += ["codec.latent_weight=1.0"] if name == "codec" else []
         terms = {"lpips": torch.nn.L1Loss()}
         stage = new_stage(name, *options, *overrides, residual=name == "codec", perceptual=terms)
         self.stage, self.draws = stage, draws

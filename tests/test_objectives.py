@@ -88,22 +88,22 @@ def made_up(levels: list[float], auxiliary: float | None = None) -> tuple[CodecO
     arrays |= {"z_q": numbers(n, 2, 1, 2), "bpp": np.array([0.3, 0.11, 0.23, 0.47, 0.05][:n])}
     t = {name: torch.tensor(array) for name, array in arrays.items()}
     base = BaseCode(t["z"], t["z_q"], torch.zeros(n, 1, 2).long(), torch.zeros(16), torch.zeros(16, 2))
-    latent = torch.zeros(n, 1, 1, 2)
-    out = CodecOutput(
-        latent, latent, latent, t["image"], base, t["bpp"], None if auxiliary is None else torch.tensor(auxiliary)
-    )
+    arrays |= {"x": numbers(n, 1, 1, 2), "x_hat": numbers(n, 1, 1, 2)}
+    x, x_hat = torch.tensor(arrays["x"]), torch.tensor(arrays["x_hat"])
+    out = CodecOutput(x, x, x_hat, t["image"], base, t["bpp"], None if auxiliary is None else torch.tensor(auxiliary))
     level = torch.tensor(levels, dtype=torch.float64)
     return out, Batch(t["target"], torch.arange(n), {"level": level}), arrays
 
 
 def test_the_loss_of_stage_codec():
-    """L = w_d D + w_p P + beta C + w_c chroma + mean of lambda_g R; lambda is geometric from level 1 to 3, here halved
-    with every half level; `auxiliary` is told and stays outside."""
+    """L = w_d D + w_p P + w_x |x - x^|^2 + beta C + w_c chroma + mean of lambda_g R; lambda is
+    geometric from level 1 to 3, here halved with every half level; `auxiliary` is told and stays outside."""
     stage = new_stage(
         "codec",
         "codec.distortion_weight=0.9",
         "codec.perceptual={lpips: 0.35, features: 0.45}",
         "codec.commitment=0.15",
+        "codec.latent_weight=0.55",
         "codec.chroma_weight=0.6",
         "codec.rate_weights=[2.0,0.125]",
         residual=True,
@@ -114,13 +114,34 @@ def test_the_loss_of_stage_codec():
     expected = {
         "distortion": ((image - target) ** 2).mean(),
         "commitment": ((a["z"] - a["z_q"]) ** 2).mean(),
+        "latent": ((a["x"] - a["x_hat"]) ** 2).mean(),
         "chroma": chroma(image, target),
         "rate": (np.array([2.0, 2.0, 0.5, 0.25, 0.125]) * a["bpp"]).mean(),
         "auxiliary": 1000.0,
     } | perceptual(image, target)
     factors = {"distortion": 0.9, "lpips": 0.35, "features": 0.45, "commitment": 0.15, "chroma": 0.6, "rate": 1.0}
+    factors["latent"] = 0.55
     expected["loss"] = sum(factor * expected[name] for name, factor in factors.items())
     assert as_floats(stage.losses(out, batch)) == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_loss_of_the_latent_alone_runs_no_decoder():
+    stage = new_stage("codec", "codec.distortion_weight=0", "codec.perceptual={}", "codec.latent_weight=0.5")
+    batch = batch_of(stage)
+    stage.codec.autoencoder.decoder.forward = None  # a call would fail
+    out = stage.forward(stage.network, batch)
+    terms = as_floats(stage.losses(out, batch))
+    assert out.image is None and stage.kept(out, batch).image is None
+    expected = 0.5 * (out.x - out.x_hat).square().mean().item() + 0.25 * terms["commitment"]
+    assert set(terms) == {"latent", "commitment", "loss"} and terms["loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_codec_stage_that_has_nothing_to_learn_from_is_refused():
+    nothing = dict(distortion_weight=0.0, perceptual={})
+    with pytest.raises(ValueError, match="latent_weight are all 0"):
+        CodecStageParams(**nothing)
+    with pytest.raises(ValueError, match="train_decoder: D learns from terms of the picture"):
+        CodecStageParams(**nothing, latent_weight=1.0, train_decoder=0.1)
 
 
 def test_the_codec_stages_loss_without_its_options():
@@ -216,7 +237,9 @@ def test_the_codec_stage_asks_for_its_random_numbers():
     published = new_stage("codec", "codec.forward=published").draw_params(32, 48)
     assert published == DrawParams((8, 2, 3), steps=2, base_only_share=0.2)
     assert new_stage("gt").draw_params(32, 48) is None
-    given = stage.forward(lambda image, draws: SimpleNamespace(image=image, draws=draws), Batch(None, None, drawn))
+    given = stage.forward(
+        lambda image, draws, decode: SimpleNamespace(image=image, draws=draws), Batch(None, None, drawn)
+    )
     assert given.draws.shift is False and torch.equal(given.draws.noise, drawn["noise"])
     assert math.isclose(given.draws.spread[0], drawn["spread"][0])
 

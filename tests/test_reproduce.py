@@ -10,6 +10,7 @@ import torch
 from experiments import all as everything
 from experiments import branches
 from experiments.baselines import BASELINES, Baseline
+from measuring.patches import PatchDistances
 from models.codec import Codec
 from models.records import Sampling
 from models.released import load_release
@@ -245,6 +246,28 @@ def test_all_says_what_each_command_lacks(release, plain, pictures, tmp_path, mo
         assert set(own) <= set(vars(done[name]))
 
 
+def test_distances_between_patches_stand_beside_the_means(release, tmp_path, capsys):
+    for i in range(4):
+        photograph(tmp_path / "two" / f"{i}.png", 256, 272, seed=i)
+    out = tmp_path / "out"
+    command = [
+        *rates(release, tmp_path / "two", out, "--codecs", "--qualities", 0),
+        "--distances",
+        "kid-lite0",
+        "fid-lite0",
+    ]
+    assert reproduce(*command) == 0
+    assert "fid-lite0" in capsys.readouterr().err  # of a handful of patches
+    by = PatchDistances(["kid-lite0"])
+    sides = [
+        [by.features(read_image(folder / f"{i}.png")) for i in range(4)]
+        for folder in (tmp_path / "two", out / "decoded" / "nano" / "0")
+    ]
+    (mean,) = told_in(out / "means.json")["rows"]
+    assert mean["kid-lite0"] == pytest.approx(by.between(*sides)[0]["kid-lite0"].mean, rel=1e-4)
+    assert "fid-lite0" not in mean and "KID-Lite0 ↓" in (out / "means.md").read_text()
+
+
 @pytest.mark.slow
 def test_two_processes_share_the_pictures_and_write_one_table(release, pictures, tmp_path):
     flags = rates(release, pictures, tmp_path / "out", "--qualities", 0, "--codecs", "webp", "--device", "cpu")
@@ -266,6 +289,7 @@ def test_two_processes_share_the_pictures_and_write_one_table(release, pictures,
         (["rates", "--weights", "none"], "none"),
         (["rates", "--qualities", "20", "200"], "usage: reproduce.py rates"),
         (["rates", "--qualities", "20", "200"], "200 is not in 0 to 100"),
+        (["rates", "--distances", "fvd"], "unknown distance fvd"),
         (["rates", "--codecs", "bmp"], "--codecs bmp: unknown"),
         (["rates", "--anchor", "vvc"], "--anchor vvc: not among what is measured"),
         (["rates", "--published", "moon"], "--published moon: no such set"),

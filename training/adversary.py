@@ -8,12 +8,15 @@ from models.losses import PatchDiscriminator, adaptive_factor, hinge_discriminat
 from training.config import StageParams
 from training.optimiser import Optimiser
 from training.parallel import accumulate, parallel, settle, synchronised
+from training.projected import ProjectedDiscriminator
 from training.speed import Speed
 from utils import distributed
 
+DISCRIMINATORS = {"patch": PatchDiscriminator, "projected": ProjectedDiscriminator}
+
 
 class Adversary:
-    """A PatchGAN with hinge losses and VQGAN's adaptive factor (Esser et al. 2021, Eqs. 6 and 7).
+    """A PatchGAN, or a discriminator on fixed features, with hinge losses and VQGAN's adaptive factor (Esser et al. 2021, Eqs. 6 and 7).
 
         L_G = -E D(X^)        L_D = (E max(0, 1 - D(X)) + E max(0, 1 + D(X^))) / 2
         factor = w lambda,    lambda = |grad L| / (|grad L_G| + 1e-4) at the last trained layer, or 1
@@ -23,7 +26,7 @@ class Adversary:
 
     def __init__(self, params: StageParams, like: Tensor, speed: Speed):
         self.params, self.speed = params.adversary, speed
-        self.discriminator = PatchDiscriminator().to(like.device, like.dtype)
+        self.discriminator = DISCRIMINATORS[self.params.kind]().to(like.device, like.dtype)
         speed.prepare(self.discriminator)
         self.model = parallel(self.discriminator)
         self.optimiser = Optimiser(

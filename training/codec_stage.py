@@ -24,13 +24,13 @@ class Seen:
 
     Attributes:
         z: N x d_q x h x w. counts, sums: of the code book, (K,) and (K, d_q). image: N x 3 x H x W.
-        level, bpp: of the residual, (N,); level is None without a residual codec.
+        None without a term of the picture. level, bpp: of the residual, (N,); level is None without a residual codec.
     """
 
     z: Tensor
     counts: Tensor
     sums: Tensor
-    image: Tensor
+    image: Tensor | None
     level: Tensor | None
     bpp: Tensor
 
@@ -70,20 +70,23 @@ class CodecStage(Stage):
             for part in codec.autoencoder.decoding():
                 part.requires_grad_(True)
             self.shares = {"autoencoder.": p.train_decoder}
-        self.factors = self.shared_factors() | {"commitment": p.commitment}
+        self.factors = (self.shared_factors() if p.decodes else {}) | {"commitment": p.commitment}
+        if p.latent_weight:
+            self.factors["latent"] = p.latent_weight
         if codec.residual:
             self.trained["residual"] = codec.residual
             self.factors["rate"] = 1.0  # lambda_g is inside, one for each sample
         self.fresh_book = config.vq_base is None and config.release is None  # otherwise there are codes worth keeping
 
     def forward(self, model: nn.Module, batch: Batch) -> CodecOutput:
-        return model(batch.image, Draws(**batch.draws, shift=self.params.shift))
+        return model(batch.image, Draws(**batch.draws, shift=self.params.shift), self.params.decodes)
 
     def terms(self, out: CodecOutput, batch: Batch) -> dict[str, Tensor]:
-        terms = {
-            "distortion": distortion(out.image, batch.image),
-            "commitment": commitment(out.base.z, out.base.z_q),
-        } | self.shared_terms(out.image, batch.image)
+        terms = {"commitment": commitment(out.base.z, out.base.z_q)}
+        if self.params.decodes:
+            terms |= {"distortion": distortion(out.image, batch.image)} | self.shared_terms(out.image, batch.image)
+        if self.params.latent_weight:
+            terms["latent"] = distortion(out.x_hat, out.x)
         if out.auxiliary is not None:
             terms["rate"] = (self.rate_factor(batch.draws["level"]) * out.residual_bpp).mean()  # lambda_g R
             terms["auxiliary"] = out.auxiliary
@@ -122,7 +125,8 @@ class CodecStage(Stage):
 
     def kept(self, out: CodecOutput, batch: Batch) -> Seen:
         base, level = out.base, batch.draws.get("level")
-        return Seen(base.z.detach(), base.counts, base.sums, out.image.detach(), level, out.residual_bpp.detach())
+        image = None if out.image is None else out.image.detach()
+        return Seen(base.z.detach(), base.counts, base.sums, image, level, out.residual_bpp.detach())
 
     def gathered(self, seen: list[Seen], step: int) -> Usage:
         book = self.codec.vq_base.quantize

@@ -11,7 +11,8 @@ from utils.config import build, load_mapping
 
 RUN_CONFIG = "config.yaml"  # the resolved configuration, in the run's folder
 Factors = dict[Literal["lpips", "stlpips", "features", "ms_ssim"], float]  # of perceptual terms in the loss
-PATCH_MIN = 32  # pixels; below, the PatchGAN has nothing to normalise over
+# By kind of adversary, in pixels: below, the PatchGAN has nothing to normalise over, and a projected head no logit.
+DISCRIMINATOR_MIN = {"patch": 32, "projected": 64}
 
 
 def require(condition: bool, message: str) -> None:
@@ -26,13 +27,16 @@ def require_factors(params: "StageParams", *names: str) -> None:
 
 @dataclass(frozen=True)
 class AdversaryParams:
-    """A PatchGAN with hinge losses (VQGAN, Esser et al. 2021).
+    """A discriminator with hinge losses (VQGAN, Esser et al. 2021).
 
     Attributes:
+        kind: `patch`, VQGAN's PatchGAN on pixels, or `projected`, small heads on fixed features of EfficientNet-Lite0
+            (Projected GAN, Sauer et al. 2021), made to work with `adaptive: false`.
         weight: of its term in the loss; 0 leaves it out. start: iteration at which it joins.
         adaptive: multiply by lambda, the ratio of the gradients at the last trained layer (VQGAN, Eq. 7).
     """
 
+    kind: Literal["patch", "projected"] = "patch"
     weight: float = 0.0
     start: int = 0
     adaptive: bool = True
@@ -78,8 +82,10 @@ class StageParams:
             require(factor >= 0, f"perceptual.{name} {factor}: from 0 up")
         small = self.perceptual.get("ms_ssim") and self.crop_size <= 160
         require(not small, f"crop_size {self.crop_size}: perceptual.ms_ssim needs crops above 160 pixels")
-        small = self.adversary.weight > 0 and self.crop_size < PATCH_MIN
-        require(not small, f"crop_size {self.crop_size}: the PatchGAN (adversary.weight) needs {PATCH_MIN} pixels")
+        least = DISCRIMINATOR_MIN[self.adversary.kind] if self.adversary.weight > 0 else 0
+        require(
+            self.crop_size >= least, f"crop_size {self.crop_size}: adversary.{self.adversary.kind} needs {least} pixels"
+        )
 
 
 @dataclass(frozen=True)
@@ -148,6 +154,8 @@ class CodecStageParams(StageParams):
         rate_weights: lambda_g at the first and the last level of the residual, geometric in between.
         base_only_share: of samples that are trained at level 0.
         distortion_weight, commitment: w_d and beta. chroma_weight: as in stage `gt`.
+        latent_weight: of |x - x^|^2, the squared error of the latent (ResShift's loss, Yue et al. 2023). Without any
+            term of the picture D is not run, and a step takes a third of the time: a cheap start.
         train_decoder: D goes on learning, at this share of the learning rate; 0 freezes it. E is always frozen.
     """
 
@@ -160,6 +168,7 @@ class CodecStageParams(StageParams):
     distortion_weight: float = 0.8
     chroma_weight: float = 0.0
     commitment: float = 0.25
+    latent_weight: float = 0.0
     train_decoder: float = 0.0
     rate_weights: tuple[float, ...] = (1.0, 0.05)
     base_only_share: float = 0.2
@@ -171,7 +180,16 @@ class CodecStageParams(StageParams):
         require(0 <= self.base_only_share < 1, f"base_only_share {self.base_only_share}: in [0, 1)")
         share = self.last_step_share
         require(share is None or 0 <= share <= 1, f"last_step_share {share}: in [0, 1], or null")
-        require_factors(self, "distortion_weight", "chroma_weight", "commitment", "train_decoder")
+        require_factors(self, "distortion_weight", "chroma_weight", "commitment", "latent_weight", "train_decoder")
+        learns = self.decodes or self.latent_weight > 0
+        require(learns, "distortion_weight, chroma_weight, perceptual, adversary.weight and latent_weight are all 0")
+        require(self.decodes or not self.train_decoder, "train_decoder: D learns from terms of the picture; none is on")
+
+    @property
+    def decodes(self) -> bool:
+        """Whether some term is of the decoded picture."""
+        factors = (self.distortion_weight, self.chroma_weight, self.adversary.weight, *self.perceptual.values())
+        return any(factors)
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ class Done:
 
     Attributes:
         flags: of the step. means: terms over all ranks, scalars on the device. numbers: further scalars to log.
-        seen: results of its micro-batches. image, restored: N x 3 x H x W.
+        seen: results of its micro-batches. image, restored: N x 3 x H x W; nothing is restored without a term of it.
     """
 
     flags: Flags
@@ -42,7 +42,7 @@ class Done:
     numbers: dict[str, Tensor | float]
     seen: list
     image: Tensor
-    restored: Tensor
+    restored: Tensor | None
 
 
 class Step:
@@ -91,7 +91,7 @@ class Step:
                 (share * objective).backward()
             accumulate(terms, own, share)
             seen.append(stage.kept(out, piece))
-        restored = torch.cat([one.image for one in seen])
+        restored = None if out.image is None else torch.cat([one.image for one in seen])
         numbers = {"grad_norm": self.optimiser.clip(), "lr": self.optimiser.lr(at)}
         if adversary:
             terms["discriminator"] = adversary.judge(batch.image, restored, parts)

@@ -171,7 +171,8 @@ class Trainer:
         if number % self.config.log_every == 0:
             self._log(step, number, done, bar)
         if number % self.config.picture_every == 0:
-            self.log.pictures(name, number, [done.image, done.restored])
+            if done.restored is not None:
+                self.log.pictures(name, number, [done.image, done.restored])
             self._tell_unreadable()
         return done.flags.stop
 
