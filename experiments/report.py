@@ -72,7 +72,7 @@ def code_demo(args: argparse.Namespace, folder: Path) -> Path:
         make_folder(data)
         for path in demo_photographs():
             atomic_write(data / path.name, path.read_bytes())
-    told = {"weights": None, "data": data, "limit": None, "anchor": None, "published": None}
+    told = {"weights": None, "data": data, "limit": None, "anchor": None, "published": None, "distances": ()}
     rates.run(argparse.Namespace(**vars(args) | told | DEMO | {"out_path": folder / "rates"}))
     return data
 

@@ -27,7 +27,7 @@ SIZES = {"small.png": (96, 80), "large.png": (176, 192)}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """`rates` of two pictures by a release of small random networks and three other codecs, and the report of it."""
+    """`rates` of two pictures by a release of small random networks and three other codecs, `eta`, `variance`; the report."""
     folder, codec = tmp_path_factory.mktemp("report"), new_codec()
     config = replace(load_config(str(NANO)), networks=codec.params)
     write_release(folder / "nano", 3, codec, config, counted_indices=7)
@@ -36,6 +36,12 @@ def folder(tmp_path_factory):
     shared = ["--data", folder / "pictures", "--device", "cpu"]
     options = ["--weights", folder / "nano", "--qualities", 0, 50, 75, 100, "--metrics", "psnr", "psnr_red"]
     assert command("rates", *shared, *options, "--codecs", *CODECS, "-o", folder / "results" / "rates") == 0
+    others = {
+        "eta": ["--held_out", folder / "pictures", "--points", 3, "--metric", "psnr"],
+        "variance": ["--qualities", 0, 50],
+    }
+    for name, more in others.items():
+        assert command(name, *shared, "--weights", folder / "nano", *more, "-o", folder / "results" / name) == 0
     assert command("report", *shared, "-o", folder / "results") == 0
     return folder
 
@@ -120,7 +126,9 @@ def test_the_page_says_how_it_was_measured(content, folder):
 
 def test_curves_have_every_mean(content, folder):
     means = json.loads((folder / "results" / "rates" / "means.json").read_text())["rows"]
-    (group,) = content["groups"]
+    group, eta, variance = content["groups"]
+    assert [len(curve["points"]) for curve in eta["charts"][0]["curves"]] == [3] * 6
+    assert [len(curve["points"]) for curve in variance["charts"][0]["curves"]] == [2] * 5
     assert [chart["title"] for chart in group["charts"]] == ["PSNR", "PSNR of red"]
     for chart, score in zip(group["charts"], ("psnr", "psnr_red"), strict=True):
         drawn = {(x, y) for curve in chart["curves"] for x, y, _ in curve["points"]}
