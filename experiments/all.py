@@ -1,4 +1,4 @@
-"""Every table and figure that the inputs at hand allow, each in a folder of its own below --out_path, and their report."""
+"""Every table and figure that the inputs at hand allow, each in a folder of its own in --out_path, and their report."""
 
 import argparse
 import sys

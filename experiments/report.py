@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def code_demo(args: argparse.Namespace, folder: Path) -> Path:
-    """`rates` on scikit-image's photographs, with the release that ships, below a folder; returns that of the pictures."""
+    """`rates` of scikit-image's photographs by the release that ships, below a folder; returns that of the pictures."""
     data = folder / "photographs"
     if is_main():
         make_folder(data)

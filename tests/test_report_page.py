@@ -27,7 +27,7 @@ SIZES = {"small.png": (96, 80), "large.png": (176, 192)}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """`rates` of two pictures by a release of small random networks and three other codecs, `eta`, `variance`; the report."""
+    """`rates`, `eta` and `variance` of two pictures by a release of small random networks, and the report of them."""
     folder, codec = tmp_path_factory.mktemp("report"), new_codec()
     config = replace(load_config(str(NANO)), networks=codec.params)
     write_release(folder / "nano", 3, codec, config, counted_indices=7)
@@ -297,6 +297,7 @@ def test_charts_show_values_and_hide_curves(opened):
 def test_nothing_overflows(width, opened):
     view = opened(width, device_scale_factor=2)
     assert view.evaluate("document.documentElement.scrollWidth") <= width
-    outside = """all => all.filter(each => !each.closest(".scroll, .film") && each.getClientRects().length
-        && (each.getBoundingClientRect().right > innerWidth + 1 || each.getBoundingClientRect().left < -1)).map(each => each.outerHTML.slice(0, 80))"""
+    outside = """all => all.filter(each => !each.closest(".scroll, .film") && each.getClientRects().length)
+        .map(each => [each.outerHTML.slice(0, 80), each.getBoundingClientRect()])
+        .filter(([, box]) => box.right > innerWidth + 1 || box.left < -1)"""
     assert view.locator("body *").evaluate_all(outside) == []
