@@ -1,11 +1,11 @@
-"""Every table and figure that the inputs at hand allow, each in a folder of its own below --out_path."""
+"""Every table and figure that the inputs at hand allow, each in a folder of its own in --out_path, and their report."""
 
 import argparse
 import sys
 from collections.abc import Iterator
 from types import ModuleType
 
-from experiments import ablation, branches, equal_bytes, eta, rates, table1, table2, timing, variance
+from experiments import ablation, branches, equal_bytes, eta, rates, report, table1, table2, timing, variance
 from experiments.coded import evaluator_of
 from experiments.inputs import named_photographs, photographs, releases_of
 from measuring.scores import unavailable
@@ -63,6 +63,7 @@ def commands(args: argparse.Namespace) -> Iterator[tuple[ModuleType, dict, str |
     if args.against:
         equal_bytes.rivals_of(args, next(iter(releases.values())))
     yield equal_bytes, {"weights": first}, None if args.against else "needs --against"
+    yield report, {"out_path": args.out_path, "demo": False}, None
 
 
 def _name(module: ModuleType) -> str:

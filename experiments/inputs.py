@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -58,7 +59,9 @@ def about(args: argparse.Namespace, releases: dict[str, Codec], **more: object) 
     device = local_device(args.device)
     return {
         "command": args.command,
+        "date": date.today().isoformat(),
         "weights": {name: codec.fingerprint.hex() for name, codec in releases.items()},
+        "parameters": {name: sum(p.numel() for p in codec.parameters()) for name, codec in releases.items()},
         "version": __version__,
         "commit": commit(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
