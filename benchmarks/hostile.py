@@ -1,6 +1,6 @@
 """Hostile files: what the decoder does with altered ones, and what that costs.
 
-python -m benchmarks.hostile --weights weights/tiny-2 --pictures photos/
+python -m benchmarks.hostile --weights weights/small --pictures photos/
 
 Two sets, both seeded. Of the first, 10,000 mutations of valid files, every one must be refused with BitstreamError. The
 second, 1,000, has checksums that match: layers with any bytes changed, other sizes, levels and sections, and random

@@ -34,7 +34,7 @@ NAMES = {"unet": "ema_model_{}.pth", "vq_base": "vq_model_{}.pth.tar", "autoenco
 NETWORKS = (*NAMES, "residual")
 DENSITIES = "rate_model."  # begins their keys in the residual codec's state dict
 RELEASES = Path(__file__).resolve().parents[1] / "weights"
-SMALL = RELEASES / "tiny-2"
+SMALL = RELEASES / "small"
 ABOUT = "release.json"
 
 ONLY_TRAINING = ("decay", "epsilon", "revive_below")  # parameters of networks that no fingerprint counts

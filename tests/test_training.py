@@ -129,10 +129,10 @@ def test_the_published_command_on_two_gloo_processes(data, tmp_path):
         (["gt.perceptual.ms_ssim=1", "gt.crop_size=176", "validation.crop=160"], "above 160 pixels"),
         (["networks.vq_base.codebook_size=300"], "power of two"),
         (["networks.unet.latent_channels=4"], "must equal"),
-        (["release=weights/tiny-2", "unet=x.pth"], "release is a whole codec: leave out unet"),
+        (["release=weights/small", "unet=x.pth"], "release is a whole codec: leave out unet"),
         (["gt.perceptual.lpips=1"], "reproduce.py weights`, or train with another term: gt.perceptual.lpips=0"),
         (["--resume", "nowhere"], "nowhere: not a run folder"),
-        (["--resume", ROOT / "weights" / "tiny-2"], "tiny-2: not a run folder"),
+        (["--resume", ROOT / "weights" / "small"], "small: not a run folder"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
