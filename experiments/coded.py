@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -16,7 +15,7 @@ from coding.plan import STREAM
 from coding.report import Row
 from coding.table import Table
 from experiments.baselines import BASELINES, Baseline
-from experiments.inputs import about, named_photographs
+from experiments.inputs import about, checksum, named_photographs
 from experiments.patch_distances import add_distances
 from experiments.summary import mean_of
 from measuring.evaluator import Evaluator
@@ -141,7 +140,7 @@ class Coding:
 
     def __init__(self, table: Table, pictures: dict[str, Path], folder: Path, evaluator: Evaluator):
         self.table, self.pictures, self.folder, self.evaluator = table, pictures, folder, evaluator
-        self._checks = {name: f"{zlib.crc32(path.read_bytes()):08x}" for name, path in pictures.items()}
+        self._checks = {name: checksum(path) for name, path in pictures.items()}
 
     def code(self, variants: Sequence[Variant]) -> None:
         """Every picture by every variant.

@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,6 +40,11 @@ def named_photographs(folder: Path, limit: int | None = None) -> dict[str, Path]
         if (other := stems.setdefault(relative.with_suffix(""), path)) != path:
             raise DiffoError(f"{other} and {path} have one stem, and so would their files; rename one")
     return {str(relative): path for path, relative in found[::step][:limit]}
+
+
+def checksum(path: Path) -> str:
+    """CRC-32 of a file's content, hexadecimal: rows of a picture stand as long as it is the same."""
+    return f"{zlib.crc32(path.read_bytes()):08x}"
 
 
 def releases_of(args: argparse.Namespace) -> dict[str, Codec]:

@@ -211,6 +211,8 @@ def test_variances_in_the_latent(release, pictures, tmp_path):
     low, high = told_in(tmp_path / "out" / "variance.json")["rows"]
     assert low["lost"] == pytest.approx(low["base_lost"]) and high["lost"] != pytest.approx(high["base_lost"])
     assert low["latent"] == pytest.approx(high["latent"]) and low["bpp"] < high["bpp"]
+    sizes = [len(load_release(release).compress(read_image(pictures / f"{i}.png"))) for i in range(2)]
+    assert low["bpp"] == pytest.approx(8 * sum(sizes) / 2 / (96 * 80))  # of whole files, as the chart says
     codec = load_release(release)
     etas = [codec.decode(codec.compress(read_image(pictures / f"{i}.png"))).eta for i in range(2)]
     assert low["noise"] == pytest.approx(codec.schedule.kappa**2 * sum(etas) / 2)
