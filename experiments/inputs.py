@@ -28,18 +28,23 @@ def photographs(folder: Path, limit: int | None = None) -> list[Path]:
     Raises:
         DiffoError: the folder has none, or is not there.
     """
-    return list(named_photographs(folder, limit).values())
+    return [path for path, _ in _spread(folder, limit)]
 
 
 def named_photographs(folder: Path, limit: int | None = None) -> dict[str, Path]:
     """`photographs` by their names relative to the folder. Raises DiffoError, too, for two of one stem."""
-    found = inputs([folder], streams=False, recursive=True)
-    step = max(1, len(found) // (limit or len(found)))
-    stems: dict[Path, Path] = {}
-    for path, relative in found[::step][:limit]:
+    found, stems = _spread(folder, limit), {}
+    for path, relative in found:
         if (other := stems.setdefault(relative.with_suffix(""), path)) != path:
             raise DiffoError(f"{other} and {path} have one stem, and so would their files; rename one")
-    return {str(relative): path for path, relative in found[::step][:limit]}
+    return {str(relative): path for path, relative in found}
+
+
+def _spread(folder: Path, limit: int | None) -> list[tuple[Path, Path]]:
+    """`photographs`, each with its name relative to the folder."""
+    found = inputs([folder], streams=False, recursive=True)
+    count = min(limit or len(found), len(found))
+    return [found[i * len(found) // count] for i in range(count)]
 
 
 def checksum(path: Path) -> str:
