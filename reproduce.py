@@ -152,7 +152,20 @@ COMMANDS = {
     "timing": ("time and operations of every part", [releases, timed, sizes, one_quality, clock]),
     "equal_bytes": ("two layers within base-only bytes", [releases, pictures, scores, rivals]),
 }
-SHARED = [releases, pictures, scores, qualities, others, one_quality, sweep, reference, clock, sizes, everything]
+SHARED = [
+    releases,
+    pictures,
+    scores,
+    qualities,
+    others,
+    one_quality,
+    sweep,
+    reference,
+    fitted,
+    clock,
+    sizes,
+    everything,
+]
 COMMANDS["all"] = ("all of these that the inputs allow", SHARED)
 
 

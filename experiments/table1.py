@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> None:
     if not is_main():
         return
     anchor = anchor_of(args)
-    bd, reasons = bd_rates(means, anchor)
+    bd, reasons = bd_rates(means, anchor) if anchor else ({}, {})
     paper = {record.system: record for record in published(source="paper-table1")}
     rows, picture = [], demo_photographs()[0]
     with table_of(args, "seconds", releases, ("codec",)) as table:
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
         {"codec": f"{system} (paper alone)"} | printed(record) for system, record in paper.items() if system != OURS
     ]
     told = about(args, releases, anchor=anchor, size=SIZE, repeats=args.repeats, paper=origin("paper-table1"))
-    title = f"Table 1: BD-rate against {anchor}, size and speed"
+    title = f"Table 1: {f'BD-rate against {anchor}, ' if anchor else ''}size and speed"
     write_summary(rows, args.out_path, "table1", told | reasons, title)
     draw_bars(rows, args.out_path, [BD_RATE + name for name in args.metrics], ("codec",), title)
 
