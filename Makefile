@@ -1,5 +1,7 @@
 # make demo    code sample photographs with the weights that ship, into results/demo
+# make report  results/report.html: those photographs by other codecs as well, with curves and tables; some minutes
 # make test    the fast tests        make test-slow   the slow ones
+# make test-browser   the report in headless Chromium; installs Playwright, and a Chromium where there is none
 # make lint    undefined names, unused imports, formatting
 # make bench-hostile    10,000 altered files and 1,000 resealed ones: refused, in time and in little memory
 # make bench   time and operations of every part of coding, e.g. make bench BENCH="--quality 40 --device cuda"
@@ -13,18 +15,28 @@ INSTALLED := $(VENV)/.installed
 PYTHON ?= $(shell for p in python3.12 python3.11 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: demo test test-slow lint bench bench-hostile bench-train clean
+.PHONY: demo report test test-slow test-browser lint bench bench-hostile bench-train clean
 .DEFAULT_GOAL := demo
 
 demo: $(INSTALLED)
 	@$(PY) inference.py --demo --quality 30 -o results/demo --ddim --one_step --overview --overwrite
 	@echo "pictures and tables: results/demo (start with overview.png)"
 
+report: $(INSTALLED)
+	@$(PY) reproduce.py report --demo
+
 test: $(INSTALLED)
 	@$(PY) -m pytest -q
 
 test-slow: $(INSTALLED)
 	@$(PY) -m pytest -q -m slow -o faulthandler_timeout=0
+
+# Debian's Chromium stands in where Playwright's own cannot be downloaded.
+test-browser: $(INSTALLED)
+	@$(PY) -m pip install --quiet --disable-pip-version-check playwright==1.65.2
+	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit; done; \
+		$(PY) -m playwright install --with-deps --only-shell chromium || apt-get install --yes chromium
+	@$(PY) -m pytest -q -m browser -rs
 
 lint: $(INSTALLED)
 	@$(PY) -m ruff check .

@@ -13,6 +13,7 @@ python reproduce.py artefacts --data data/kodak        patterns, borders, colour
 python reproduce.py timing                             milliseconds and operations of every part
 python reproduce.py equal_bytes --data data/kodak --against RELEASE           two layers within a base-only file's bytes
 python reproduce.py all --data data/kodak              all of these that the inputs allow
+python reproduce.py report --data data/kodak           one page of all results: pictures to compare, curves, tables
 
 Several processes share the pictures: torchrun --nproc_per_node=N reproduce.py ...
 """
@@ -56,7 +57,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         for add_options in groups:
             add_options(command.add_argument)
         command.add_argument("-o", "--out_path", type=Path, default=RESULTS / name, metavar="DIR")
-        if name == "all":
+        if name in ("all", "report"):
             command.set_defaults(out_path=RESULTS)
         command.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
     args = parser.parse_args(argv)
@@ -139,6 +140,12 @@ def everything(add) -> None:
     add("--releases", type=Path, nargs="+", metavar="DIR", help="for table2 and ablation: releases, or folders of them")
 
 
+def page(add) -> None:
+    add("--data", type=Path, metavar="DIR", help="the originals of the pictures that rates coded")
+    add("--demo", action="store_true", help="code the photographs that scikit-image ships, instead of --data")
+    add("--limit", type=positive, metavar="N", help="at most so many pictures on it (default 24)")
+
+
 COMMANDS = {
     "rates": ("scores against the rate (Figs. 6, 8)", [releases, pictures, scores, qualities, others]),
     "table1": ("BD-rate, parameters, seconds", [releases, pictures, scores, qualities, others, one_quality, clock]),
@@ -167,6 +174,7 @@ SHARED = [
     everything,
 ]
 COMMANDS["all"] = ("all of these that the inputs allow", SHARED)
+COMMANDS["report"] = ("one page of all results", [page])
 
 
 def run(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""Every table and figure that the inputs at hand allow, each in a folder of its own below --out_path."""
+"""Every table and figure that the inputs at hand allow, each in a folder of its own in --out_path, and their report."""
 
 import argparse
 import sys
@@ -13,6 +13,7 @@ from experiments import (
     equal_bytes,
     eta,
     rates,
+    report,
     table1,
     table2,
     timing,
@@ -79,6 +80,7 @@ def commands(args: argparse.Namespace) -> Iterator[tuple[ModuleType, dict, str |
     if args.against:
         equal_bytes.rivals_of(args, next(iter(releases.values())))
     yield equal_bytes, {"weights": first}, None if args.against else "needs --against"
+    yield report, {"out_path": args.out_path, "demo": False}, None
 
 
 def _name(module: ModuleType) -> str:

@@ -7,6 +7,7 @@ import platform
 import subprocess
 import zlib
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -69,7 +70,9 @@ def about(args: argparse.Namespace, releases: dict[str, Codec], **more: object) 
     device = local_device(args.device)
     return {
         "command": args.command,
+        "date": date.today().isoformat(),
         "weights": {name: codec.fingerprint.hex() for name, codec in releases.items()},
+        "parameters": {name: sum(p.numel() for p in codec.parameters()) for name, codec in releases.items()},
         "version": __version__,
         "commit": commit(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),

@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> None:
     means = points(args, releases)
     if not is_main():
         return
-    told = about(args, releases)
+    told = about(args, releases, published=args.published)
     write_summary(means, args.out_path, "means", told, f"Rates and scores on {args.data.name}")
     if anchor := anchor_of(args):
         found, reasons = bd_rates(means, anchor)

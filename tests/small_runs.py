@@ -56,7 +56,9 @@ def train(args: list[str], told: str = os.devnull, largest: int | None = None) -
     import training.adversary as adversary
     from main_diffusion_train_vq import main
 
-    adversary.PatchDiscriminator = partial(adversary.PatchDiscriminator, width=8)  # 24 of 25 parts of what is written
+    adversary.DISCRIMINATORS["patch"] = partial(
+        adversary.PatchDiscriminator, width=8
+    )  # 24 of 25 parts of what is written
     sys.exit(main(args))
 
 

@@ -1,11 +1,13 @@
 """The command reproduce.py: what its tables say, that it goes on where it was interrupted, and what it refuses."""
 
+import math
 import shlex
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from experiments import all as everything
 from experiments import branches
@@ -217,6 +219,39 @@ def test_variances_in_the_latent(release, pictures, tmp_path):
     etas = [codec.decode(codec.compress(read_image(pictures / f"{i}.png"))).eta for i in range(2)]
     assert low["noise"] == pytest.approx(codec.schedule.kappa**2 * sum(etas) / 2)
     assert (tmp_path / "out" / "variance.pdf").is_file()
+
+
+def test_the_autoencoder_alone_beside_principal_components(release, pictures, tmp_path):
+    """Eight components of the pictures' own blocks: no other linear map of eight channels has a smaller error there."""
+    out = tmp_path / "out"
+    assert (
+        reproduce(
+            "ceiling", "--weights", release, "--data", pictures, "--fit", pictures, "-o", out, "--metrics", "psnr"
+        )
+        == 0
+    )
+    rows = {row["label"]: row for row in told_in(out / "ceiling.json")["rows"]}
+    assert rows["D(E(X))"]["codec"] == "nano" and rows["D(E(X))"]["pictures"] == 2
+    blocks = torch.cat([F.pixel_unshuffle(read_image(path).double(), 16).flatten(1).T for path in pictures.iterdir()])
+    centred = blocks - blocks.mean(0)
+    lost = torch.linalg.eigvalsh(centred.T @ centred)[:-8].sum() / centred.numel()  # squared grey values
+    assert rows["principal components"]["psnr"] == pytest.approx(10 * math.log10(255**2 / lost), abs=0.5)
+
+
+def test_artefacts_are_measured_on_the_decoded_pictures(release, tmp_path):
+    photograph(tmp_path / "one" / "a.png", 256, 208, seed=0)
+    out = tmp_path / "out"
+    command = ["artefacts", "--weights", release, "--data", tmp_path / "one", "-o", out, "--metrics", "psnr"]
+    assert reproduce(*command, "--qualities", 0) == 0
+    (row,) = told_in(out / "artefacts.json")["rows"]
+    error = (
+        read_image(out / "decoded" / "nano" / "0" / "a.png").double() - read_image(tmp_path / "one" / "a.png").double()
+    )
+    assert [row[f"cast {c}"] for c in "RGB"] == pytest.approx(error.mean((1, 2)).tolist())
+    inner = error[:, 4:-4, 4:-4].square()
+    outer = (error.square().sum() - inner.sum()) / (error.numel() - inner.numel())
+    assert row["border / middle"] == pytest.approx((outer / inner.mean()).sqrt().item())
+    assert row["black, largest error"] >= 0 and row["line along x"] > 0
 
 
 def test_table1_has_rates_sizes_and_seconds(release, pictures, tmp_path, monkeypatch):

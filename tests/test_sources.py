@@ -97,7 +97,7 @@ def test_a_folder_takes_every_kind_of_picture_and_says_what_it_left_out(tmp_path
     Image.init()
     others = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
     read = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN.keys() - others}
-    assert read - {".pfm", ".heics", ".heifs"} <= set(PICTURES)
+    assert read - {".pfm", ".heics", ".heifs", ".jxl"} <= set(PICTURES)
     for name in ("a.png", "b.JFIF", "c.heic", "d.HEIC", "e.txt", "README", "sub/f.heic", "sub/g.avif"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
