@@ -29,23 +29,28 @@ def photographs(folder: Path, limit: int | None = None) -> list[Path]:
     Raises:
         DiffoError: the folder has none, or is not there.
     """
-    return [path for path, _ in _spread(folder, limit)]
+    return [path for path, _ in _found(folder, limit)]
 
 
 def named_photographs(folder: Path, limit: int | None = None) -> dict[str, Path]:
     """`photographs` by their names relative to the folder. Raises DiffoError, too, for two of one stem."""
-    found, stems = _spread(folder, limit), {}
+    found, stems = _found(folder, limit), {}
     for path, relative in found:
         if (other := stems.setdefault(relative.with_suffix(""), path)) != path:
             raise DiffoError(f"{other} and {path} have one stem, and so would their files; rename one")
     return {str(relative): path for path, relative in found}
 
 
-def _spread(folder: Path, limit: int | None) -> list[tuple[Path, Path]]:
+def _found(folder: Path, limit: int | None) -> list[tuple[Path, Path]]:
     """`photographs`, each with its name relative to the folder."""
     found = inputs([folder], streams=False, recursive=True)
-    count = min(limit or len(found), len(found))
-    return [found[i * len(found) // count] for i in range(count)]
+    return spread(found, limit or len(found))
+
+
+def spread(values: Sequence, count: int) -> list:
+    """At most `count` of the values, evenly spread, both ends among them."""
+    last = len(values) - 1
+    return [values[i] for i in dict.fromkeys(round(last * k / max(1, count - 1)) for k in range(count))]
 
 
 def checksum(path: Path) -> str:

@@ -14,8 +14,8 @@ from utils.errors import DiffoError
 def test_a_limit_spreads_over_all_names(tmp_path):
     for i in range(5):
         (tmp_path / f"{i}.png").touch()
-    assert [path.name for path in photographs(tmp_path, 3)] == ["0.png", "1.png", "3.png"]
-    assert list(named_photographs(tmp_path, 4)) == ["0.png", "1.png", "2.png", "3.png"]
+    assert [path.name for path in photographs(tmp_path, 3)] == ["0.png", "2.png", "4.png"]
+    assert list(named_photographs(tmp_path, 4)) == ["0.png", "1.png", "3.png", "4.png"]
     assert len(photographs(tmp_path)) == len(photographs(tmp_path, 9)) == 5
 
 

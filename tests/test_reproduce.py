@@ -279,13 +279,8 @@ def test_all_says_what_each_command_lacks(release, plain, pictures, tmp_path, mo
     told = capsys.readouterr().err
     for line in ("table2 needs releases", "ablation needs a release of config", "eta needs --held_out"):
         assert f"left out: {line}" in told
-    for name in (
-        "rates",
-        "table1",
-        "timing",
-        "ceiling",
-        "artefacts",
-    ):  # every option that a command reads is one of all's
+    # Every option that a command reads is one of all's.
+    for name in ("rates", "table1", "timing", "ceiling", "artefacts"):
         own = vars(parse([name, *(["--data", "x"] if name != "timing" else [])]))
         assert set(own) <= set(vars(done[name]))
 
