@@ -268,7 +268,7 @@ def test_table1_has_rates_sizes_and_seconds(release, pictures, tmp_path, monkeyp
 
 def test_all_says_what_each_command_lacks(release, plain, pictures, tmp_path, monkeypatch, capsys):
     done = {}
-    names = ("rates", "table1", "variance", "timing", "equal_bytes", "branches", "ceiling", "artefacts")
+    names = ("rates", "table1", "variance", "timing", "equal_bytes", "branches", "ceiling", "artefacts", "report")
     for name in names:
         monkeypatch.setattr(getattr(everything, name), "run", lambda args, name=name: done.update({name: args}))
     command = ["all", "--weights", release, "--data", pictures, "-o", tmp_path / "out", "--metrics", *SCORES]
@@ -280,8 +280,8 @@ def test_all_says_what_each_command_lacks(release, plain, pictures, tmp_path, mo
     for line in ("table2 needs releases", "ablation needs a release of config", "eta needs --held_out"):
         assert f"left out: {line}" in told
     # Every option that a command reads is one of all's.
-    for name in ("rates", "table1", "timing", "ceiling", "artefacts"):
-        own = vars(parse([name, *(["--data", "x"] if name != "timing" else [])]))
+    for name in ("rates", "table1", "timing", "ceiling", "artefacts", "report"):
+        own = vars(parse([name, *(["--data", "x"] if name not in ("timing", "report") else [])]))
         assert set(own) <= set(vars(done[name]))
 
 
