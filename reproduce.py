@@ -34,6 +34,7 @@ RESULTS = Path("results")
 SIZES = ("512x768", "768x768")
 
 steps = number(int, lambda value: value >= 2, "2 or more")
+duration = number(float, lambda value: 0 < value < 1e6, "a number of seconds above 0")
 
 
 def size(text: str) -> str:
@@ -48,7 +49,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = command_parser(__doc__, "reproduce.py")
     commands = parser.add_subparsers(dest="experiment", required=True, metavar="COMMAND")
     weights = commands.add_parser("weights", help="fetch the weights of learned scores")
-    weights.add_argument("--timeout", type=float, default=20, metavar="S", help="for a connection (default 20 seconds)")
+    weights.add_argument(
+        "--timeout", type=duration, default=20.0, metavar="S", help="for a connection (default 20 seconds)"
+    )
     for name, (told, groups) in COMMANDS.items():
         command = commands.add_parser(name, help=told)
         for add_options in groups:
@@ -156,7 +159,20 @@ COMMANDS = {
     "timing": ("time and operations of every part", [releases, timed, sizes, one_quality, clock]),
     "equal_bytes": ("two layers within base-only bytes", [releases, pictures, scores, rivals]),
 }
-SHARED = [releases, pictures, scores, qualities, others, one_quality, sweep, reference, clock, sizes, everything]
+SHARED = [
+    releases,
+    pictures,
+    scores,
+    qualities,
+    others,
+    one_quality,
+    sweep,
+    reference,
+    fitted,
+    clock,
+    sizes,
+    everything,
+]
 COMMANDS["all"] = ("all of these that the inputs allow", SHARED)
 COMMANDS["report"] = ("one page of all results", [page])
 

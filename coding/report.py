@@ -4,9 +4,10 @@ import math
 import statistics
 from collections.abc import Sequence
 
-# column -> (heading, format) in the printed table, or None: it should fit a terminal, and leaves those to the files
+# column -> (heading, format) in the printed table, or None: it should fit a terminal, and leaves those to the files.
+# Scores have those of SCORES.
 COLUMNS = {
-    **{name: (name, "s") for name in ("codec", "label", "weights", "picture")},
+    **{name: (name, "s") for name in ("codec", "label", "picture")},
     "output": None,
     **{name: (name, "d") for name in ("width", "height", "bytes")},
     "bpp": ("bpp", ".4f"),
@@ -15,9 +16,7 @@ COLUMNS = {
     "fixed_length_base_bits": None,
     "steps": ("steps", "d"),
     "eta": ("noise eta", ".3f"),
-    "psnr": ("PSNR dB", ".2f"),
-    "ms_ssim": ("MS-SSIM", ".4f"),
-    "won": ("won", "s"),
+    **dict.fromkeys(("psnr", "ms_ssim")),
     **{f"error_{name[0]}": (f"{name} error", "+.2f") for name in ("red", "green", "blue")},
     "encode_s": ("encode s", ".2f"),
     "write_s": None,
@@ -50,7 +49,10 @@ def mean_row(rows: Sequence[Row]) -> Row:
 
 def aligned_table(rows: list[Row]) -> str:
     """Rows as aligned text under the columns' headings."""
-    shown = {name: COLUMNS.get(name, (name, ".4f")) for name in columns_of(rows)}
+    from measuring.scores import SCORES  # here, because it imports torch: wrong usage is answered before
+
+    scores = {name: (f"{score.heading} {score.unit}".strip(), f".{score.decimals}f") for name, score in SCORES.items()}
+    shown = {name: (COLUMNS | scores)[name] for name in columns_of(rows)}
     shown = {name: column for name, column in shown.items() if column}
     lines = [[heading for heading, _ in shown.values()]]
     lines += [[_cell(row.get(name), form) for name, (_, form) in shown.items()] for row in rows]

@@ -5,7 +5,20 @@ import sys
 from collections.abc import Iterator
 from types import ModuleType
 
-from experiments import ablation, branches, equal_bytes, eta, rates, report, table1, table2, timing, variance
+from experiments import (
+    ablation,
+    artefacts,
+    branches,
+    ceiling,
+    equal_bytes,
+    eta,
+    rates,
+    report,
+    table1,
+    table2,
+    timing,
+    variance,
+)
 from experiments.coded import evaluator_of
 from experiments.inputs import named_photographs, photographs, releases_of
 from measuring.scores import unavailable
@@ -59,6 +72,10 @@ def commands(args: argparse.Namespace) -> Iterator[tuple[ModuleType, dict, str |
     yield variance, {"weights": first}, None
     reference = None if args.reference in found else f"needs a release of {args.reference} in --releases (--reference)"
     yield ablation, {}, reference
+    if args.fit:
+        photographs(args.fit)
+    for module in (ceiling, artefacts):
+        yield module, {}, None
     yield timing, {"data": next(iter(pictures.values()))}, None
     if args.against:
         equal_bytes.rivals_of(args, next(iter(releases.values())))

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 MEANING = {
-    "line": "power of the mean error spectrum at the multiple of 1/16 cycles per pixel that stands out most, over its neighbours'",
+    "line": "power of the mean error spectrum at the multiple of 1/16 cycles per pixel that stands out most, over its neighbours'; pictures from 192 pixels",
     "border / middle": "RMSE of the outer 4 pixels over that of the rest",
     "cast": "mean of decoded minus original, grey values",
     "largest error": f"of a flat picture of {SIDE}x{SIDE} pixels, grey values",

@@ -21,7 +21,7 @@ BRANCHES = {"base only": (False, True), "residual only": (True, False), "both": 
 
 
 def run(args: argparse.Namespace) -> None:
-    """branches.csv by picture, and the table.
+    """pictures.csv by picture, and the table.
 
     Raises:
         DiffoError: an option is wrong, or a release has no two branches, before anything is coded.

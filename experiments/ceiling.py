@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from coding.report import Row
-from experiments.coded import evaluator_of, fill, table_of
-from experiments.inputs import about, named_photographs, photographs, releases_of
+from experiments.coded import KEY, evaluator_of, fill, table_of
+from experiments.inputs import about, checksum, named_photographs, photographs, releases_of
 from experiments.summary import mean_of, write_summary
 from measuring.evaluator import Evaluator
 from models.autoencoder import Autoencoder, AutoencoderParams, fit_linear
@@ -36,10 +36,14 @@ def run(args: argparse.Namespace) -> None:
     pictures = named_photographs(args.data, args.limit)
     with table_of(args, "pictures", releases) as table:
         for point, network in networks.items():
-            done = {name: table.get(*point, name) for name in pictures}
-            todo = [n for n, row in done.items() if not row or row["made_from"] != made_from[point]]
-            base = dict(zip(("codec", "label"), point, strict=True)) | {"made_from": made_from[point]}
-            jobs = [partial(scored, network, pictures[n], evaluator, base | {"picture": n}) for n in todo]
+            jobs = []
+            for name, path in pictures.items():
+                row: Row = dict(zip(KEY, (*point, name), strict=True))
+                row["made_from"] = f"{made_from[point]}, picture {checksum(path)}"
+                old = table.get(*point, name) or {}
+                row = old if old.get("made_from") == row["made_from"] else row
+                if not all(score in row for score in ("bytes", *evaluator.names)):
+                    jobs.append(partial(scored, network, path, evaluator, row))
             fill(table, jobs, " ".join(point))
         means = [mean_of([table.get(*point, name) for name in pictures], evaluator.names) for point in networks]
     if is_main():

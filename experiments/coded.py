@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -16,7 +15,7 @@ from coding.plan import STREAM
 from coding.report import Row
 from coding.table import Table
 from experiments.baselines import BASELINES, Baseline
-from experiments.inputs import about, named_photographs
+from experiments.inputs import about, checksum, named_photographs
 from experiments.patch_distances import add_distances
 from experiments.summary import mean_of
 from measuring.evaluator import Evaluator
@@ -71,7 +70,7 @@ def baselines_of(names: Sequence[str]) -> list[Baseline]:
         raise DiffoError(f"--codecs {unknown[0]}: unknown; known are {', '.join(BASELINES)}")
     lacking = {name: reason for name in names if (reason := BASELINES[name].unavailable())}
     _say_left_out(lacking)
-    return [BASELINES[name] for name in names if name not in lacking]
+    return [BASELINES[name] for name in dict.fromkeys(names) if name not in lacking]
 
 
 def _say_left_out(reasons: Mapping[str, str]) -> None:
@@ -81,7 +80,13 @@ def _say_left_out(reasons: Mapping[str, str]) -> None:
 
 
 def table_of(args: argparse.Namespace, name: str, releases: dict[str, Codec], key: Sequence[str] = KEY) -> Table:
-    """The table of a command's rows, in --out_path; the main process writes it."""
+    """The table of a command's rows, in --out_path; the main process writes it.
+
+    Raises DiffoError for one among the pictures: what is written would be measured as well, the next time.
+    """
+    for folder in (args.data, getattr(args, "held_out", None)):
+        if folder and args.out_path.resolve().is_relative_to(folder.resolve()):
+            raise DiffoError(f"{args.out_path}: lies in the pictures' folder {folder}; choose another -o")
     told = about(args, releases)
     return Table(args.out_path, name, lambda: told, key, writes=is_main())
 
@@ -121,6 +126,7 @@ def measured(
 def fill(table: Table, jobs: Sequence[Callable[[], list[Row]]], told: str) -> None:
     """Do the jobs, on all ranks in turn, and add the rows that each gives to the one table."""
     count = world_size()
+    gather_objects([])  # every rank has seen which files are there, and so has the same jobs, before one writes
     with tqdm(total=len(jobs), desc=told, unit="picture", disable=not (jobs and is_main())) as bar:
         for first in range(0, len(jobs), count):
             mine = jobs[first + rank()]() if first + rank() < len(jobs) else []
@@ -141,7 +147,7 @@ class Coding:
 
     def __init__(self, table: Table, pictures: dict[str, Path], folder: Path, evaluator: Evaluator):
         self.table, self.pictures, self.folder, self.evaluator = table, pictures, folder, evaluator
-        self._checks = {name: f"{zlib.crc32(path.read_bytes()):08x}" for name, path in pictures.items()}
+        self._checks = {name: checksum(path) for name, path in pictures.items()}
 
     def code(self, variants: Sequence[Variant]) -> None:
         """Every picture by every variant.
@@ -265,7 +271,7 @@ def curve_of(name: str, model: Codec, qualities: Sequence[float]) -> list[Varian
     Raises:
         DiffoError: it has none of them.
     """
-    has = [quality for quality in qualities if quality == 0 or model.has_levels]
+    has = [quality for quality in dict.fromkeys(qualities) if quality == 0 or model.has_levels]
     if not has:
         raise DiffoError(f"{name}: this release codes the base alone: add 0 to --qualities, or leave it out")
     return [Variant(name, f"{quality:g}", model, quality) for quality in has]

@@ -1,6 +1,5 @@
 """Pictures of `rates` for the report: every codec's files nearest to a few rates, as what a browser shows of them."""
 
-import zlib
 from collections.abc import Sequence
 from math import log
 from pathlib import Path
@@ -11,10 +10,10 @@ from tqdm import tqdm
 from coding.report import Row
 from experiments.baselines import BASELINES
 from experiments.embedding import TYPES, Embedded, as_it_is, close_to
-from experiments.inputs import named_photographs
+from experiments.inputs import checksum, named_photographs, spread
 from measuring.scores import SCORES
 from utils.errors import DiffoError
-from utils.images import decode_image, read_image
+from utils.images import read_image
 
 RATES = 3  # at which a picture is shown
 
@@ -35,7 +34,7 @@ def compared(folder: Path, rows: Sequence[Row], means: Sequence[Row], data: Path
         if (row["codec"], row["label"]) in points:  # others are of earlier runs
             by_picture.setdefault(row["picture"], []).append(row)
     names = sorted(name for name, found in by_picture.items() if len(found) == len(points))
-    names = names[:: max(1, len(names) // limit)][:limit]
+    names = spread(names, limit)
     first = means[0]["codec"]
     aims = spread(sorted((mean for mean in means if mean["codec"] == first), key=lambda mean: mean["bpp"]), RATES)
     labels = [mean["label"] for mean in aims]
@@ -44,12 +43,6 @@ def compared(folder: Path, rows: Sequence[Row], means: Sequence[Row], data: Path
     told = tqdm(originals.items(), "embedding", unit="picture")
     pictures = [_compared(folder, original, first, labels, by_picture[name]) for name, original in told]
     return {"rates": [mean["bpp"] for mean in aims], "first": first, "pictures": pictures}
-
-
-def spread(values: Sequence, count: int) -> list:
-    """At most `count` of the values, evenly spread, both ends among them."""
-    last = len(values) - 1
-    return [values[i] for i in dict.fromkeys(round(last * k / max(1, count - 1)) for k in range(count))]
 
 
 def _compared(folder: Path, original: Tensor, first: str, labels: Sequence[str], rows: Sequence[Row]) -> dict:
@@ -84,10 +77,9 @@ def _original(name: str, path: Path | None, made_from: str) -> Tensor:
     """The original of which a row says that it was made from it, uint8 (3, H, W); errors as `compared`."""
     if path is None:
         raise DiffoError(f"{name}: not in --data, which should be the folder of the pictures that were coded")
-    content = path.read_bytes()
-    if not made_from.endswith(f"{zlib.crc32(content):08x}"):
+    if not made_from.endswith(checksum(path)):
         raise DiffoError(f"{path}: not the picture of this name that was coded (--data)")
-    return decode_image(content, str(path))
+    return read_image(path)
 
 
 def _embedded(folder: Path, row: Row) -> Embedded:

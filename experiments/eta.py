@@ -15,7 +15,7 @@ import numpy as np
 from coding.report import Row
 from coding.table import Table
 from experiments.coded import fill, table_of
-from experiments.inputs import about, photographs
+from experiments.inputs import about, checksum, photographs
 from experiments.summary import write_summary
 from measuring.charts import Curve, chart
 from measuring.evaluator import Evaluator
@@ -129,11 +129,12 @@ def sweep(
         PictureError: one is too small for the metric.
     """
     evaluator = Evaluator([metric], codec.device)
-    made_from = f"weights {codec.fingerprint.hex()}, {metric}"
+    made_from = {path: f"weights {codec.fingerprint.hex()}, {metric}, picture {checksum(path)}" for path in pictures}
     columns = [f"eta {eta:.6g}" for eta in etas]
 
-    def stands(row: Row | None) -> bool:
-        return row is not None and row["made_from"] == made_from and all(column in row for column in columns)
+    def stands(path: Path, code: int) -> bool:
+        row = table.get(name, str(path), code) or {}
+        return row.get("made_from") == made_from[path] and all(column in row for column in columns)
 
     def rows_of(path: Path) -> list[Row]:
         image = read_image(path)
@@ -142,14 +143,14 @@ def sweep(
         analysed, rows = codec.analyse(image), []
         for code in codes:
             contents = codec.read(codec.write(analysed, code))
-            row: Row = dict(zip(KEY, (name, str(path), code), strict=True)) | {"made_from": made_from}
+            row: Row = dict(zip(KEY, (name, str(path), code), strict=True)) | {"made_from": made_from[path]}
             row["section_bpp"] = contents.file.section_bpp
             for column, eta in zip(columns, etas, strict=True):
                 row[column] = evaluator(image, codec.render(contents, Sampling(eta=eta)).image)[metric]
             rows.append(row)
         return rows
 
-    todo = [path for path in pictures if not all(stands(table.get(name, str(path), code)) for code in codes)]
+    todo = [path for path in pictures if not all(stands(path, code) for code in codes)]
     fill(table, [partial(rows_of, path) for path in todo], f"sweeping eta, {name}")
     rows = [[table.get(name, str(path), code) for path in pictures] for code in codes]
     sign = 1 if SCORES[metric].lower_is_better else -1

@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import zlib
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
@@ -28,18 +29,33 @@ def photographs(folder: Path, limit: int | None = None) -> list[Path]:
     Raises:
         DiffoError: the folder has none, or is not there.
     """
-    return list(named_photographs(folder, limit).values())
+    return [path for path, _ in _found(folder, limit)]
 
 
 def named_photographs(folder: Path, limit: int | None = None) -> dict[str, Path]:
     """`photographs` by their names relative to the folder. Raises DiffoError, too, for two of one stem."""
-    found = inputs([folder], streams=False, recursive=True)
-    step = max(1, len(found) // (limit or len(found)))
-    stems: dict[Path, Path] = {}
-    for path, relative in found[::step][:limit]:
+    found, stems = _found(folder, limit), {}
+    for path, relative in found:
         if (other := stems.setdefault(relative.with_suffix(""), path)) != path:
             raise DiffoError(f"{other} and {path} have one stem, and so would their files; rename one")
-    return {str(relative): path for path, relative in found[::step][:limit]}
+    return {str(relative): path for path, relative in found}
+
+
+def _found(folder: Path, limit: int | None) -> list[tuple[Path, Path]]:
+    """`photographs`, each with its name relative to the folder."""
+    found = inputs([folder], streams=False, recursive=True)
+    return spread(found, limit or len(found))
+
+
+def spread(values: Sequence, count: int) -> list:
+    """At most `count` of the values, evenly spread, both ends among them."""
+    last = len(values) - 1
+    return [values[i] for i in dict.fromkeys(round(last * k / max(1, count - 1)) for k in range(count))]
+
+
+def checksum(path: Path) -> str:
+    """CRC-32 of a file's content, hexadecimal: rows of a picture stand as long as it is the same."""
+    return f"{zlib.crc32(path.read_bytes()):08x}"
 
 
 def releases_of(args: argparse.Namespace) -> dict[str, Codec]:

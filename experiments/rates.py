@@ -9,7 +9,7 @@ from experiments.coded import baselines_of, curve_of, measured
 from experiments.inputs import about, releases_of
 from experiments.published import published, records
 from experiments.summary import BD_RATE, SHOWN, write_summary
-from measuring.bd_rate import bd_rate
+from measuring.bd_rate import DOUBTFUL, bd_rate, overlap
 from measuring.charts import Curve, chart
 from models.codec import Codec
 from utils.distributed import is_main
@@ -71,7 +71,7 @@ def curve(means: Sequence[Row], codec: str, score: str) -> list[tuple[float, flo
 
 
 def bd_rates(means: Sequence[Row], anchor: str) -> tuple[dict[str, Row], dict[str, str]]:
-    """For every codec but the anchor, BD-rate in percent by score; and why some are missing."""
+    """For every codec but the anchor, BD-rate in percent by score; and why some are missing, or doubtful."""
     found: dict[str, Row] = {}
     reasons: dict[str, str] = {}
     for codec in dict.fromkeys(row["codec"] for row in means if row["codec"] != anchor):
@@ -80,6 +80,9 @@ def bd_rates(means: Sequence[Row], anchor: str) -> tuple[dict[str, Row], dict[st
             pair = [curve(means, name, score) for name in (anchor, codec)]
             try:
                 found[codec][BD_RATE + score] = bd_rate(*pair, SHOWN[score].lower_is_better)
+                if (share := overlap(*pair)) < DOUBTFUL:
+                    told = f"doubtful: {share:.0%} of the scores of both curves lie within both"
+                    reasons[f"{codec}, {SHOWN[score].heading}"] = told
             except DiffoError as error:
                 reasons[f"{codec}, {SHOWN[score].heading}"] = str(error)
     return found, reasons

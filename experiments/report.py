@@ -28,6 +28,8 @@ TABLES = {
     "eta": ("eta",),
     "variance": ("variance",),
     "ablation": ("ablation",),
+    "ceiling": ("ceiling",),
+    "artefacts": ("artefacts",),
     "timing": ("timing",),
     "equal_bytes": ("equal_bytes",),
 }

@@ -90,7 +90,7 @@ def write_summary(rows: Sequence[Row], folder: Path, name: str, about: dict, tit
     write_json({"title": title, "about": about, "rows": list(rows)} | more, folder / f"{name}.json")
     told = [f"# {title}", "", *markdown(lines_of(rows)), "", *(f"- {key}: {_words(about[key])}" for key in about)]
     if any(key.endswith(LOW) for row in rows for key in row):
-        told.append("- in brackets: 95 % intervals of the means, by bootstrap over pictures")
+        told.append("- in brackets: 95 % intervals, of means by bootstrap over pictures")
     told += [f"- {heading(key)}: {SHOWN[key].convention}" for key in columns if key in SHOWN]
     told += [f"- {kind}: {KINDS[kind]}" for kind in dict.fromkeys(row[KIND] for row in rows if KIND in row)]
     atomic_write(folder / f"{name}.md", ("\n".join(told) + "\n").encode(errors="backslashreplace"))

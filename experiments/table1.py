@@ -1,6 +1,7 @@
 """Table 1: BD-rate, parameters, seconds to encode and to decode a picture of 768x768."""
 
 import argparse
+from pathlib import Path
 
 from coding.report import Row
 from datapipe.sources import demo_photographs
@@ -9,7 +10,7 @@ from experiments.inputs import about, releases_of
 from experiments.published import Published, published
 from experiments.rates import anchor_of, bd_rates, points
 from experiments.summary import BD_RATE, KIND, PAPER, draw_bars, origin, write_summary
-from experiments.timing import TOTAL, measure
+from experiments.timing import TOTAL, made_from, measure
 from models.codec import Codec
 from utils.distributed import is_main
 
@@ -30,13 +31,14 @@ def run(args: argparse.Namespace) -> None:
     if not is_main():
         return
     anchor = anchor_of(args)
-    bd, reasons = bd_rates(means, anchor)
+    bd, reasons = bd_rates(means, anchor) if anchor else ({}, {})
     paper = {record.system: record for record in published(source="paper-table1")}
-    rows = []
+    rows, picture = [], demo_photographs()[0]
     with table_of(args, "seconds", releases, ("codec",)) as table:
         for name, codec in releases.items():
-            if (table.get(name) or {}).get("made_from") != made_from(codec, args):
-                table.add({"codec": name, "made_from": made_from(codec, args)} | seconds(codec, args))
+            made = made_from(codec, picture, args)
+            if (table.get(name) or {}).get("made_from") != made:
+                table.add({"codec": name, "made_from": made} | seconds(codec, picture, args))
             row: Row = {"codec": name} | bd.get(name, {}) | {"parameters": sum(p.numel() for p in codec.parameters())}
             row |= {key: table.get(name)[key] for key in ("encode_s", "decode_s")}
             rows.append(row | printed(paper[OURS]))
@@ -45,18 +47,14 @@ def run(args: argparse.Namespace) -> None:
         {"codec": f"{system} (paper alone)"} | printed(record) for system, record in paper.items() if system != OURS
     ]
     told = about(args, releases, anchor=anchor, size=SIZE, repeats=args.repeats, paper=origin("paper-table1"))
-    title = f"Table 1: BD-rate against {anchor}, size and speed"
+    title = f"Table 1: {f'BD-rate against {anchor}, ' if anchor else ''}size and speed"
     write_summary(rows, args.out_path, "table1", told | reasons, title)
     draw_bars(rows, args.out_path, [BD_RATE + name for name in args.metrics], ("codec",), title)
 
 
-def made_from(codec: Codec, args: argparse.Namespace) -> str:
-    return f"weights {codec.fingerprint.hex()}, quality {args.quality:g}, {args.precision}, {codec.device}"
-
-
-def seconds(codec: Codec, args: argparse.Namespace) -> Row:
-    """Medians of `timing` over all parts of either way, file I/O among them, on a demo picture."""
-    rows = measure(codec, demo_photographs()[0], SIZE, args)
+def seconds(codec: Codec, picture: Path, args: argparse.Namespace) -> Row:
+    """Medians of `timing` over all parts of either way, file I/O among them."""
+    rows = measure(codec, picture, SIZE, args)
     return {f"{row['way']}_s": row["ms"] / 1e3 for row in rows if row["part"] == TOTAL}
 
 

@@ -12,7 +12,7 @@ from utils.errors import DiffoError
 
 
 def run(args: argparse.Namespace) -> None:
-    """table2.csv by picture, and the table: a row for each number of steps among --weights.
+    """pictures.csv by picture, and the table: a row for each number of steps among --weights.
 
     Raises:
         DiffoError: an option is wrong, or two releases have as many steps, before anything is coded.

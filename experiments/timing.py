@@ -23,7 +23,7 @@ from coding.report import Row
 from coding.table import Table
 from datapipe.sources import demo_photographs
 from experiments.coded import at_quality, table_of
-from experiments.inputs import about, photographs, releases_of
+from experiments.inputs import about, checksum, photographs, releases_of
 from experiments.stopwatch import READ, REST, WRITE, Stopwatch, seconds
 from experiments.summary import draw_bars, write_summary
 from models.codec import Codec
@@ -69,14 +69,19 @@ def run(args: argparse.Namespace) -> None:
             draw_bars(of_way, args.out_path, ["ms"], ["part"], title, f"{name}-{size}-{way}-")
 
 
+def made_from(codec: Codec, picture: Path, args: argparse.Namespace) -> str:
+    """All that times hang on, but for the machine."""
+    made = f"weights {codec.fingerprint.hex()}, quality {args.quality:g}, {args.precision}, {args.repeats} repeats, "
+    return made + f"{codec.device}, {torch.get_num_threads()} threads, picture {checksum(picture)}"
+
+
 def timed(table: Table, name: str, codec: Codec, picture: Path, size: str, args: argparse.Namespace) -> list[Row]:
     """The rows of a release and size: those of the table, if they are of the same weights and setting."""
-    made_from = f"weights {codec.fingerprint.hex()}, quality {args.quality:g}, {args.precision}, "
-    made_from += f"{args.repeats} repeats, {codec.device}, {torch.get_num_threads()} threads"
-    done = [row for row in table.rows if (row["codec"], row["size"]) == (name, size) and row["made_from"] == made_from]
+    made = made_from(codec, picture, args)
+    done = [row for row in table.rows if (row["codec"], row["size"]) == (name, size) and row["made_from"] == made]
     if done:
         return done
-    rows = [{"codec": name, "size": size, **row, "made_from": made_from} for row in measure(codec, picture, size, args)]
+    rows = [{"codec": name, "size": size, **row, "made_from": made} for row in measure(codec, picture, size, args)]
     for row in rows:
         table.add(row)
     return rows

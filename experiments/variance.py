@@ -13,9 +13,10 @@ import torch
 
 from coding.report import Row
 from experiments.coded import curve_of, fill, table_of
-from experiments.inputs import about, named_photographs, releases_of
+from experiments.inputs import about, checksum, named_photographs, releases_of
 from experiments.summary import write_summary
 from measuring.charts import Curve, chart
+from measuring.metrics import bpp
 from models.codec import Codec
 from models.records import ONE_STEP
 from utils.distributed import is_main
@@ -43,10 +44,10 @@ def run(args: argparse.Namespace) -> None:
         raise DiffoError("--weights: variances are of one release; name one")
     labels = {variant.label: variant.quality for variant in curve_of(name, codec, args.qualities)}
     pictures = named_photographs(args.data, args.limit)
-    made_from = f"weights {codec.fingerprint.hex()}"
     with table_of(args, "pictures", releases, ("label", "picture")) as table:
         jobs = []
         for picture, path in pictures.items():
+            made_from = f"weights {codec.fingerprint.hex()}, picture {checksum(path)}"
             old = {label: table.get(label, picture) for label in labels}
             todo = {k: q for k, q in labels.items() if not old[k] or old[k]["made_from"] != made_from}
             if todo:
@@ -73,10 +74,11 @@ def variances(codec: Codec, picture: str, path: Path, labels: dict[str, float], 
     analysed = codec.analyse(image)
     x = codec.to_latent(to_signed(image).to(codec.device)[None])
     for label, quality in labels.items():
-        contents = codec.read(codec.write(analysed, codec.level_code(quality)))
+        data = codec.write(analysed, codec.level_code(quality))
+        contents = codec.read(data)
         y_hat, z_q = codec.known(contents)
         x_hat, eta = codec.denoise(y_hat, z_q, contents.file, ONE_STEP)
-        row = {"label": label, "picture": picture, "made_from": made_from, "bpp": contents.file.section_bpp}
+        row = {"label": label, "picture": picture, "made_from": made_from, "bpp": bpp(len(data), *image.shape[1:])}
         row["latent"] = x.var(dim=(2, 3), correction=0).mean().item()
         for kind, part in (("base_lost", analysed.y), ("lost", y_hat), ("denoised_lost", x_hat)):
             row[kind] = (x - part).square().mean().item()

@@ -11,6 +11,7 @@ from measuring.metrics import require_pair
 
 PERIOD = 16  # pixels of a latent position: what repeats with it shows at multiples of 1/16 cycles per pixel
 BORDER = 4  # pixels
+LEAST = 12 * PERIOD  # pixels of a spectrum whose lines have neighbours of their own
 NEIGHBOURS = range(2, 6)  # bins of the spectrum on either side that a line is compared with
 
 
@@ -32,13 +33,13 @@ def strongest_line(spectrum: torch.Tensor) -> tuple[float, float]:
     """The multiple of 1/16 cycles per pixel at which a spectrum stands out most from its neighbours.
 
     Args:
-        spectrum: (n / 2 + 1,) of `error_spectrum`, n a multiple of 16 from 192 up.
+        spectrum: (n / 2 + 1,) of `error_spectrum`, n a multiple of 16 from LEAST up.
     Returns:
         frequency in cycles per pixel, and its power over the mean power 2 to 5 bins away on either side.
     """
     length = 2 * (len(spectrum) - 1)
-    if length < 12 * PERIOD:
-        raise ValueError(f"{length} pixels: a line needs {12 * PERIOD} to have neighbours of its own")
+    if length < LEAST:
+        raise ValueError(f"{length} pixels: a line needs {LEAST} to have neighbours of its own")
     ratios = {}
     for multiple in range(1, PERIOD // 2 + 1):
         at = multiple * length // PERIOD
@@ -50,14 +51,16 @@ def strongest_line(spectrum: torch.Tensor) -> tuple[float, float]:
 def lines(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, tuple[float, float]]:
     """The strongest line of the mean error spectrum of a set, along `x` and along `y`, as `strongest_line`.
 
-    Pictures of several sizes are interpolated to none: only those of the commonest length along an axis count there.
+    Pictures of several sizes are interpolated to none: only those of the commonest length along an axis count there. An
+    axis where that is under LEAST has no line.
     """
     spectra: dict[str, dict[int, list[torch.Tensor]]] = {"x": {}, "y": {}}
     for pair in pairs:
         for axis, spectrum in zip("xy", error_spectrum(*pair), strict=True):
             spectra[axis].setdefault(len(spectrum), []).append(spectrum)
     commonest = {axis: max(by_length.values(), key=len) for axis, by_length in spectra.items()}
-    return {axis: strongest_line(torch.stack(alike).mean(0)) for axis, alike in commonest.items()}
+    long = {axis: alike for axis, alike in commonest.items() if 2 * (len(alike[0]) - 1) >= LEAST}
+    return {axis: strongest_line(torch.stack(alike).mean(0)) for axis, alike in long.items()}
 
 
 def border_errors(original: torch.Tensor, decoded: torch.Tensor) -> tuple[float, float]:

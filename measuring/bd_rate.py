@@ -7,6 +7,7 @@ import numpy as np
 from utils.errors import DiffoError
 
 Curve = Sequence[tuple[float, float]]
+DOUBTFUL = 0.75  # share of the scores of two curves, below which their common ones say little of them
 
 
 def bd_rate(anchor: Curve, other: Curve, lower_is_better: bool = False) -> float:
@@ -32,7 +33,7 @@ def bd_rate(anchor: Curve, other: Curve, lower_is_better: bool = False) -> float
 
 
 def overlap(anchor: Curve, other: Curve) -> float:
-    """Share of the scores of both curves together that lie within both, 0..1: under 0.75 a BD-rate is doubtful."""
+    """Share of the scores of both curves together that lie within both, 0..1: under DOUBTFUL a BD-rate is."""
     (low, high), (other_low, other_high) = ((min(s), max(s)) for s in ([s for _, s in c] for c in (anchor, other)))
     return max(0.0, min(high, other_high) - max(low, other_low)) / (max(high, other_high) - min(low, other_low))
 

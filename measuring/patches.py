@@ -47,7 +47,11 @@ class Distance:
 _INCEPTION = "inception", (INCEPTION,)
 _LITE0 = "lite0", (LITE0, LITE0_NETWORK)
 DISTANCES = {
-    "kid": Distance("KID", "Unbiased MMD of a cubic kernel, Inception v3 (2048 features).", *_INCEPTION),
+    "kid": Distance(
+        "KID",
+        "Unbiased MMD of a cubic kernel, Inception v3 (2048 features); interval by random halves of the pictures.",
+        *_INCEPTION,
+    ),
     "fid": Distance("FID", "Inception v3 (2048 features), resized as TensorFlow did.", *_INCEPTION),
     "kid-lite0": Distance("KID-Lite0", "As KID, but EfficientNet-Lite0 (1280 features): not KID.", *_LITE0),
     "fid-lite0": Distance("FID-Lite0", "As FID, but EfficientNet-Lite0 (1280 features): not FID.", *_LITE0),

@@ -1,5 +1,6 @@
 import pytest
 
+from experiments.rates import bd_rates
 from measuring.bd_rate import bd_rate, overlap
 from utils.errors import DiffoError
 
@@ -24,6 +25,19 @@ def test_only_common_scores_count_and_their_mean_is_of_log_rate():
     assert bd_rate([(0.1 * 2**0.5, 25), (0.2, 30)], other) == pytest.approx(100 * (2**1.5 - 1))
     assert overlap([(0.1, 25), (0.2, 30)], [(0.1, 20), (0.8, 28)]) == pytest.approx(0.3)
     assert overlap([(0.1, 1), (0.2, 2)], [(0.1, 3), (0.8, 4)]) == 0
+
+
+def test_a_bd_rate_over_few_common_scores_is_there_and_called_doubtful():
+    """Of scores from 20 to 30, those of 25 to 28 are common: 30 %."""
+    curves = {
+        "anchor": [(0.1, 25.0), (0.2, 30.0)],
+        "few": [(0.1, 20.0), (0.8, 28.0)],
+        "all": [(0.2, 25.0), (0.4, 30.0)],
+    }
+    means = [{"codec": codec, "bpp": bpp, "psnr": psnr} for codec, curve in curves.items() for bpp, psnr in curve]
+    found, reasons = bd_rates(means, "anchor")
+    assert found["all"]["bd-rate-psnr"] == pytest.approx(100) and found["few"]["bd-rate-psnr"] > 0
+    assert list(reasons) == ["few, PSNR"] and "30%" in reasons["few, PSNR"]
 
 
 def test_a_score_of_which_less_is_better_has_the_same_sign():

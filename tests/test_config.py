@@ -107,8 +107,19 @@ def test_overrides(tmp_path):
     overridden = load_mapping(path, ["b.c=2e-5", "b.d=[3]", "e.f=word", "a=null", "g=p=q"])
     assert overridden == {"a": None, "b": {"c": 2e-5, "d": [3]}, "e": {"f": "word"}, "g": "p=q"}
     assert load_mapping(path, ["a=2", "a=3"])["a"] == 3
+    emptied = load_mapping(path, ["b={}", "b.f=1"])  # in their order
+    assert emptied == {"a": 1, "b": {"f": 1}} and load_mapping(path, ["b={c: {}}"])["b"] == {"c": {}, "d": [1, 2]}
     path.write_text("")
     assert load_mapping(path) == {}
+
+
+def test_terms_of_a_file_are_emptied_on_the_command_line(tmp_path):
+    emptied = "codec.perceptual={}"
+    assert load_config(str(TINY)).codec.perceptual and not load_config(str(TINY), [emptied]).codec.perceptual
+    path = tmp_path / "perceptual.yaml"
+    path.write_text(f"base: {TINY}\ncodec: {{distortion_weight: 0, chroma_weight: 0}}\n")
+    with pytest.raises(ConfigError, match=r"^command line: codec\.distortion_weight.* are all 0"):
+        load_config(str(path), [emptied])
 
 
 def test_a_base_and_what_a_file_changes_in_it(tmp_path):

@@ -1,6 +1,7 @@
 """Means of measurements, and the table that is printed."""
 
 import math
+import re
 
 from coding.report import aligned_table, mean_row
 
@@ -13,5 +14,6 @@ def test_a_mean_is_over_all_rows_or_not_there():
     ]
     mean = mean_row(rows)
     assert mean == {"picture": "mean of 2", "bytes": 200, "bpp": (0.1 + 0.2) / 2, "eta": 0.75}
-    last = aligned_table([*rows, mean]).splitlines()[-1]
+    first, *_, last = aligned_table([*rows, mean]).splitlines()
+    assert re.split("  +", first)[-4:] == ["noise eta", "PSNR dB", "MS-SSIM (luma)", "VIF"]  # as in every other table
     assert last.split() == "mean of 2 200.0 0.1500 0.750 - - -".split()

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from experiments.baselines import BASELINES
-from experiments.compared import spread
 from experiments.embedding import MIN_PSNR, close_to
-from experiments.report import DEMO, page
+from experiments.inputs import spread
+from experiments.report import DEMO, TABLES, page
 from measuring.metrics import psnr
 from release.making import write_release
-from reproduce import main
+from reproduce import COMMANDS, main
 from tests.commands import NANO, photograph
 from tests.residual import new_codec, picture
 from training.config import load_config
@@ -156,6 +156,10 @@ def test_a_picture_that_no_quality_comes_close_to_is_there_without_loss(monkeypa
 )
 def test_three_rates_are_spread_with_both_ends(count, spread_out):
     assert spread(range(count), 3) == spread_out
+
+
+def test_the_tables_of_every_command_have_a_place():
+    assert {*TABLES} == {*COMMANDS} - {"all", "report"}
 
 
 def test_what_is_wrong_is_said_in_a_line(folder, tmp_path, capsys):

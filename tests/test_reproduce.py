@@ -213,6 +213,8 @@ def test_variances_in_the_latent(release, pictures, tmp_path):
     low, high = told_in(tmp_path / "out" / "variance.json")["rows"]
     assert low["lost"] == pytest.approx(low["base_lost"]) and high["lost"] != pytest.approx(high["base_lost"])
     assert low["latent"] == pytest.approx(high["latent"]) and low["bpp"] < high["bpp"]
+    sizes = [len(load_release(release).compress(read_image(pictures / f"{i}.png"))) for i in range(2)]
+    assert low["bpp"] == pytest.approx(8 * sum(sizes) / 2 / (96 * 80))  # of whole files, as the chart says
     codec = load_release(release)
     etas = [codec.decode(codec.compress(read_image(pictures / f"{i}.png"))).eta for i in range(2)]
     assert low["noise"] == pytest.approx(codec.schedule.kappa**2 * sum(etas) / 2)
@@ -266,18 +268,20 @@ def test_table1_has_rates_sizes_and_seconds(release, pictures, tmp_path, monkeyp
 
 def test_all_says_what_each_command_lacks(release, plain, pictures, tmp_path, monkeypatch, capsys):
     done = {}
-    for name in ("rates", "table1", "variance", "timing", "equal_bytes", "branches"):
+    names = ("rates", "table1", "variance", "timing", "equal_bytes", "branches", "ceiling", "artefacts", "report")
+    for name in names:
         monkeypatch.setattr(getattr(everything, name), "run", lambda args, name=name: done.update({name: args}))
     command = ["all", "--weights", release, "--data", pictures, "-o", tmp_path / "out", "--metrics", *SCORES]
     assert reproduce(*command, "--against", plain) == 0
-    assert set(done) == {"rates", "table1", "variance", "timing", "equal_bytes", "branches"}
+    assert set(done) == set(names)
     assert done["timing"].out_path == tmp_path / "out" / "timing" and done["timing"].data.name == "0.png"
     assert done["rates"].command.startswith("python reproduce.py all --weights")
     told = capsys.readouterr().err
     for line in ("table2 needs releases", "ablation needs a release of config", "eta needs --held_out"):
         assert f"left out: {line}" in told
-    for name in ("rates", "table1", "timing"):  # every option that a command reads is one of all's
-        own = vars(parse([name, *(["--data", "x"] if name != "timing" else [])]))
+    # Every option that a command reads is one of all's.
+    for name in ("rates", "table1", "timing", "ceiling", "artefacts", "report"):
+        own = vars(parse([name, *(["--data", "x"] if name not in ("timing", "report") else [])]))
         assert set(own) <= set(vars(done[name]))
 
 

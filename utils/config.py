@@ -45,7 +45,8 @@ def load_mapping(path: str | Path, overrides: Sequence[str] = (), values: dict[s
     """A YAML file as a plain dictionary, with `a.b=value` overrides and then `values` applied.
 
     A file with the key `base`, the path of another seen from its own folder, says only what it changes there. The
-    override `base=path`, seen from the working folder, makes it change another file instead.
+    override `base=path`, seen from the working folder, makes it change another file instead. An override that is an empty
+    block empties what stands there: `codec.perceptual={}` leaves no term.
 
     Args:
         values: dotted key -> value taken as it is, where an override would be read as YAML (a folder named 2024).
@@ -58,6 +59,8 @@ def load_mapping(path: str | Path, overrides: Sequence[str] = (), values: dict[s
         for item, change in zip(overrides, changes, strict=True):
             with _one_line(f"{COMMAND_LINE}: {item}"):
                 config = OmegaConf.merge(config, change)
+                for key in set(_keys(change, empty=True)) - set(_keys(change)):
+                    OmegaConf.update(config, key, {}, merge=False)
         for key, value in (values or {}).items():
             OmegaConf.update(config, key, value, force_add=True)
         return OmegaConf.to_container(config, resolve=True)
@@ -66,7 +69,7 @@ def load_mapping(path: str | Path, overrides: Sequence[str] = (), values: dict[s
 def origin_of(path: str | Path, overrides: Sequence[str] = (), values: dict[str, Any] | None = None) -> Origin:
     """Where an error's value came from: the command line (overrides and `values`), or the file that sets it; else `path`."""
     files, changes = _read(path, overrides)
-    given = [*itertools.chain(*map(_keys, changes)), *(values or {})]
+    given = [*itertools.chain(*(_keys(change, empty=True) for change in changes)), *(values or {})]
     sources = {COMMAND_LINE: given} | {str(file): list(_keys(content)) for file, content in files.items()}
 
     def concerns(set_key: str, key: str, told: str) -> bool:
@@ -80,11 +83,11 @@ def origin_of(path: str | Path, overrides: Sequence[str] = (), values: dict[str,
     )
 
 
-def _keys(config: DictConfig, above: str = "") -> Iterator[str]:
-    """Dotted keys of everything in a mapping that is no mapping itself."""
+def _keys(config: DictConfig, above: str = "", empty: bool = False) -> Iterator[str]:
+    """Dotted keys of everything in a mapping that is no mapping itself; with `empty`, of empty ones as well."""
     for key, value in config.items_ex(resolve=False):
-        if OmegaConf.is_dict(value):
-            yield from _keys(value, f"{above}{key}.")
+        if OmegaConf.is_dict(value) and (len(value) or not empty):
+            yield from _keys(value, f"{above}{key}.", empty)
         else:
             yield f"{above}{key}"
 

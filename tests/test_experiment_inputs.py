@@ -1,0 +1,58 @@
+"""Which pictures a command of reproduce.py takes, and what it refuses before any work."""
+
+import pytest
+
+from experiments.coded import baselines_of, curve_of, fill
+from experiments.inputs import named_photographs, photographs
+from models.codec import Codec
+from reproduce import parse
+from tests.commands import photograph
+from tests.small_releases import reproduce
+from utils.errors import DiffoError
+
+
+def test_a_limit_spreads_over_all_names(tmp_path):
+    for i in range(5):
+        (tmp_path / f"{i}.png").touch()
+    assert [path.name for path in photographs(tmp_path, 3)] == ["0.png", "2.png", "4.png"]
+    assert list(named_photographs(tmp_path, 4)) == ["0.png", "1.png", "3.png", "4.png"]
+    assert len(photographs(tmp_path)) == len(photographs(tmp_path, 9)) == 5
+
+
+def test_one_stem_is_refused_only_where_files_are_named_by_it(tmp_path):
+    for name in ("a.jpg", "a.png"):
+        (tmp_path / name).touch()
+    assert len(photographs(tmp_path)) == 2
+    with pytest.raises(DiffoError, match="have one stem"):
+        named_photographs(tmp_path)
+
+
+def test_results_do_not_go_among_the_pictures(tmp_path, capsys, monkeypatch):
+    """There, a second run would take decoded pictures and charts for photographs."""
+    monkeypatch.setattr(Codec, "analyse", lambda *_: pytest.fail("a picture was coded"))
+    picture = photograph(tmp_path / "kodak" / "0.png", 96, 80)
+    for out in (picture.parent, picture.parent / "results"):
+        assert reproduce("rates", "--data", picture.parent, "--codecs", "--metrics", "psnr", "-o", out) == 1
+        assert "lies in the pictures' folder" in capsys.readouterr().err
+    assert list(picture.parent.iterdir()) == [picture]
+
+
+def test_what_is_named_twice_is_one_point():
+    base_alone = type("BaseAlone", (), {"has_levels": False})
+    assert len(curve_of("small", base_alone, [0, 0.0, 20])) == 1
+    assert [codec.name for codec in baselines_of(["webp", "jpeg", "webp"])] == ["webp", "jpeg"]
+
+
+def test_ranks_meet_before_the_first_of_them_writes(monkeypatch):
+    """One that looked later would find files of the others, have fewer jobs, and leave them waiting."""
+    happened = []
+    monkeypatch.setattr("experiments.coded.gather_objects", lambda rows: happened.append("met") or [rows])
+    fill(None, [lambda: happened.append("wrote") or []], "")
+    assert happened[:2] == ["met", "wrote"]
+
+
+@pytest.mark.parametrize("timeout", ["-1", "nan", "0"])
+def test_a_timeout_is_a_number_of_seconds(timeout, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parse(["weights", f"--timeout={timeout}"])
+    assert f"{timeout} is not a number of seconds above 0" in capsys.readouterr().err
