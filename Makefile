@@ -6,6 +6,8 @@
 # make bench-hostile    10,000 altered files and 1,000 resealed ones: refused, in time and in little memory
 # make bench   time and operations of every part of coding, e.g. make bench BENCH="--quality 40 --device cuda"
 # make bench-train   training speed and memory, e.g. make bench-train BENCH="--stages codec"
+# make rehearse    the paper's size from pictures to a coded picture in minutes, and how long the whole would take:
+#              results/rehearsal; e.g. make rehearse BENCH="--data pictures/"
 # Each sets up .venv first, once.
 
 VENV := .venv
@@ -15,11 +17,11 @@ INSTALLED := $(VENV)/.installed
 PYTHON ?= $(shell for p in python3.12 python3.11 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: demo report test test-slow test-browser lint bench bench-hostile bench-train clean
+.PHONY: demo report test test-slow test-browser lint bench bench-hostile bench-train rehearse clean
 .DEFAULT_GOAL := demo
 
 demo: $(INSTALLED)
-	@$(PY) inference.py --demo --quality 30 -o results/demo --ddim --one_step --overview --overwrite
+	@$(PY) inference.py --demo --quality 30 -o results/demo --overview --overwrite
 	@echo "pictures and tables: results/demo (start with overview.png)"
 
 report: $(INSTALLED)
@@ -50,6 +52,9 @@ bench: $(INSTALLED)
 
 bench-train: $(INSTALLED)
 	@$(PY) -m benchmarks.train $(BENCH)
+
+rehearse: $(INSTALLED)
+	@$(PY) -m benchmarks.rehearse $(BENCH)
 
 $(INSTALLED): requirements.txt
 	@$(or $(PYTHON),python3) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if v in ((3, 11), (3, 12)) else "error: Python 3.11 or 3.12 is needed, this is %d.%d; name one with make PYTHON=/path/to/python" % v)'

@@ -3,7 +3,7 @@
 python -m datapipe.prepare list pictures/ -o train.txt          text list of the pictures in folders
 python -m datapipe.prepare shards pictures/ -o shards/          WebDataset tars, with their indexes
 python -m datapipe.prepare index shards/                        indexes of tars that are there
-python -m datapipe.prepare download kodak -o data/kodak         or clic2020: test sets from the web
+python -m datapipe.prepare download kodak -o data/kodak         or clic2020, div2k: test sets from the web; coco to train
 """
 
 import argparse
@@ -19,7 +19,7 @@ from tqdm import tqdm
 from datapipe.pictures import start_worker
 from datapipe.shards import find_shards, write_index, write_shards
 from datapipe.sources import read_list
-from datapipe.test_sets import CROP, download_clic2020, download_kodak
+from datapipe.test_sets import CROP, SETS
 from utils.commandline import answer, command_parser, positive
 from utils.errors import DiffoError, PictureError
 from utils.files import PICTURES, atomic_write, make_folder, tell_left_out
@@ -50,9 +50,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     sub.add_argument("--max_mb", type=positive, default=1000, metavar="MB", help="size of a shard (default 1000)")
     sub = command(make_indexes, "index", "index existing WebDataset tar shards, so that training can read them")
     sub.add_argument("shards", nargs="+", metavar="PATH", help="tars, folders of tars, or set-{000..127}.tar")
-    sub = command(download, "download", "fetch a test set of the literature")
-    sub.add_argument("set", choices=("kodak", "clic2020"), help=f"clic2020: whole pictures and {CROP}x{CROP} crops")
-    sub.add_argument("-o", "--out", type=Path, metavar="DIR", help="default: data/kodak, data/clic2020")
+    sub = command(download, "download", "fetch a set of the literature")
+    told = f"clic2020 and div2k: whole pictures and {CROP}x{CROP} crops; coco: 118,287 pictures to train on, 2 x 19 GB"
+    sub.add_argument("set", choices=SETS, help=told)
+    sub.add_argument("-o", "--out", type=Path, metavar="DIR", help="default: data/kodak and so on")
     return parser.parse_args(argv)
 
 
@@ -94,9 +95,7 @@ def make_indexes(args: argparse.Namespace) -> None:
 
 
 def download(args: argparse.Namespace) -> None:
-    out = args.out or Path("data") / args.set
-    get = download_kodak if args.set == "kodak" else download_clic2020
-    get(out, print)
+    SETS[args.set](args.out or Path("data") / args.set, print)
 
 
 def gather(places: list[str], check: bool) -> list[Path]:

@@ -1,11 +1,11 @@
-"""The test sets of the literature, fetched for users who are online: Kodak and CLIC2020.
+"""Sets of the literature, fetched for users who are online: Kodak, CLIC2020 and DIV2K to measure on, COCO to train on.
 
-Checksums are those that the TensorFlow Datasets catalogue (CLIC2020) and many projects that pin Kodak agree on.
+Checksums are those of the TensorFlow Datasets catalogue, and for Kodak those that many projects pin.
 """
 
 import hashlib
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from utils.errors import DiffoError
 from utils.files import atomic_path, make_folder
 from utils.images import find_pictures
 
-CROP = 768  # pixels; of CLIC2020 in the papers on diffusion codecs, this one among them
+CROP = 768  # pixels; of CLIC2020 in the papers on diffusion codecs, DiffO (Section 4) among them
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,18 @@ CLIC2020 = (  # 250 and 178 pictures
     ),
     Remote(f"{_CLIC}/CLIC2020Mobile_test.zip", "2025f07a6c652270e534640de4271feef3b3dd3260beed4ac4821064837aa732"),
 )
+DIV2K = (  # 100 pictures
+    Remote(
+        "https://data.vision.ee.ethz.ch/cvl/DIV2K/DIV2K_valid_HR.zip",
+        "20dd31fd84d777bc1cf5d6b7654a3f569c0aec74458ae094122ad1d0489900fc",
+    ),
+)
+COCO = (  # 118,287 pictures
+    Remote(
+        "http://images.cocodataset.org/zips/train2017.zip",
+        "69a8bb58ea5f8f99d24875f21416de2e9ded3178e903f1f7603e283b9e06d929",
+    ),
+)
 
 
 def download_kodak(folder: Path, report: Callable[[str], None]) -> None:
@@ -58,22 +70,50 @@ def download_kodak(folder: Path, report: Callable[[str], None]) -> None:
 
 
 def download_clic2020(folder: Path, report: Callable[[str], None]) -> None:
-    """The 428 pictures of the CLIC2020 test set into `folder/full`, their central squares, 768x768, into `folder/768`.
+    """The 428 pictures of the CLIC2020 test set, professional and mobile, whole and cropped, as `unpack` and `crop` do."""
+    unpack(CLIC2020, folder, report)
+    crop(folder, report)
 
-    The short side is scaled to 768 pixels. The papers do not name the filter; this is Pillow's bicubic one, which
-    averages when it reduces. The archives stay in `folder/archives`. Raises DiffoError.
+
+def download_div2k(folder: Path, report: Callable[[str], None]) -> None:
+    """The 100 pictures of DIV2K's validation set, as `download_clic2020`.
+
+    DiffO does not measure on it. MS-ILLM and StableCodec take whole pictures; crops are of the protocol for CLIC2020.
     """
-    for remote in CLIC2020:
+    unpack(DIV2K, folder, report)
+    crop(folder, report)
+
+
+def download_coco(folder: Path, report: Callable[[str], None]) -> None:
+    """The training pictures of COCO 2017, whole: photographs to train on that need no account, as ImageNet does."""
+    unpack(COCO, folder, report)
+
+
+SETS = {"kodak": download_kodak, "clic2020": download_clic2020, "div2k": download_div2k, "coco": download_coco}
+
+
+def unpack(remotes: Sequence[Remote], folder: Path, report: Callable[[str], None]) -> None:
+    """Archives into `folder/archives`, where they stay, and their pictures into `folder/full`. Raises DiffoError."""
+    for remote in remotes:
         archive = obtain(remote, folder / "archives", report)
         with zipfile.ZipFile(archive) as file:
-            file.extractall(folder / "full")
+            for member in tqdm(file.infolist(), desc=f"unpacking {remote.name}", disable=None):
+                file.extract(member, folder / "full")
+    report(f"{folder / 'full'}: {len(find_pictures(folder / 'full', recursive=True))} pictures")
+
+
+def crop(folder: Path, report: Callable[[str], None]) -> None:
+    """The pictures of `folder/full`, their short side scaled to 768 pixels, their central squares into `folder/768`.
+
+    The papers do not name the filter; this is Pillow's bicubic one, which averages when it reduces. Raises DiffoError.
+    """
     crops = make_folder(folder / str(CROP))
     pictures = find_pictures(folder / "full", recursive=True)
     for path in tqdm(pictures, desc=f"cropping to {CROP}x{CROP}", disable=None):
         with Image.open(path) as picture, atomic_path(crops / path.name) as temporary:
             square = ImageOps.fit(picture.convert("RGB"), (CROP, CROP), Image.Resampling.BICUBIC)
             square.save(temporary, "png")
-    report(f"{folder}: {len(pictures)} pictures of the CLIC2020 test set, whole in full, {CROP}x{CROP} in {CROP}")
+    report(f"{crops}: {len(pictures)} crops, {CROP}x{CROP}")
 
 
 def obtain(remote: Remote, folder: Path, report: Callable[[str], None]) -> Path:

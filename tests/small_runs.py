@@ -110,9 +110,10 @@ def interrupted(data: Path, save_dir: Path, monkeypatch, *options: str) -> Path:
 
 
 def lines(folder: Path, name: str) -> list[dict]:
-    """Logged numbers without the times."""
+    """Logged numbers without times and memory."""
     found = [json.loads(line) for line in (folder / name).read_text().splitlines()]
-    return [{key: value for key, value in entry.items() if key != "pictures_per_second"} for entry in found]
+    measured = ("pictures_per_second", "peak_memory_gib")
+    return [{key: value for key, value in entry.items() if key not in measured} for entry in found]
 
 
 def tree(folder: Path) -> set[str]:

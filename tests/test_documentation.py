@@ -30,6 +30,7 @@ PROGRAMS = {
     "-m datapipe.prepare": "datapipe.prepare",
     "-m benchmarks.train": "benchmarks.train",
     "-m benchmarks.hostile": "benchmarks.hostile",
+    "-m benchmarks.rehearse": "benchmarks.rehearse",
 }
 # Told, not run: of the system, of Python's packages, of programs that are not the project's.
 OTHERS = {".", "conda", "head", "pip", "tensorboard"}

@@ -186,18 +186,26 @@ def test_kodak_here_has_the_known_checksums():
         assert hashlib.sha256((folder / remote.name).read_bytes()).hexdigest()[:16] == remote.sha256
 
 
-def test_clic2020_is_unpacked_and_cropped(server, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("name", ["clic2020", "div2k"])
+def test_a_set_is_unpacked_and_cropped(name, server, tmp_path, monkeypatch, capsys):
     """The central square of a picture, its short side scaled to 768: of 192 and 256 columns, those from 32 to 223."""
     archives = {"p.zip": archive({"test/a.png": png(1), "__MACOSX/._a.png": b"x"}), "m.zip": archive({"b.png": png(2)})}
-    monkeypatch.setattr(test_sets, "CLIC2020", remotes(server, archives))
-    assert "2 pictures of the CLIC2020 test set" in told(capsys, "download", "clic2020", "-o", tmp_path / "clic")
+    monkeypatch.setattr(test_sets, name.upper(), remotes(server, archives))
+    assert "768: 2 crops, 768x768" in told(capsys, "download", name, "-o", tmp_path / "set")
     for name, seed in (("test/a.png", 1), ("b.png", 2)):
-        assert (tmp_path / "clic" / "full" / name).read_bytes() == png(seed)
-        crop = read_image(tmp_path / "clic" / "768" / Path(name).name)
+        assert (tmp_path / "set" / "full" / name).read_bytes() == png(seed)
+        crop = read_image(tmp_path / "set" / "768" / Path(name).name)
         assert crop.shape == (3, 768, 768)
         columns = (torch.arange(768.0) + 0.5) / 4 - 0.5 + 32
         torch.testing.assert_close(crop[0, 384].float()[8:-8], columns[8:-8], rtol=0, atol=0.6)
         assert (crop[1] == seed).all()
+
+
+def test_pictures_to_train_on_are_unpacked_whole(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(test_sets, "COCO", remotes(server, {"t.zip": archive({"train/a.png": png(1)})}))
+    assert "full: 1 pictures" in told(capsys, "download", "coco", "-o", tmp_path / "set")
+    assert sorted(path.name for path in (tmp_path / "set").iterdir()) == ["archives", "full"]
+    assert (tmp_path / "set" / "full" / "train" / "a.png").read_bytes() == png(1)
 
 
 def png(seed: int) -> bytes:

@@ -195,6 +195,8 @@ class Trainer:
         if last:
             logs["pictures_per_second"] = (now[1] - last[1]) / (now[0] - last[0])
         self._logged = now
+        if self.device.type == "cuda":
+            logs["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         bar.set_postfix(loss=f"{logs['loss']:.4f}", refresh=False)
         self.log.step(step.stage.name, number, logs)
 
