@@ -83,7 +83,7 @@ def test_same_picture_with_one_and_two_threads_in_two_processes(tmp_path):
     one, two = (grey_values(tmp_path / str(threads) / "chelsea.png") for threads in (1, 2))
     assert np.abs(one - two).max() <= 1
     cells = -(-one.shape[0] // 16) * -(-one.shape[1] // 16)
-    assert (tmp_path / "chelsea.dfo").stat().st_size <= 20 + fixed_length_bytes(cells, 512)
+    assert (tmp_path / "chelsea.dfo").stat().st_size <= 20 + fixed_length_bytes(cells, 2048)
 
 
 @pytest.mark.parametrize("quality", [0, 0.4, 45, 100])
@@ -107,7 +107,7 @@ def test_kodak_scores(tmp_path):
     run("inference.py", "-i", KODAK, "-o", tmp_path, "--ddim", "--one_step", threads=2, timeout=900)
     mean = json.loads((tmp_path / "metrics.json").read_text())["mean"]
     print(mean)
-    assert mean["bpp"] <= 0.035 and mean["psnr"] >= 22.2 and mean["ms_ssim"] >= 0.77
+    assert mean["bpp"] <= 0.036 and mean["psnr"] >= 22.8 and mean["ms_ssim"] >= 0.812
 
 
 @pytest.mark.slow
@@ -128,8 +128,8 @@ def test_rates_on_kodak(tmp_path):
         if quality == 0.4:
             smallest = {row["picture"]: row["bytes"] for row in rows}
         largest = {row["picture"]: row["bytes"] for row in rows}
-    assert means == sorted(means) and means[0] < 0.035 and means[1] < 0.04 and means[-1] > 0.15
-    for allowed in (1750, 1900, 2500, 4000, 6000, 8000):  # every base alone is smaller
+    assert means == sorted(means) and means[0] < 0.036 and means[1] < 0.045 and means[-1] > 0.2
+    for allowed in (2200, 2500, 3000, 4000, 6000, 8000):  # every base alone is smaller
         out = tmp_path / f"{allowed} bytes"
         flags = ["--mode", "compress", "-i", KODAK, "-o", out, "--max_bytes", allowed]
         run("inference.py", *flags, threads=2, timeout=900)
