@@ -28,7 +28,7 @@ from experiments.inputs import about
 from experiments.summary import write_summary
 from measuring.weights import VGG16
 from training.config import TrainConfig, load_config
-from utils.commandline import answer, command_line, command_parser, positive
+from utils.commandline import answer, command_line, command_parser, number
 from utils.distributed import local_device
 from utils.errors import DiffoError
 from utils.files import make_folder
@@ -48,7 +48,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--config", default="configs/config.yaml", metavar="YAML")
     add("--data", metavar="PATH", help="pictures, as for training (default: demo photographs)")
-    add("--iterations", type=positive, metavar="N", help="of each stage (default: 200 on CUDA, 10 on a CPU)")
+    several = number(int, lambda value: value >= 4, "from 4 up: a speed takes two")
+    add("--iterations", type=several, metavar="N", help="of each stage (default: 200 on CUDA, 10 on a CPU)")
     add("-o", "--out", type=Path, default=Path("results/rehearsal"), metavar="DIR", help="default: results/rehearsal")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
     add("overrides", nargs="*", metavar="key=value", help="for instance 'stages=[codec]' autoencoder=FILE")
@@ -115,7 +116,7 @@ def commands(
     if "gt" in config.stages:
         yield "gt", [*begin, "stages=[gt]"]
         begin = [*train, "--resume", run, "stages=[gt,codec]"]
-    yield "codec", [*begin, f"codec.iterations={max(1, iterations // 2)}"]
+    yield "codec", [*begin, f"codec.iterations={iterations // 2}"]
     yield "codec, resumed", [*train, "--resume", run, f"codec.iterations={iterations}"]
     yield "release", ["-m", "release", run, str(args.out / RELEASE), *counted, *device]
     coded = ["-i", str(demo_photographs()[0]), "-o", str(args.out / CODED), "--weights", str(args.out / RELEASE)]
