@@ -178,7 +178,7 @@ def test_info_says_where_the_bits_are(codec, path):
         assert sum(parts) == 8 * len(data) == 8 * info["bytes"] and bool(quality) == (info["code"] > 0)
         assert (info["width"], info["height"], info["version"]) == (80, 48, 1)
         assert info["bpp"] == 8 * len(data) / (80 * 48) and abs(info["estimated_bits"] - 8 * len(data)) < 64
-        assert info["fixed_length_base_bits"] == 5 * 3 * 9  # 512 codes
+        assert info["fixed_length_base_bits"] == 5 * 3 * 11  # 2,048 codes
 
 
 def test_a_file_of_other_weights_has_its_sizes_and_no_picture(codec, path):
