@@ -87,7 +87,7 @@ def test_ms_ssim_takes_the_place_and_factor_of_lpips_without_its_weights(tmp_pat
 def test_a_command_that_fails_ends_the_rehearsal_with_its_last_words(tmp_path):
     rehearse.emptied(tmp_path)
     status, peak = rehearse.call(["-c", "x = bytes(300 << 20)"], tmp_path / rehearse.LOG)
-    assert status == 0 and 0.29 < peak < 1
+    assert status == 0 and peak > 0.29  # Linux counts the parent's own memory at the fork as the child's, here pytest's
     with pytest.raises(DiffoError, match="gt: exit status 3: no room .*commands.log"):
         rehearse.done("gt", ["-c", "import sys; print('hello\\nno room'); sys.exit(3)"], tmp_path)
 
