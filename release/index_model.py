@@ -41,9 +41,7 @@ def install(codec: Codec, crops: Sequence[np.ndarray], steps: int, seed: int, de
         print(told, file=sys.stderr)
         return {}
     trained, held = [crop for i, crop in enumerate(crops) if i % HELD_OUT], crops[::HELD_OUT]
-    network = fit(trained, codes, steps, seed, device)
-    network.load_state_dict(IndexNetwork.natural(network.integers()))  # as a release keeps it
-    model = IndexModel(network)
+    model = IndexModel(fit(trained, codes, steps, seed, device))
     positions = sum(crop.size for crop in held)
     alone = sum(table_cost_bits(crop, codec.base_table) for crop in held) / positions
     in_passes = sum(model.bits(crop).sum() for crop in held) / positions

@@ -18,7 +18,7 @@ from models.records import CodecOutput
 from models.vq_base import BaseCode
 from tests.stages import batch_of, new_stage
 from training.codec_stage import Seen
-from training.config import CodecStageParams
+from training.config import AdversaryParams, CodecStageParams
 from training.perceptual import Lpips, perceptual_terms
 from training.stage import Restored
 
@@ -140,6 +140,8 @@ def test_a_codec_stage_that_has_nothing_to_learn_from_is_refused():
     nothing = dict(distortion_weight=0.0, perceptual={})
     with pytest.raises(ValueError, match="latent_weight are all 0"):
         CodecStageParams(**nothing)
+    assert CodecStageParams(**nothing, adversary=AdversaryParams(weight=1.0)).decodes
+    assert not CodecStageParams(**nothing, latent_weight=1.0).decodes
     with pytest.raises(ValueError, match="train_decoder: D learns from terms of the picture"):
         CodecStageParams(**nothing, latent_weight=1.0, train_decoder=0.1)
 

@@ -51,6 +51,20 @@ def test_translation_and_the_erased_square(monkeypatch, picture):
     torch.testing.assert_close(moved, wanted)
 
 
+def test_every_resolution_sees_the_coarser_ones(shown):
+    """Features of 1/32 alone: f_1 to f_3 are nothing but what comes up from below."""
+    network = ProjectedDiscriminator()
+    for conv in network.channels[:3]:
+        conv.weight.zero_()
+    finest, *_, coarsest = network.mixed(shown)
+    assert finest.shape[2:] == (16, 16) and coarsest.shape[2:] == (2, 2)
+    up = coarsest
+    for side, conv in zip((4, 8, 16), reversed(network.resolutions[:3]), strict=True):
+        up = conv(torch.nn.functional.interpolate(up, size=(side, side), mode="bilinear"))
+    torch.testing.assert_close(finest, up)
+    assert finest.abs().max() > 0
+
+
 @pytest.fixture
 def shown():
     coarse = torch.rand(2, 3, 6, 6, generator=torch.Generator().manual_seed(1)) * 2 - 1

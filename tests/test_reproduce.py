@@ -4,13 +4,14 @@ import math
 import shlex
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from experiments import all as everything
-from experiments import branches
+from experiments import artefacts, branches
 from experiments.baselines import BASELINES, Baseline
 from measuring.patches import PatchDistances
 from models.codec import Codec
@@ -224,12 +225,8 @@ def test_variances_in_the_latent(release, pictures, tmp_path):
 def test_the_autoencoder_alone_beside_principal_components(release, pictures, tmp_path):
     """Eight components of the pictures' own blocks: no other linear map of eight channels has a smaller error there."""
     out = tmp_path / "out"
-    assert (
-        reproduce(
-            "ceiling", "--weights", release, "--data", pictures, "--fit", pictures, "-o", out, "--metrics", "psnr"
-        )
-        == 0
-    )
+    command = ["ceiling", "--weights", release, "--data", pictures, "--fit", pictures, "-o", out]
+    assert reproduce(*command, "--metrics", "psnr") == 0
     rows = {row["label"]: row for row in told_in(out / "ceiling.json")["rows"]}
     assert rows["D(E(X))"]["codec"] == "nano" and rows["D(E(X))"]["pictures"] == 2
     blocks = torch.cat([F.pixel_unshuffle(read_image(path).double(), 16).flatten(1).T for path in pictures.iterdir()])
@@ -244,14 +241,33 @@ def test_artefacts_are_measured_on_the_decoded_pictures(release, tmp_path):
     command = ["artefacts", "--weights", release, "--data", tmp_path / "one", "-o", out, "--metrics", "psnr"]
     assert reproduce(*command, "--qualities", 0) == 0
     (row,) = told_in(out / "artefacts.json")["rows"]
-    error = (
-        read_image(out / "decoded" / "nano" / "0" / "a.png").double() - read_image(tmp_path / "one" / "a.png").double()
-    )
+    decoded, original = out / "decoded" / "nano" / "0" / "a.png", tmp_path / "one" / "a.png"
+    error = read_image(decoded).double() - read_image(original).double()
     assert [row[f"cast {c}"] for c in "RGB"] == pytest.approx(error.mean((1, 2)).tolist())
     inner = error[:, 4:-4, 4:-4].square()
     outer = (error.square().sum() - inner.sum()) / (error.numel() - inner.numel())
     assert row["border / middle"] == pytest.approx((outer / inner.mean()).sqrt().item())
     assert row["black, largest error"] >= 0 and row["line along x"] > 0
+
+
+@pytest.mark.parametrize("name, value", [("black", 0), ("white", 255)])
+def test_the_error_of_a_flat_picture_is_its_largest_either_way(name, value):
+    """A codec that makes everything 120 and one value 130: off by 130 of black, by 135 of white."""
+
+    class Greys:
+        analyse = write = staticmethod(lambda given, *_: given)
+        level_code = staticmethod(lambda quality: 0)
+
+        @staticmethod
+        def decode(picture, sampling):
+            assert picture.unique().tolist() == [artefacts.FLAT[name]] == [value]
+            image = torch.full_like(picture, 120)
+            image[0, 0, 0] = 130
+            return SimpleNamespace(image=image)
+
+    assert artefacts.flat(SimpleNamespace(model=Greys, quality=0.0, sampling=None), value) == max(
+        130 - value, value - 120
+    )
 
 
 def test_table1_has_rates_sizes_and_seconds(release, pictures, tmp_path, monkeypatch):

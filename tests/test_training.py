@@ -80,6 +80,19 @@ def test_a_run_goes_on_from_a_release(released, saved_run, data, tmp_path):
     assert f"from {released}" in (tmp_path / "nano" / "train.log").read_text()
 
 
+def test_a_run_in_the_latent_alone(saved_run, data, tmp_path):
+    """It has no picture to show or to score in its steps, and validation decodes as ever."""
+    autoencoder = next((saved_run / "ema_ckpts" / "gt").iterdir())
+    alone = ("codec.distortion_weight=0", "codec.latent_weight=1", "codec.adversary.weight=0", "picture_every=1")
+    options = ("stages=[codec]", f"autoencoder={autoencoder}", "codec.iterations=2", *alone)
+    assert main(command(data, tmp_path, *options)) == 0
+    for line in lines(tmp_path / "nano", "metrics.jsonl"):
+        assert "latent" in line and "distortion" not in line
+        parts = line["latent"] + 0.25 * line["commitment"] + line["rate"]
+        assert line["loss"] == pytest.approx(parts, rel=1e-5)
+    assert all("psnr_level_0" in line for line in lines(tmp_path / "nano", "validation.jsonl"))
+
+
 def test_the_published_command_on_two_gloo_processes(data, tmp_path):
     """Two ranks train as one: the same first loss as one process with twice the batch, and equal weights."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--nnodes=1"]
