@@ -9,6 +9,7 @@ from collections import OrderedDict
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.norms import GroupNorm
 from utils.precision import without_autocast
 
 AUTOENCODER_NORM_EPS = 1e-6  # the UNet's normalisation uses 1e-5
@@ -30,9 +31,9 @@ def start_linear(network: nn.Module) -> None:
             nn.init.zeros_(module.proj_out.weight)
 
 
-def group_norm(channels: int, groups: int) -> nn.GroupNorm:
-    """Group normalisation of the autoencoders (32 groups in the published networks)."""
-    return nn.GroupNorm(groups, channels, eps=AUTOENCODER_NORM_EPS)
+def group_norm(channels: int, groups: int, silu: bool = True) -> GroupNorm:
+    """Group normalisation of the autoencoders (32 groups in the published networks), SiLU after it unless told."""
+    return GroupNorm(groups, channels, AUTOENCODER_NORM_EPS, silu)
 
 
 class ResnetBlock(nn.Module):
@@ -48,8 +49,8 @@ class ResnetBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:  # N C_in H W
-        h = self.conv1(F.silu(self.norm1(x)))  # N C_out H W
-        h = self.conv2(F.silu(self.norm2(h)))  # N C_out H W
+        h = self.conv1(self.norm1(x))  # N C_out H W
+        h = self.conv2(self.norm2(h))  # N C_out H W
         return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h
 
 
@@ -58,7 +59,7 @@ class AttnBlock(nn.Module):
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
-        self.norm = group_norm(channels, groups)
+        self.norm = group_norm(channels, groups, silu=False)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
@@ -147,7 +148,7 @@ class Encoder(nn.Module):
             h = part(h)
             if hasattr(part, "downsample"):
                 h = part.downsample(h)
-        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+        return self.conv_out(self.norm_out(self.mid(h)))
 
 
 class Decoder(nn.Module):
@@ -180,7 +181,7 @@ class Decoder(nn.Module):
             h = part(h)
             if hasattr(part, "upsample"):
                 h = part.upsample(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(self.norm_out(h))
 
 
 def nearest_codes(z: Tensor, codebook: Tensor) -> Tensor:

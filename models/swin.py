@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.norms import GroupNorm
+
 SEPARATED = -100.0  # added to the logit of two tokens that must not see each other
 
 
@@ -82,9 +84,9 @@ class SwinBlock(nn.Module):
     def __init__(self, dim: int, heads: int, window: int, shift: int, mlp_ratio: int, groups: int):
         super().__init__()
         self.window, self.shift = window, shift
-        self.norm1 = nn.GroupNorm(groups, dim)
+        self.norm1 = GroupNorm(groups, dim)
         self.attn = WindowAttention(dim, window, heads)
-        self.norm2 = nn.GroupNorm(groups, dim)
+        self.norm2 = GroupNorm(groups, dim)
         self.mlp = mlp(dim, dim * mlp_ratio)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:  # N C H W

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.blocks import doubling
+from models.norms import GroupNorm
 from models.swin import SwinLayer
 from utils.config import require, require_from
 
@@ -73,13 +74,13 @@ class ResBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, emb_channels: int, groups: int):
         super().__init__()
         self.in_layers = nn.Sequential(
-            nn.GroupNorm(groups, in_channels), nn.SiLU(), nn.Conv2d(in_channels, out_channels, 3, padding=1)
+            GroupNorm(groups, in_channels, silu=True), nn.Identity(), nn.Conv2d(in_channels, out_channels, 3, padding=1)
         )
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, 2 * out_channels))
         self.out_layers = nn.Sequential(
-            nn.GroupNorm(groups, out_channels),
-            nn.SiLU(),
-            nn.Identity(),  # the published block has a dropout of zero here; it keeps the key `out_layers.3`
+            GroupNorm(groups, out_channels, silu=True),
+            nn.Identity(),
+            nn.Identity(),  # the published block has SiLU and a dropout of zero here; they keep the key `out_layers.3`
             nn.Conv2d(out_channels, out_channels, 3, padding=1),
         )
         nn.init.zeros_(self.out_layers[3].weight)  # every block starts as the identity
@@ -89,7 +90,7 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # N C_in h w, N E
         scale, shift = self.emb_layers(emb)[:, :, None, None].chunk(2, dim=1)
         norm, *rest = self.out_layers
-        h = norm(self.in_layers(x)) * (1 + scale) + shift  # N C_out h w
+        h = norm(self.in_layers(x), scale, shift)  # N C_out h w
         for layer in rest:
             h = layer(h)
         return self.skip_connection(x) + h
@@ -157,7 +158,7 @@ class UNet(nn.Module):
                 self.output_blocks.append(Stage(*block))
 
         self.out = nn.Sequential(
-            nn.GroupNorm(p.groups, width), nn.SiLU(), nn.Conv2d(width, p.latent_channels, 3, padding=1)
+            GroupNorm(p.groups, width, silu=True), nn.Identity(), nn.Conv2d(width, p.latent_channels, 3, padding=1)
         )
 
     @property
