@@ -129,9 +129,12 @@ class IndexNetwork(nn.Module):
         return {key: value / _stored(key)[0] for key, value in integers.items()}
 
     @staticmethod
-    def sizes(state: Mapping[str, Tensor]) -> tuple[int, int]:
-        """Channels and width of a state dict."""
-        return state["embedding.weight"].shape[1], state["hidden.weight"].shape[0]
+    def sizes(state: Mapping[str, Tensor]) -> tuple[int, ...]:
+        """Channels and width of a state dict; nothing, which leaves the usual ones, where it does not tell them."""
+        embedding, hidden = state.get("embedding.weight"), state.get("hidden.weight")
+        if embedding is None or hidden is None or embedding.ndim != 2 or 0 in (embedding.numel(), hidden.numel()):
+            return ()
+        return embedding.shape[1], len(hidden)
 
     def forward(self, number: int, context: Tensor) -> Tensor:
         """int64 (M, CONTEXT) of a pass -> (M, K), integers, in units of 1/16 bit."""
