@@ -28,6 +28,9 @@ class Kept:
             holder.append(found)
         return found
 
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._results
+
     def clear(self) -> None:
         self._results.clear()
 
