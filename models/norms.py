@@ -6,6 +6,8 @@ Axes: N batch, C channels, H and W rows and columns of a feature map.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models import fused_norm
+
 
 class GroupNorm(nn.GroupNorm):
     """a(GN(x) (1 + scale) + shift), with a = SiLU or nothing. Parameters and keys are those of `nn.GroupNorm`.
@@ -20,6 +22,9 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
         """N C H W -> N C H W; scale and shift, N C 1 1, come together or not at all."""
+        if fused_norm.takes(x):
+            affine = self.weight, self.bias
+            return fused_norm.group_norm(x, self.num_groups, *affine, self.eps, scale, shift, self.silu)
         h = super().forward(x)
         if scale is not None:
             h = h * (1 + scale) + shift

@@ -7,12 +7,20 @@ L = (H/w)*(W/w) windows in row-major order.
 from collections import OrderedDict
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.attention import attention
+from models.kept import Kept
 from models.norms import GroupNorm
 
 SEPARATED = -100.0  # added to the logit of two tokens that must not see each other
+SIZES = 4  # of feature maps whose masks and biases are kept between calls
+KEPT = 4096  # positions, at most, of such maps: larger ones are no slower for making them anew, and theirs are large
+
+
+def keeps(positions: int) -> bool:
+    """Whether masks and biases of maps of so many positions are kept: in coding, not where weights are learning."""
+    return positions <= KEPT and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def relative_position_index(window: int) -> Tensor:
@@ -60,17 +68,30 @@ class WindowAttention(nn.Module):
         self.register_buffer("relative_position_index", relative_position_index(window), persistent=False)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
+        self.kept = Kept(SIZES)
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
     def forward(self, tokens: Tensor, mask: Tensor | None) -> Tensor:  # N*L T C, (L T T)
         b, t, c = tokens.shape
         q, k, v = self.qkv(tokens).view(b, t, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)  # B heads T c
+        h = attention(q, k, v, self.bias(mask, b, q.dtype))
+        return self.proj(h.transpose(1, 2).reshape(b, t, c))
+
+    def bias(self, mask: Tensor | None, windows: int, dtype: torch.dtype) -> Tensor:
+        """What is added to the logits of so many windows: (1 or N*L) heads T T."""
+        table = self.relative_position_bias_table
+        if not keeps(windows * len(self.relative_position_index)):
+            return self._bias(mask, windows, dtype)
+        # The mask, which is kept as well, stands for size and device; kept along, it stays the only one of its identity.
+        key = id(mask), windows, dtype, table.data_ptr(), table.dtype, None if table.is_inference() else table._version
+        return self.kept.get(key, lambda: (self._bias(mask, windows, dtype), mask))[0]
+
+    def _bias(self, mask: Tensor | None, windows: int, dtype: torch.dtype) -> Tensor:
         bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)  # heads T T
         bias = bias.unsqueeze(0)
         if mask is not None:
-            bias = (bias + mask.unsqueeze(1)).repeat(b // len(mask), 1, 1, 1)  # N*L heads T T
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
-        return self.proj(h.transpose(1, 2).reshape(b, t, c))
+            bias = (bias + mask.unsqueeze(1)).repeat(windows // len(mask), 1, 1, 1)  # N*L heads T T
+        return bias.to(dtype)
 
 
 def mlp(dim: int, hidden: int) -> nn.Sequential:
@@ -117,10 +138,18 @@ class SwinLayer(nn.Module):
             for i in range(depth)
         )
         self.patch_unembed = projection(embed_dim, channels)
+        self.kept = Kept(SIZES)
 
     def forward(self, x: Tensor) -> Tensor:  # N C H W; H and W multiples of the window
-        mask = shifted_window_mask(*x.shape[2:], self.window, self.shift, x.device)
+        mask = self._mask(*x.shape[2:], x.device)
         x = self.patch_embed(x)
         for block in self.blocks:
             x = block(x, mask if block.shift else None)
         return self.patch_unembed(x)
+
+    def _mask(self, height: int, width: int, device: torch.device) -> Tensor:  # L T T
+        size = height, width, self.window, self.shift, device
+        if not keeps(height * width):
+            return shifted_window_mask(*size)
+        # What inference mode makes is of no use outside it.
+        return self.kept.get((*size, torch.is_inference_mode_enabled()), lambda: shifted_window_mask(*size))

@@ -110,7 +110,7 @@ def test_attention_is_given_dense_rows(monkeypatch, size, layout):
     """A single position included, whose head stride of 1 no memory-efficient kernel of CUDA takes."""
     block, given = AttnBlock(8, groups=4), []
     attention = F.scaled_dot_product_attention
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *qkv: given.extend(qkv) or attention(*qkv))
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *qkv, attn_mask: given.extend(qkv) or attention(*qkv))
     block(torch.randn(2, 8, *size).contiguous(memory_format=layout))
     positions = size[0] * size[1]
     assert [(t.shape, t.stride()) for t in given] == [((2, 1, positions, 8), (8 * positions, 8 * positions, 8, 1))] * 3

@@ -1,0 +1,123 @@
+"""The cache of CUDA graphs: what it records, replays and forgets, by a recorder that needs no GPU."""
+
+import copy
+
+import pytest
+import torch
+
+from models import graphs
+from models.graphs import GRAPHED, Graphed, Recorder, leave_graphs, use_graphs
+from tests.residual import new_codec, picture
+
+
+class Fixed(Recorder):
+    """Replays on the CPU as a graph does: from memory of its own, into memory of its own, with the weights of then."""
+
+    def __init__(self, broken: bool = False):
+        super().__init__()
+        self.recorded, self.replayed, self.broken = [], 0, broken
+
+    def fits(self, inputs):
+        return torch.is_inference_mode_enabled()
+
+    def record(self, work, inputs):
+        if self.broken:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
+        self.recorded.append([tuple(part.shape) for part in inputs])
+        fixed = [part.clone() for part in inputs]
+
+        def replay(*inputs):
+            self.replayed += 1
+            for own, given in zip(fixed, inputs, strict=True):
+                own.copy_(given)
+            return work(*fixed).clone()
+
+        return replay
+
+
+class Twice(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor([2.0]))
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.weight * x
+
+
+def test_the_second_call_of_a_size_records_and_later_ones_replay():
+    network, recorder = Twice(), Fixed()
+    ours = Graphed(network.forward, network, recorder)
+    with torch.inference_mode():
+        for number in range(4):
+            x = torch.full((3,), float(number))
+            assert ours(x).tolist() == [2.0 * number] * 3
+            assert (len(recorder.recorded), recorder.replayed) == [(0, 0), (1, 1), (1, 2), (1, 3)][number]
+        first, second = ours(torch.ones(3)), ours(torch.zeros(3))
+        assert first.tolist() == [2.0] * 3 and second.tolist() == [0.0] * 3  # results are the caller's own
+    replayed = recorder.replayed
+    ours(torch.ones(3)).sum().backward()  # with gradients, the function itself
+    assert network.weight.grad.item() == 3 and recorder.replayed == replayed
+
+
+def test_few_sizes_are_kept():
+    network, recorder = Twice(), Fixed()
+    ours = Graphed(network.forward, network, recorder)
+    with torch.inference_mode():
+        for size in range(1, graphs.SIZES + 2):
+            ours(torch.ones(size)), ours(torch.ones(size))
+        assert len(ours.graphs) == graphs.SIZES
+        ours(torch.ones(graphs.SIZES + 1))
+        assert len(recorder.recorded) == graphs.SIZES + 1
+        ours(torch.ones(1))  # forgotten, though seen before: recorded at once
+        assert len(recorder.recorded) == graphs.SIZES + 2
+
+
+def test_layout_precision_and_moved_weights_have_graphs_of_their_own():
+    network, recorder = Twice(), Fixed()
+    ours, x = Graphed(network.forward, network, recorder), torch.ones(1, 2, 3, 4)
+    with torch.inference_mode():
+        for _ in range(2):
+            ours(x), ours(x.contiguous(memory_format=torch.channels_last)), ours(x.double())
+            with torch.autocast("cpu", torch.bfloat16):
+                ours(x)
+        assert len(recorder.recorded) == 4
+        network.weight.data = torch.tensor([5.0])
+        assert ours(x).unique().item() == ours(x).unique().item() == 5.0
+        assert len(recorder.recorded) == 5
+
+
+def test_where_none_can_be_recorded_one_line_says_so(capsys):
+    network, recorder = Twice(), Fixed(broken=True)
+    ours = Graphed(network.forward, network, recorder)
+    with torch.inference_mode():
+        assert [ours(torch.ones(1)).item() for _ in range(3)] == [2.0] * 3
+    said = capsys.readouterr().err
+    assert said == "graphs are left out, networks run as always: operation not permitted when stream is capturing\n"
+
+
+def test_nothing_is_recorded_of_tensors_on_the_cpu():
+    with torch.inference_mode():
+        assert not Recorder().fits((torch.ones(1),))
+
+
+@pytest.mark.parametrize("quality", [0, 60])
+def test_a_codec_with_graphs_writes_and_reads_the_same(quality):
+    codec, recorder = new_codec(), Fixed()
+    images = [picture(40, 70), picture(64, 48), picture(40, 70, seed=5)]
+    files = [codec.compress(image, quality) for image in images]
+    expected = [codec.decompress(data) for data in files]
+    use_graphs(codec, recorder)
+    for _ in range(3):
+        for image, data, decoded in zip(images, files, expected, strict=True):
+            assert codec.compress(image, quality) == data
+            assert torch.equal(codec.decompress(data), decoded)
+    assert recorder.replayed >= 5 * 5
+    other = copy.deepcopy(codec)
+    with torch.no_grad():
+        other.autoencoder.decoder.conv_out.bias.add_(0.5)
+    assert not torch.equal(other.decompress(files[0]), expected[0])  # a copy runs its own weights
+    assert torch.equal(codec.decompress(files[0]), expected[0])
+    leave_graphs(codec)
+    assert not any(isinstance(vars(module).get(name), Graphed) for module in codec.modules() for _, name in GRAPHED)
