@@ -6,9 +6,9 @@ Axes: N batch, C channels, H and W rows and columns of a feature map.
 
 from collections import OrderedDict
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.attention import attention
 from models.norms import GroupNorm
 from utils.precision import without_autocast
 
@@ -71,7 +71,7 @@ class AttnBlock(nn.Module):
         # The view gives strides that are multiples of C even where HW = 1; CUDA's kernels refuse others.
         shape = (len(x), 1, -1, x.shape[1])  # N 1 HW C
         q, k, v = (f(h).flatten(2).transpose(1, 2).contiguous().view(shape) for f in (self.q, self.k, self.v))
-        h = F.scaled_dot_product_attention(q, k, v)  # N 1 HW C
+        h = attention(q, k, v)  # N 1 HW C
         h = h.squeeze(1).transpose(1, 2).reshape(x.shape)  # N C H W
         return x + self.proj_out(h)
 
