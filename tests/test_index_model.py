@@ -166,7 +166,7 @@ def test_the_network_computes_in_integers(model):
         for layer in (f"first.{number}", "hidden", "out"):
             a = (a @ whole[f"{layer}.weight"][:, :, 0, 0].T + bias[f"{layer}.bias"]) >> 6
             a = a if layer == "out" else a.clamp(0, 255)
-        assert torch.equal(network(number, context).long(), a)
+        assert torch.equal(network(number, context).long(), a) and torch.equal(model.scores(number, context).long(), a)
         assert torch.equal(copy.deepcopy(network).double()(number, context).long(), a)
 
 
