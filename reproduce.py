@@ -24,7 +24,7 @@ import re
 import sys
 from pathlib import Path
 
-from coding.options import quality
+from coding.options import DECODERS, quality
 from utils.commandline import answer, command_line, command_parser, loading, number, positive
 
 QUALITIES = (0.0, 0.4, 20.0, 40.0, 60.0, 80.0, 100.0)
@@ -67,6 +67,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def releases(add) -> None:
     add("--weights", type=Path, nargs="+", metavar="DIR", help="release folders (default: the small one that ships)")
+    add(
+        "--decoder", choices=DECODERS, nargs="+", default=["full"], help="full: D (default); light: shown as NAME-light"
+    )
 
 
 def pictures(add) -> None:

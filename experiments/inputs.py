@@ -59,7 +59,8 @@ def checksum(path: Path) -> str:
 
 
 def releases_of(args: argparse.Namespace) -> dict[str, Codec]:
-    """The codecs of --weights by their folders' names, in the order in which they were given.
+    """The codecs of --weights by their folders' names, in the order in which they were given; for each of --decoder, and
+    `<name>-light` is that with the light one.
 
     Raises:
         DiffoError: two of one name. CheckpointError: as `load_release`.
@@ -67,7 +68,20 @@ def releases_of(args: argparse.Namespace) -> dict[str, Codec]:
     folders = {folder.resolve().name: folder for folder in args.weights or [SMALL]}
     if len(folders) < len(args.weights or folders):
         raise DiffoError("--weights: two releases of one folder name, which their rows would share; rename one")
-    return {name: load_release(folder, local_device(args.device)) for name, folder in folders.items()}
+    wanted = {
+        name + ("-light" if decoder == "light" else ""): (folder, decoder)
+        for name, folder in folders.items()
+        for decoder in args.decoder
+    }
+    return {
+        name: load_release(folder, local_device(args.device), decoder) for name, (folder, decoder) in wanted.items()
+    }
+
+
+def weights_of(codec: Codec) -> str:
+    """The weights that pictures were decoded with, in words: a row stands as long as they are the same."""
+    light = f", light decoder {codec.light.sha256[:8]}" if codec.light else ""
+    return f"weights {codec.fingerprint.hex()}{light}"
 
 
 def about(args: argparse.Namespace, releases: dict[str, Codec], **more: object) -> dict:

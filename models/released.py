@@ -8,6 +8,8 @@ autoencoder). Each holds exactly the published parameters under `state_dict`; al
             base_table   int32 (K,), or None before release
             index_model  absent without one: the network's integers
             residual     absent without one: state_dict, tables and densities, which training alone needs
+
+A fourth file, `light_model_<it>.pth`, is optional: released_light.py.
 """
 
 import json
@@ -24,6 +26,7 @@ from torch import Tensor
 from models.codec import Codec
 from models.index_model import IndexModel, IndexNetwork
 from models.records import CodecParams
+from models.released_light import load_light
 from models.residual_hyperprior import ResidualTables
 from utils import checkpoints
 from utils.config import build, load_mapping, to_mapping
@@ -37,6 +40,7 @@ RELEASES = Path(__file__).resolve().parents[1] / "weights"
 SMALL = RELEASES / "small"
 ABOUT = "release.json"
 
+APART = ("rate", "light")  # blocks of CodecParams that say nothing of the networks whose digests count
 ONLY_TRAINING = ("decay", "epsilon", "revive_below")  # parameters of networks that no fingerprint counts
 LATER = {"patch": 1, "shortcut": "none"}  # those that came after the first release count where they are not at this
 
@@ -76,6 +80,11 @@ class Triple:
         return cls.of(folder, found[0].stem.removeprefix("ema_model_"))
 
     @property
+    def light(self) -> Path:
+        """Where the light decoder is, if there is one."""
+        return self.unet.with_name(self.unet.name.replace("ema_", "light_", 1))
+
+    @property
     def files(self) -> dict[str, Path]:
         """The file that each network is in."""
         return vars(self) | {"residual": self.vq_base}
@@ -110,8 +119,9 @@ def save_triple(
     """
     for network in ("autoencoder", "unet"):
         checkpoints.save(getattr(triple, network), {"state_dict": states[network]})
+    networks = {name: value for name, value in to_mapping(params).items() if name != "light"}  # in a file of its own
     ours = {
-        "networks": json.dumps(to_mapping(params), sort_keys=True),
+        "networks": json.dumps(networks, sort_keys=True),
         "digests": digests_of(states),
         "base_table": None if table is None else torch.from_numpy(np.asarray(table, dtype=np.int32)),
     }
@@ -161,12 +171,14 @@ def fingerprint(codec: Codec, digests: dict[str, str]) -> bytes:
 
 
 def meaning(params: CodecParams) -> dict[str, Any]:
-    """Parameters that affect decoding; the rate's rule counts as a tensor. Old fingerprints hold: see `LATER`."""
+    """Parameters that the fingerprint names; the rate's rule counts as a tensor. Old ones hold: see `LATER`."""
     kept, usual = {}, to_mapping(CodecParams())
     for name, value in to_mapping(params).items():
-        if isinstance(value, dict) and name != "rate":
+        if name in APART:
+            continue
+        if isinstance(value, dict):
             kept[name] = {k: v for k, v in value.items() if k not in ONLY_TRAINING and (k, v) not in LATER.items()}
-        elif name != "rate" and value != usual[name]:
+        elif value != usual[name]:
             kept[name] = value
     return kept
 
@@ -314,13 +326,19 @@ def stored_params(text: str, path: str | Path) -> CodecParams:
         raise CheckpointError(f"{path}: what it says of its networks is damaged ({error})") from error
 
 
-def load_release(folder: str | Path, device: str | torch.device = "cpu") -> Codec:
+def load_release(folder: str | Path, device: str | torch.device = "cpu", decoder: str = "full") -> Codec:
     """The codec of a release folder; `coding.api.load_codec` puts it behind functions for any program.
 
+    Args:
+        decoder: `full`, D, or `light`, the light decoder in its place.
     Raises:
-        CheckpointError: no release there, or a damaged one.
+        CheckpointError: no release there, a damaged one, or one without the decoder.
     """
-    return load_triple(Triple.in_folder(folder), device=device)
+    triple = Triple.in_folder(folder)
+    codec = load_triple(triple, device=device)
+    if decoder == "light":
+        load_light(triple.light, codec, triple.light.with_name(ABOUT))
+    return codec
 
 
 def releases() -> dict[str, Path]:
