@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         DiffoError: an option is wrong, before any picture is restored; a picture cannot be read.
     """
-    releases, evaluator = releases_of(args), evaluator_of(args)
+    releases, evaluator = releases_of(args, args.decoder), evaluator_of(args)
     ways = {(name, RESTORED): (codec.autoencoder, codec.picture) for name, codec in releases.items()}
     made_from = {(name, RESTORED): weights_of(codec) for name, codec in releases.items()}
     for channels in sorted({codec.params.autoencoder.embed_dim for codec in releases.values()}) if args.fit else ():

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         DiffoError: an option is wrong, before anything is timed.
     """
-    releases = releases_of(args)
+    releases = releases_of(args, args.decoder)
     for name, codec in releases.items():
         at_quality(name, codec, args.quality)
     picture = (photographs(args.data) if args.data else demo_photographs())[0]
