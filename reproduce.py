@@ -24,7 +24,7 @@ import re
 import sys
 from pathlib import Path
 
-from coding.options import quality
+from coding.options import DECODERS, quality
 from utils.commandline import answer, command_line, command_parser, loading, number, positive
 
 QUALITIES = (0.0, 0.4, 20.0, 40.0, 60.0, 80.0, 100.0)
@@ -67,6 +67,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def releases(add) -> None:
     add("--weights", type=Path, nargs="+", metavar="DIR", help="release folders (default: the small one that ships)")
+
+
+def decoders(add) -> None:
+    add(
+        "--decoder", choices=DECODERS, nargs="+", default=["full"], help="full: D (default); light: shown as NAME-light"
+    )
 
 
 def pictures(add) -> None:
@@ -147,20 +153,24 @@ def page(add) -> None:
 
 
 COMMANDS = {
-    "rates": ("scores against the rate (Figs. 6, 8)", [releases, pictures, scores, qualities, others]),
-    "table1": ("BD-rate, parameters, seconds", [releases, pictures, scores, qualities, others, one_quality, clock]),
+    "rates": ("scores against the rate (Figs. 6, 8)", [releases, decoders, pictures, scores, qualities, others]),
+    "table1": (
+        "BD-rate, parameters, seconds",
+        [releases, decoders, pictures, scores, qualities, others, one_quality, clock],
+    ),
     "table2": ("releases by number of steps", [releases, pictures, scores, one_quality]),
     "branches": ("base branch, residual branch, both (Fig. 4)", [releases, pictures, scores, one_quality]),
     "eta": ("noise level by rate (Fig. 5)", [pictures, held_out, sweep]),
     "variance": ("variances in the latent (Fig. 9a)", [releases, pictures, qualities]),
     "ablation": ("finished ablations (Fig. 10)", [folders, reference, pictures, scores, one_quality]),
-    "ceiling": ("the image autoencoder alone, D(E(X))", [releases, pictures, scores, fitted]),
-    "artefacts": ("patterns, borders, colour casts, flat areas", [releases, pictures, scores, qualities]),
-    "timing": ("time and operations of every part", [releases, timed, sizes, one_quality, clock]),
+    "ceiling": ("the image autoencoder alone, D(E(X))", [releases, decoders, pictures, scores, fitted]),
+    "artefacts": ("patterns, borders, colour casts, flat areas", [releases, decoders, pictures, scores, qualities]),
+    "timing": ("time and operations of every part", [releases, decoders, timed, sizes, one_quality, clock]),
     "equal_bytes": ("two layers within base-only bytes", [releases, pictures, scores, rivals]),
 }
 SHARED = [
     releases,
+    decoders,
     pictures,
     scores,
     qualities,

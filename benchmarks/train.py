@@ -49,7 +49,7 @@ BATCHES = 8  # different ones, again and again
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = command_parser(__doc__)
     parser.add_argument("--config", default="configs/tiny.yaml", metavar="YAML")
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--stages", nargs="+", choices=STAGES, help="default: the configuration's")
     parser.add_argument("--options", nargs="+", choices=[*OPTIONS, OWN], default=["plain", OWN])
     parser.add_argument("--steps", type=positive, default=4, metavar="N", help="steps of a round (default: 4)")
     parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="rounds of each (default: 5)")
@@ -87,7 +87,7 @@ def bench(args: argparse.Namespace) -> None:
     device = distributed.local_device(args.device)
     config = load_config(args.config, args.overrides)
     print(f"{args.config}, {device}, {torch.get_num_threads()} threads")
-    for stage in args.stages:
+    for stage in args.stages or config.stages:
         print(f"{'stage ' + stage:18}{'pictures/s':>12}{'ratio':>8}{'peak MiB':>10}{'ratio':>8}", flush=True)
         first = None
         for name in args.options:

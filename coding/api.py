@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from coding import budget, ledger
+from coding.options import DECODERS
 from models.bitstream import VERSION, unpack
 from models.codec import Codec
 from models.released import SMALL, load_release
@@ -38,6 +39,7 @@ def load_codec(
     weights: str | os.PathLike[str] | None = None,
     device: str | torch.device = "cpu",
     max_pixels: int = MAX_PIXELS,
+    decoder: str = "full",
 ) -> "ImageCodec":
     """The codec of a release.
 
@@ -45,10 +47,14 @@ def load_codec(
         weights: release folder (`python -m release` makes one); None for the small one that ships.
         device: `cpu`, `cuda`, `cuda:N`, or `auto`, which takes CUDA where it is.
         max_pixels: pictures that have more, and files that claim more, are refused.
+        decoder: `full`, D, or `light`, the light decoder of a release that has one; files are the same.
     Raises:
-        CheckpointError: no release there, a damaged one, or files of several. DiffoError: no such device.
+        CheckpointError: no release there, a damaged one, files of several, or no light decoder. DiffoError: no such
+        device. ValueError: no such decoder.
     """
-    model = load_release(Path(weights or SMALL), local_device(str(device), "device"))
+    if decoder not in DECODERS:
+        raise ValueError(f"decoder {decoder!r}: {' or '.join(DECODERS)}")
+    model = load_release(Path(weights or SMALL), local_device(str(device), "device"), decoder)
     model.max_pixels = max_pixels
     return ImageCodec(model)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from utils.commandline import command_line, command_parser, number, positive
 from utils.limits import MAX_PIXELS
 
+DECODERS = ("full", "light")
 MODES = ("roundtrip", "compress", "decompress", "inspect")
 
 quality = number(float, lambda value: 0 <= value <= 100, "in 0 to 100")
@@ -67,6 +68,7 @@ def _add_coding(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=int, metavar="T", help="steps of the schedule that the weights were trained with")
     add("--eta", type=noise_level, metavar="ETA", help="noise level of the single step, instead of the rate's")
     add("--seed", type=noise_seed, metavar="N", help="noise seed, instead of the file's own")
+    add("--decoder", choices=DECODERS, default="full", help="full: D (the default); light: the release's light decoder")
     add = parser.add_argument
     add("--preview", action="store_true", help="the base alone, also of a file that was cut after it")
     add("--max_pixels", type=positive, default=MAX_PIXELS, metavar="N", help="refuse files that claim more pixels")
@@ -92,6 +94,8 @@ def _mistakes(args: argparse.Namespace) -> list[tuple[bool, str]]:
         (any(triple) and not all(triple), "--ckpt, --vqckpt and --GT_vqckpt belong together: name all three or none"),
         (any(triple) and args.weights, "--weights names a whole release: leave out --ckpt, --vqckpt and --GT_vqckpt"),
         (args.config and not any(triple), "--config goes with --ckpt, --vqckpt and --GT_vqckpt"),
+        (args.decoder == "light" and any(triple), "--decoder light is of a whole release: name it with --weights DIR"),
+        (args.decoder == "light" and not decodes, f"--mode {mode} decodes nothing: leave out --decoder"),
         (args.one_step and (args.infer_steps or 1) > 1, "--one_step and --infer_steps above 1 contradict each other"),
         (args.ancestral and (args.one_step or args.ddim), "--ancestral contradicts --one_step and --ddim"),
         (args.ancestral and not args.infer_steps, "--ancestral: say how many of the schedule's steps, --infer_steps N"),

@@ -50,7 +50,8 @@ class Weights:
         if args.ckpt:
             codec = load_triple(Triple(args.ckpt, args.vqckpt, args.GT_vqckpt), args.config, self.device)
         else:
-            codec = load_release(args.weights or (SMALL if self.fixed else release_of(fingerprint)), self.device)
+            folder = args.weights or (SMALL if self.fixed else release_of(fingerprint))
+            codec = load_release(folder, self.device, args.decoder)
         trained = codec.params.diffusion.steps
         if args.steps not in (None, trained):
             raise DiffoError(f"--steps {args.steps}: these weights were trained with a schedule of {trained} steps")
@@ -180,6 +181,7 @@ class Run:
         return {
             "weights": [codec.fingerprint.hex() for codec in self.weights.codecs.values()],
             "sampler": None if args.mode == "compress" else sampler,
+            "decoder": None if args.mode == "compress" else args.decoder,
             "device": str(self.device),
             "precision": args.precision,
             "threads": torch.get_num_threads(),

@@ -49,7 +49,7 @@ def commands(args: argparse.Namespace) -> Iterator[tuple[ModuleType, dict, str |
     """Each command's module, the options that are its own, and, where it cannot be run, what it lacks."""
     releases, pictures = releases_of(args), named_photographs(args.data, args.limit)
     evaluator_of(args)
-    rates.baselines_for(args, releases)
+    rates.baselines_for(args, releases_of(args, args.decoder))
     first = args.weights[:1] if args.weights else None
     for module in (rates, table1):
         yield module, {}, None

@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         DiffoError: an option is wrong, before anything is coded; a picture cannot be read.
     """
-    releases = releases_of(args)
+    releases = releases_of(args, args.decoder)
     variants = [v for name, codec in releases.items() for v in curve_of(name, codec, args.qualities)]
     means = measured(args, "pictures", releases, variants)
     if not is_main():

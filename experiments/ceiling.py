@@ -1,6 +1,7 @@
 """The image autoencoder alone, D(E(X)): no file can be better. Beside it, the best linear map of as many channels."""
 
 import argparse
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from coding.report import Row
 from experiments.coded import KEY, evaluator_of, fill, table_of
-from experiments.inputs import about, checksum, named_photographs, photographs, releases_of
+from experiments.inputs import about, checksum, named_photographs, photographs, releases_of, weights_of
 from experiments.summary import mean_of, write_summary
 from measuring.evaluator import Evaluator
 from models.autoencoder import Autoencoder, AutoencoderParams, fit_linear
@@ -27,15 +28,16 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         DiffoError: an option is wrong, before any picture is restored; a picture cannot be read.
     """
-    releases, evaluator = releases_of(args), evaluator_of(args)
-    networks = {(name, RESTORED): codec.autoencoder for name, codec in releases.items()}
-    made_from = {(name, RESTORED): f"weights {codec.fingerprint.hex()}" for name, codec in releases.items()}
+    releases, evaluator = releases_of(args, args.decoder), evaluator_of(args)
+    ways = {(name, RESTORED): (codec.autoencoder, codec.picture) for name, codec in releases.items()}
+    made_from = {(name, RESTORED): weights_of(codec) for name, codec in releases.items()}
     for channels in sorted({codec.params.autoencoder.embed_dim for codec in releases.values()}) if args.fit else ():
         point = (f"{channels} channels", COMPONENTS)
-        networks[point], made_from[point] = components(photographs(args.fit), channels), f"{channels}, {args.fit}"
+        network = components(photographs(args.fit), channels)
+        ways[point], made_from[point] = (network, network.decode), f"{channels}, {args.fit}"
     pictures = named_photographs(args.data, args.limit)
     with table_of(args, "pictures", releases) as table:
-        for point, network in networks.items():
+        for point, way in ways.items():
             jobs = []
             for name, path in pictures.items():
                 row: Row = dict(zip(KEY, (*point, name), strict=True))
@@ -43,9 +45,9 @@ def run(args: argparse.Namespace) -> None:
                 old = table.get(*point, name) or {}
                 row = old if old.get("made_from") == row["made_from"] else row
                 if not all(score in row for score in ("bytes", *evaluator.names)):
-                    jobs.append(partial(scored, network, path, evaluator, row))
+                    jobs.append(partial(scored, *way, path, evaluator, row))
             fill(table, jobs, " ".join(point))
-        means = [mean_of([table.get(*point, name) for name in pictures], evaluator.names) for point in networks]
+        means = [mean_of([table.get(*point, name) for name in pictures], evaluator.names) for point in ways]
     if is_main():
         means = [{key: mean.get(key) for key in mean if key not in ("reached", "half_size", "bytes")} for mean in means]
         title = f"The image autoencoder alone, {args.data.name}"
@@ -62,15 +64,17 @@ def components(pictures: list[Path], channels: int) -> Autoencoder:
 
 
 @torch.inference_mode()
-def restored(network: Autoencoder, image: Tensor) -> Tensor:
-    """D(E(X)) of uint8 (3, H, W), padded by edge values to whole cells."""
+def restored(network: Autoencoder, decode: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
+    """D(E(X)), D being `decode`, of uint8 (3, H, W), padded by edge values to whole cells."""
     height, width = image.shape[1:]
     device = network.quant_conv.weight.device
     padded = F.pad(to_signed(image)[None].to(device), (0, -width % CELL, 0, -height % CELL), mode="replicate")
-    return to_uint8(network(padded)[0, :, :height, :width].clamp(-1, 1)).cpu()
+    return to_uint8(decode(network.encode(padded))[0, :, :height, :width].clamp(-1, 1)).cpu()
 
 
-def scored(network: Autoencoder, path: Path, evaluator: Evaluator, row: Row) -> list[Row]:
+def scored(
+    network: Autoencoder, decode: Callable[[Tensor], Tensor], path: Path, evaluator: Evaluator, row: Row
+) -> list[Row]:
     """The row of one picture, with its scores; `bytes` is 0, since there is no file."""
     image = read_image(path)
-    return [row | {"bytes": 0} | evaluator(image, restored(network, image))]
+    return [row | {"bytes": 0} | evaluator(image, restored(network, decode, image))]

@@ -15,7 +15,7 @@ from coding.plan import STREAM
 from coding.report import Row
 from coding.table import Table
 from experiments.baselines import BASELINES, Baseline
-from experiments.inputs import about, checksum, named_photographs
+from experiments.inputs import about, checksum, named_photographs, weights_of
 from experiments.patch_distances import add_distances
 from experiments.summary import mean_of
 from measuring.evaluator import Evaluator
@@ -54,7 +54,7 @@ class Variant:
 
     @property
     def made_from(self) -> str:
-        return f"weights {self.model.fingerprint.hex()}, {self.setting}"
+        return f"{weights_of(self.model)}, {self.setting}"
 
 
 def evaluator_of(args: argparse.Namespace) -> Evaluator:

@@ -10,7 +10,7 @@ from coding.plan import STREAM
 from coding.report import Row
 from experiments.baselines import Coded
 from experiments.coded import Coding, Variant, at, evaluator_of, table_of
-from experiments.inputs import about, named_photographs, releases_of
+from experiments.inputs import about, named_photographs, releases_of, weights_of
 from experiments.summary import draw_bars, mean_of, write_summary
 from measuring.scores import SCORES
 from models.codec import Codec
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
     with table_of(args, "pictures", releases | rivals) as table:
         coding = Coding(table, pictures, args.out_path, evaluator)
         coding.code(variants)
-        coding.match([TwoLayers(ours)], variants, f"weights {ours.fingerprint.hex()}, ")
+        coding.match([TwoLayers(ours)], variants, f"{weights_of(ours)}, ")
         means = []
         for rival in rivals:
             sides = coding.rows(BASE, rival), coding.rows(OURS, at(rival))

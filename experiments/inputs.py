@@ -58,16 +58,31 @@ def checksum(path: Path) -> str:
     return f"{zlib.crc32(path.read_bytes()):08x}"
 
 
-def releases_of(args: argparse.Namespace) -> dict[str, Codec]:
+def releases_of(args: argparse.Namespace, decoders: Sequence[str] = ("full",)) -> dict[str, Codec]:
     """The codecs of --weights by their folders' names, in the order in which they were given.
 
+    Args:
+        decoders: each release with each of them; `<name>-light` is the one with its light decoder.
     Raises:
         DiffoError: two of one name. CheckpointError: as `load_release`.
     """
-    folders = {folder.resolve().name: folder for folder in args.weights or [SMALL]}
-    if len(folders) < len(args.weights or folders):
+    folders = args.weights or [SMALL]
+    wanted = {
+        folder.resolve().name + ("-light" if decoder == "light" else ""): (folder, decoder)
+        for folder in folders
+        for decoder in decoders
+    }
+    if len(wanted) < len(folders) * len(set(decoders)):
         raise DiffoError("--weights: two releases of one folder name, which their rows would share; rename one")
-    return {name: load_release(folder, local_device(args.device)) for name, folder in folders.items()}
+    return {
+        name: load_release(folder, local_device(args.device), decoder) for name, (folder, decoder) in wanted.items()
+    }
+
+
+def weights_of(codec: Codec) -> str:
+    """The weights that pictures were decoded with, in words: a row stands as long as they are the same."""
+    light = f", light decoder {codec.light.sha256[:8]}" if codec.light else ""
+    return f"weights {codec.fingerprint.hex()}{light}"
 
 
 def about(args: argparse.Namespace, releases: dict[str, Codec], **more: object) -> dict:

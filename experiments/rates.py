@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         DiffoError: an option is wrong, before anything is coded; a picture cannot be read.
     """
-    releases = releases_of(args)
+    releases = releases_of(args, args.decoder)
     means = points(args, releases)
     if not is_main():
         return

@@ -23,7 +23,7 @@ NETWORKS = (
     ("residual", "_mean", "residual codec, m_s: mean of every symbol"),
     ("residual", "restore", "residual codec, g_s: symbols to residual r^"),
     ("", "denoise", "U: denoiser, one step"),
-    ("autoencoder", "decode", "D: image decoder, latent x^ to picture"),
+    ("", "picture", "D: image decoder, latent x^ to picture"),
 )
 PASSES = [("index_model", name, "index model: indices in passes, in exact integers") for name in ("encode", "decode")]
 CODER = ("encode_indices", "encode_symbols", "decode_indices", "decode_symbols")

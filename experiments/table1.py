@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         DiffoError: an option is wrong, before anything is coded.
     """
-    releases = releases_of(args)
+    releases = releases_of(args, args.decoder)
     for name, codec in releases.items():
         at_quality(name, codec, args.quality)
     means = points(args, releases)

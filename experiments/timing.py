@@ -23,7 +23,7 @@ from coding.report import Row
 from coding.table import Table
 from datapipe.sources import demo_photographs
 from experiments.coded import at_quality, table_of
-from experiments.inputs import about, checksum, photographs, releases_of
+from experiments.inputs import about, checksum, photographs, releases_of, weights_of
 from experiments.stopwatch import READ, REST, WRITE, Stopwatch, seconds
 from experiments.summary import draw_bars, write_summary
 from models.codec import Codec
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         DiffoError: an option is wrong, before anything is timed.
     """
-    releases = releases_of(args)
+    releases = releases_of(args, args.decoder)
     for name, codec in releases.items():
         at_quality(name, codec, args.quality)
     picture = (photographs(args.data) if args.data else demo_photographs())[0]
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
 
 def made_from(codec: Codec, picture: Path, args: argparse.Namespace) -> str:
     """All that times hang on, but for the machine."""
-    made = f"weights {codec.fingerprint.hex()}, quality {args.quality:g}, {args.precision}, {args.repeats} repeats, "
+    made = f"{weights_of(codec)}, quality {args.quality:g}, {args.precision}, {args.repeats} repeats, "
     return made + f"{codec.device}, {torch.get_num_threads()} threads, picture {checksum(picture)}"
 
 

@@ -23,6 +23,7 @@ from models.autoencoder import Autoencoder
 from models.bitstream import CELL, CodedPicture, CodedResidual
 from models.diffusion import Denoiser, Schedule
 from models.index_model import IndexModel
+from models.light import LightDecoder
 from models.noise import portable_noise
 from models.records import ONE_STEP, Analysed, CodecOutput, CodecParams, Contents, Decoded, Draws, Sampling
 from models.residual_hyperprior import LEVEL_CODES, ResidualHyperprior, Symbols
@@ -40,6 +41,7 @@ class Codec(nn.Module):
 
     Attributes:
         residual: the residual codec, or None.
+        light: decodes pictures in D's place; None where D does.
         max_pixels: files that claim more are refused before anything is allocated.
         base_table: integer frequency table of the base indices, int32 (K,), learnt at release; None before.
         index_model: codes the base indices in passes, fitted at release; None without one.
@@ -56,6 +58,7 @@ class Codec(nn.Module):
             self.unet.start_silent()
         sizes = params.autoencoder.embed_dim, params.vq_base.codebook_size
         self.residual = ResidualHyperprior(params.residual, *sizes) if params.residual else None
+        self.light = LightDecoder(params.light, params.autoencoder.embed_dim) if params.light else None
         self.schedule = Schedule.exponential(params.diffusion)
         self.rate = params.rate
         self.max_pixels = MAX_PIXELS
@@ -287,10 +290,14 @@ class Codec(nn.Module):
         file = contents.file
         y_hat, z_q = self.known(contents)
         x_hat, eta = self.denoise(y_hat, z_q, file, sampling)
-        image = self.autoencoder.decode(x_hat)[0, :, : file.height, : file.width]
+        image = self.picture(x_hat)[0, :, : file.height, : file.width]
         if not image.isfinite().all():
             raise BitstreamError("the decoded picture is not finite: these weights or this precision cannot decode it")
         return Decoded(to_uint8(image.float().cpu()), eta)
+
+    def picture(self, x_hat: Tensor) -> Tensor:
+        """X^ = D(x^), or the light decoder's: N x d x h x w -> N x 3 x 16h x 16w, unclamped."""
+        return (self.light or self.autoencoder.decode)(x_hat)
 
     def known(self, contents: Contents) -> tuple[Tensor, Tensor]:
         """y^ = y + r^, 1 x d x h x w, and z_q, 1 x d_q x h x w: what a file tells of the latent."""

@@ -8,6 +8,7 @@ from torch import Tensor
 from models.autoencoder import AutoencoderParams
 from models.bitstream import CELL, CodedPicture
 from models.diffusion import DiffusionParams, RateParams
+from models.light import LightParams
 from models.residual_hyperprior import Symbols
 from models.residual_networks import ResidualParams
 from models.unet import UNetParams
@@ -25,6 +26,7 @@ class CodecParams:
         prediction: `latent`, x^ = U(...) as published, or `correction`, x^ = y^ + U(...), where training starts from y^
             and what the residual sends need not pass through the denoiser.
         detail_branch: False puts 0 for y^ in x~. perceptual_branch: False puts 0 for lq (the paper's Figs. 4 and 10).
+        light: the light decoder, while stage `light` trains it; released, it lies in a file of its own.
     """
 
     autoencoder: AutoencoderParams = field(default_factory=AutoencoderParams)
@@ -37,6 +39,7 @@ class CodecParams:
     prediction: Literal["latent", "correction"] = "latent"
     detail_branch: bool = True
     perceptual_branch: bool = True
+    light: LightParams | None = None
 
     def __post_init__(self):
         ae, vq, unet = self.autoencoder, self.vq_base, self.unet

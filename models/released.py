@@ -8,6 +8,8 @@ autoencoder). Each holds exactly the published parameters under `state_dict`; al
             base_table   int32 (K,), or None before release
             index_model  absent without one: the network's integers
             residual     absent without one: state_dict, tables and densities, which training alone needs
+
+A fourth file, `light_model_<it>.pth`, is optional: released_light.py.
 """
 
 import json
@@ -23,6 +25,7 @@ from torch import Tensor
 from models.codec import Codec
 from models.index_model import IndexModel, IndexNetwork
 from models.records import CodecParams
+from models.released_light import load_light
 from models.residual_hyperprior import ResidualTables
 from models.stated import meaning, params_of, require_same
 from utils import checkpoints
@@ -73,6 +76,11 @@ class Triple:
         return cls.of(folder, found[0].stem.removeprefix("ema_model_"))
 
     @property
+    def light(self) -> Path:
+        """Where the light decoder is, if there is one."""
+        return self.unet.with_name(self.unet.name.replace("ema_", "light_", 1))
+
+    @property
     def files(self) -> dict[str, Path]:
         """The file that each network is in."""
         return vars(self) | {"residual": self.vq_base}
@@ -107,8 +115,9 @@ def save_triple(
     """
     for network in ("autoencoder", "unet"):
         checkpoints.save(getattr(triple, network), {"state_dict": states[network]})
+    networks = {name: value for name, value in to_mapping(params).items() if name != "light"}  # in a file of its own
     ours = {
-        "networks": json.dumps(to_mapping(params), sort_keys=True),
+        "networks": json.dumps(networks, sort_keys=True),
         "digests": digests_of(states),
         "base_table": None if table is None else torch.from_numpy(np.asarray(table, dtype=np.int32)),
     }
@@ -271,13 +280,19 @@ def start_from_release(folder: str | Path, codec: Codec) -> list[str]:
     return told
 
 
-def load_release(folder: str | Path, device: str | torch.device = "cpu") -> Codec:
+def load_release(folder: str | Path, device: str | torch.device = "cpu", decoder: str = "full") -> Codec:
     """The codec of a release folder; `coding.api.load_codec` puts it behind functions for any program.
 
+    Args:
+        decoder: `full`, D, or `light`, the light decoder in its place.
     Raises:
-        CheckpointError: no release there, or a damaged one.
+        CheckpointError: no release there, a damaged one, or one without the decoder.
     """
-    return load_triple(Triple.in_folder(folder), device=device)
+    triple = Triple.in_folder(folder)
+    codec = load_triple(triple, device=device)
+    if decoder == "light":
+        load_light(triple.light, codec, triple.light.with_name(ABOUT))
+    return codec
 
 
 def releases() -> dict[str, Path]:

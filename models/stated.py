@@ -9,6 +9,7 @@ from utils.checkpoints import first_of
 from utils.config import build, load_mapping, to_mapping
 from utils.errors import CheckpointError
 
+APART = ("rate", "light")  # blocks of CodecParams that say nothing of the networks whose digests count
 ONLY_TRAINING = ("decay", "epsilon", "revive_below")  # parameters of networks that no fingerprint counts
 LATER = {"patch": 1, "shortcut": "none"}  # those that came after the first release count where they are not at this
 
@@ -17,9 +18,11 @@ def meaning(params: CodecParams) -> dict[str, Any]:
     """Parameters that affect decoding; the rate's rule counts as a tensor. Old fingerprints hold: see `LATER`."""
     kept, usual = {}, to_mapping(CodecParams())
     for name, value in to_mapping(params).items():
-        if isinstance(value, dict) and name != "rate":
+        if name in APART:
+            continue
+        if isinstance(value, dict):
             kept[name] = {k: v for k, v in value.items() if k not in ONLY_TRAINING and (k, v) not in LATER.items()}
-        elif name != "rate" and value != usual[name]:
+        elif value != usual[name]:
             kept[name] = value
     return kept
 

@@ -2,7 +2,10 @@
 
 Last, a small network is fitted to the indices that were counted: with it, indices take far fewer bits (models/index_model.py).
 
+A run of stage light gives its light decoder to a release that is there, the one that it was distilled from.
+
 python -m release runs/tiny weights/mine --data pictures/
+python -m release runs/light weights/mine
 """
 
 import argparse
@@ -14,6 +17,7 @@ from models.codec import Codec
 from models.released import NAMES, NETWORKS, Triple, assembled, load_triple
 from models.stated import stored_params
 from release import index_model
+from release.light import add_light
 from release.making import COUNTED, require_empty, round_to_half, write_release
 from release.tables import BATCH, count
 from training.checkpointing import AVERAGES, BEST, CHECKPOINTS
@@ -27,7 +31,9 @@ from utils.errors import CheckpointError
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = command_parser(__doc__, "python -m release")
     parser.add_argument("run", type=Path, help="run folder of main_diffusion_train_vq.py")
-    parser.add_argument("out", type=Path, help="release folder, for instance weights/mine")
+    parser.add_argument(
+        "out", type=Path, help="release folder, for instance weights/mine; of stage light, one that is there"
+    )
     parser.add_argument("--iteration", metavar="N", help="or `best` by validation (default: the newest)")
     parser.add_argument("--data", metavar="PATH", help="training pictures as for training (default: the run's)")
     parser.add_argument("--crops", type=positive, default=COUNTED, metavar="N", help=f"to count (default {COUNTED})")
@@ -43,9 +49,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def candidates(run: Path) -> dict[str, Triple | Path]:
-    """All that a run has saved of stage codec, by iteration: the averaged triple, or else the checkpoint."""
-    found = {path.stem.removeprefix("codec_"): path for path in (run / CHECKPOINTS).glob("codec_*.pth")}
+def candidates(run: Path, stage: str) -> dict[str, Triple | Path]:
+    """All that a run has saved of a stage, by iteration: the averaged triple, or else the checkpoint."""
+    found = {path.stem.removeprefix(f"{stage}_"): path for path in (run / CHECKPOINTS).glob(f"{stage}_*.pth")}
     for path in (run / AVERAGES).glob(NAMES["unet"].format("*")):
         triple = Triple.of(path.parent, iteration := path.stem.removeprefix("ema_model_"))
         if all(file.is_file() for file in vars(triple).values()):
@@ -53,25 +59,25 @@ def candidates(run: Path) -> dict[str, Triple | Path]:
     return {iteration: source for iteration, source in found.items() if iteration.isdecimal()}
 
 
-def chosen(run: Path, iteration: str | None) -> tuple[int, Triple | Path]:
+def chosen(run: Path, iteration: str | None, stage: str = "codec") -> tuple[int, Triple | Path]:
     """The iteration that is asked for (a number, `best`, or None for the newest) and where its averages are.
 
     Raises:
         CheckpointError: there is none, or no such one.
     """
-    found = candidates(run)
+    found = candidates(run, stage)
     if iteration == "best":
         best = checkpoints.read_json(run / BEST) if (run / BEST).is_file() else {}
-        if best.get("stage") != "codec":
-            raise CheckpointError(f"{run}: no validation of stage codec has chosen one (validation.folder=DIR)")
+        if best.get("stage") != stage:
+            raise CheckpointError(f"{run}: no validation of stage {stage} has chosen one (validation.folder=DIR)")
         iteration = str(best["step"])
     elif iteration is None:
         iteration = max(found, key=int, default=None)
     if not found:
-        raise CheckpointError(f"{run}: no checkpoint of stage codec; it has not saved yet")
+        raise CheckpointError(f"{run}: no checkpoint of stage {stage}; it has not saved yet")
     if iteration not in found:
         there = ", ".join(sorted(found, key=int))
-        raise CheckpointError(f"{run}: no checkpoint of stage codec, iteration {iteration}; there are: {there}")
+        raise CheckpointError(f"{run}: no checkpoint of stage {stage}, iteration {iteration}; there are: {there}")
     return int(iteration), found[iteration]
 
 
@@ -91,9 +97,12 @@ def averaged(path: Path) -> Codec:
 
 
 def release(args: argparse.Namespace) -> None:
+    config = load_config(str(args.run / RUN_CONFIG), values=data_options(args.data) if args.data else {})
+    if config.stages == ("light",):
+        print(json.dumps(add_light(args.out, *chosen(args.run, args.iteration, "light")), indent=1))
+        return
     require_empty(args.out)
     device = local_device(args.device)
-    config = load_config(str(args.run / RUN_CONFIG), values=data_options(args.data) if args.data else {})
     iteration, source = chosen(args.run, args.iteration)
     codec = load_triple(source, densities=True) if isinstance(source, Triple) else averaged(source)
     round_to_half(codec)

@@ -22,7 +22,15 @@ EXACT = {
     "vq_base": ("quantize.embedding.",),
     "residual": ("scale_network.", "log_gain", "median", DENSITIES),
 }  # stored as they are
-WRITTEN = ("fingerprint", "iteration", "levels", "c", "sha256", "bytes")  # entries that write_release makes
+WRITTEN = (
+    "fingerprint",
+    "iteration",
+    "levels",
+    "c",
+    "sha256",
+    "bytes",
+    "light",
+)  # entries that are of one release alone
 STARTS = ("autoencoder", "vq_base", "unet", "release")  # keys of a configuration that name earlier weights
 COUNTED = 2048  # crops whose indices are counted by default
 

@@ -20,7 +20,9 @@ def pictures(tmp_path):
 
 def test_the_ceiling_goes_on_with_a_score_more_and_sees_a_changed_picture(release, pictures, tmp_path, monkeypatch):
     out, restored = tmp_path / "out", []
-    monkeypatch.setattr("experiments.ceiling.restored", lambda network, image: restored.append(image) or image // 2)
+    monkeypatch.setattr(
+        "experiments.ceiling.restored", lambda network, decode, image: restored.append(image) or image // 2
+    )
     command = ["ceiling", "--weights", release, "--data", pictures, "-o", out, "--metrics"]
     assert reproduce(*command, "psnr") == 0 and len(restored) == 2
     assert reproduce(*command, "psnr") == 0 and len(restored) == 2

@@ -81,19 +81,20 @@ class Checkpoints:
         checkpoints.save(self.path(point), {"stage": point.stage, "step": point.step} | content)
 
     def save_averages(self, point: Point, averages: dict[str, dict[str, Tensor]], params: CodecParams) -> None:
-        """Write averaged weights, state dicts by network, under the published names; in stage `gt` the autoencoder alone."""
+        """Write averaged weights, state dicts by network, under the published names; in stage `gt` the autoencoder alone,
+        in stage `light`, whose decoder has no published name, nothing."""
         if point.stage == "gt":
             (path,) = self._averages(point)
             make_folder(path.parent)
             checkpoints.save(path, {"state_dict": averages["autoencoder"]})
-        else:
+        elif point.stage == "codec":
             save_triple(Triple.of(make_folder(self.folder / AVERAGES), point.step), averages, params)
 
     def _averages(self, point: Point) -> list[Path]:
         """Files of a point's averages, there or not."""
         if point.stage == "gt":  # apart: D may go on learning in stage codec, which counts its iterations anew
             return [Triple.of(self.folder / AVERAGES / "gt", point.step).autoencoder]
-        return list(vars(Triple.of(self.folder / AVERAGES, point.step)).values())
+        return [] if point.stage == "light" else list(vars(Triple.of(self.folder / AVERAGES, point.step)).values())
 
     def prune(self, best: dict | None) -> None:
         """Remove all but the last few of the present stage, its best and the last of every earlier stage.

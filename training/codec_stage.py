@@ -1,19 +1,18 @@
 """Stage `codec`: VQ base, residual codec and UNet together."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from datapipe.draws import REVIVAL, DrawParams, generator
 from datapipe.pictures import Batch
-from models.bitstream import CELL
 from models.codec import Codec
 from models.losses import commitment, distortion
 from models.records import CodecOutput, Draws
 from models.vq_base import perplexity
+from training.coded_stage import CodedStage
 from training.config import CodecStageParams, TrainConfig
-from training.stage import Evaluated, Stage
 from utils import distributed
 from utils.ema import Ema
 
@@ -46,7 +45,7 @@ class Usage:
     dead: Tensor
 
 
-class CodecStage(Stage):
+class CodecStage(CodedStage):
     """Stage `codec`: L = w_d |X - X^|^2 + w_p LPIPS(X, X^) + beta |sg(z_q) - VQ-E(x)|^2 + lambda_g R (DiffO, Eq. 10).
 
     Averages of the assigned vectors replace Eq. 10's code-book term; R is the residual's rate in bits per pixel.
@@ -70,6 +69,8 @@ class CodecStage(Stage):
             for part in codec.autoencoder.decoding():
                 part.requires_grad_(True)
             self.shares = {"autoencoder.": p.train_decoder}
+        else:
+            self.frozen = ("autoencoder",)
         self.factors = (self.shared_factors() if p.decodes else {}) | {"commitment": p.commitment}
         if p.latent_weight:
             self.factors["latent"] = p.latent_weight
@@ -98,18 +99,11 @@ class CodecStage(Stage):
         share = (level.clamp(min=1) - 1) / (self.codec.params.residual.levels - 1)
         return first * (last / first) ** share
 
+    def decoded(self, image: Tensor, draws: Draws) -> CodecOutput:
+        return self.codec(image, draws)
+
     def draw_params(self, height: int, width: int) -> DrawParams:
-        p, params, residual = self.params, self.codec.params, self.codec.residual
-        h, w = height // CELL, width // CELL
-        return DrawParams(
-            latent=(params.autoencoder.embed_dim, h, w),
-            steps=params.diffusion.steps,
-            last_step_share=p.last_step_share,
-            decoder_input=p.forward == "decoder",
-            base_only_share=p.base_only_share,
-            levels=residual.params.levels if residual else 0,
-            uniforms=residual.noise_size(h, w) if residual else 0,
-        )
+        return self.coded_draws(height, width, self.params.last_step_share, self.params.forward == "decoder")
 
     @torch.no_grad()
     def remark(self, batch: Batch) -> str | None:
@@ -162,29 +156,3 @@ class CodecStage(Stage):
             by_level.setdefault(level, []).append(bpp)
         nominal = self.codec.nominal_bpp
         return {f"bpp_level_{level:.0f}": nominal + sum(bpp) / len(bpp) for level, bpp in by_level.items()}
-
-    @torch.no_grad()
-    def evaluate(self, image: Tensor, position: int) -> Evaluated:
-        """One picture of validation, decoded as a file is: in one step from y^ and noise that belongs to the position,
-        from the base alone and at the highest level. Rates are the model's: the base at fixed length, the residual by
-        its densities.
-        """
-        levels = [0.0] if self.codec.residual is None else [0.0, float(self.codec.residual.params.levels)]
-        batch = Batch(
-            image.expand(len(levels), -1, -1, -1),
-            torch.tensor([position] * len(levels)),
-            self.drawn([position] * len(levels), image.shape[2:]),
-        ).to(self.device)
-        draws = Draws(**batch.draws)
-        last = replace(
-            draws,
-            t=torch.full_like(draws.t, self.codec.params.diffusion.steps - 1),
-            spread=torch.ones_like(draws.spread),
-            decoder_input=torch.ones_like(draws.decoder_input),
-            level=None if draws.level is None else draws.level.new_tensor(levels),
-        )
-        out = self.codec(batch.image, last)
-        bpp = (self.codec.nominal_bpp + out.residual_bpp.double()).tolist()
-        shown = {f"_level_{g:.0f}": (out.image[i : i + 1], bpp[i]) for i, g in enumerate(levels)}
-        given = replace(batch, draws=batch.draws | ({} if last.level is None else {"level": last.level}))
-        return Evaluated(self.losses(out, given)["loss"].item(), shown)

@@ -37,7 +37,7 @@ class AdversaryParams:
 
 @dataclass(frozen=True)
 class StageParams:
-    """Settings that both stages have.
+    """Settings that all stages have.
 
     Attributes:
         iterations: updates, if `minutes` is None. minutes: otherwise the stage ends after so long by the clock, all its
@@ -183,6 +183,39 @@ class CodecStageParams(StageParams):
 
 
 @dataclass(frozen=True)
+class LightStageParams(StageParams):
+    """Stage `light`: the light decoder, distilled from the D of a release.
+
+    Attributes:
+        teacher_weight: of the squared error to D's picture of the same latent. distortion_weight: of that to the
+            original; chroma_weight and perceptual terms are of the original too.
+        clean_share: of samples whose latent is E(X); the others' is the codec's own x^, as a file gives it.
+        base_only_share: of samples that are coded at level 0. The others' levels are drawn between the first and the last.
+        statistics: crops that the linear map is fitted to before the first step.
+    """
+
+    iterations: int = 20_000
+    optim: OptimParams = field(default_factory=OptimParams)
+    perceptual: Factors = field(default_factory=lambda: {"lpips": 0.2})
+    teacher_weight: float = 1.0
+    distortion_weight: float = 0.8
+    chroma_weight: float = 0.0
+    clean_share: float = 0.25
+    base_only_share: float = 0.2
+    statistics: int = 256
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("clean_share", "base_only_share"):
+            require(0 <= getattr(self, name) <= 1, f"{name} {getattr(self, name)}: in [0, 1]")
+        require_from(0, self, "teacher_weight", "distortion_weight", "chroma_weight")
+        require_from(1, self, "statistics")
+        factors = (self.teacher_weight, self.distortion_weight, self.chroma_weight, self.adversary.weight)
+        told = "distortion_weight, chroma_weight, perceptual and adversary.weight are all 0"
+        require(any((*factors, *self.perceptual.values())), f"teacher_weight, {told}")
+
+
+@dataclass(frozen=True)
 class ValidationParams:
     """Scores on pictures that are not trained on, with the averaged weights; the best checkpoint is chosen by them.
 
@@ -211,7 +244,8 @@ class TrainConfig:
         name: folder of the run, below --save_dir. seed: of initial weights, data order and noise, from 0.
         stages: run in this order. autoencoder: GT checkpoint to start from; without it, stage gt comes first.
         vq_base, unet: checkpoints whose published parameters stage codec starts from; without them, from nothing.
-        release: folder of a release that training goes on from, with residual codec and densities.
+        release: folder of a release that training goes on from, with residual codec and densities; stage light, which
+            stands alone, leaves all of it as it is.
         networks: sizes, schedule and rate modulation.
         log_every: iterations between logged scalars. save_every: between checkpoints. picture_every: between
             TensorBoard pictures.
@@ -222,7 +256,7 @@ class TrainConfig:
 
     name: str = "diffo"
     seed: int = 0
-    stages: tuple[Literal["gt", "codec"], ...] = ("gt", "codec")
+    stages: tuple[Literal["gt", "codec", "light"], ...] = ("gt", "codec")
     autoencoder: str | None = None
     vq_base: str | None = None
     unet: str | None = None
@@ -231,6 +265,7 @@ class TrainConfig:
     data: DataParams = field(default_factory=DataParams)
     gt: GtParams = field(default_factory=GtParams)
     codec: CodecStageParams = field(default_factory=CodecStageParams)
+    light: LightStageParams = field(default_factory=LightStageParams)
     speed: SpeedParams = field(default_factory=SpeedParams)
     validation: ValidationParams = field(default_factory=ValidationParams)
     log_every: int = 50
@@ -241,11 +276,15 @@ class TrainConfig:
 
     def __post_init__(self):
         allowed = [("gt",), ("gt", "codec")] + ([("codec",)] if self.autoencoder or self.release else [])
+        allowed += [("light",)] if self.release else []
         require(
             self.stages in allowed,
             f"stages {list(self.stages)}: [gt], [gt, codec], or [codec] with an image autoencoder to start from "
-            "(autoencoder: path of a GT_vq_model_<it>.pth.tar, or release: folder)",
+            "(autoencoder: path of a GT_vq_model_<it>.pth.tar, or release: folder), or [light] with a release: folder",
         )
+        light = "light" in self.stages
+        told = f"stages {list(self.stages)}: networks.light is what stage light trains, and no other"
+        require(light == (self.networks.light is not None), told)
         require(0 <= self.seed < 2**63, f"seed {self.seed}: from 0 up, below 2^63")
         single = [name for name in ("autoencoder", "vq_base", "unet") if getattr(self, name)]
         require(not (self.release and single), f"release is a whole codec: leave out {', '.join(single)}")

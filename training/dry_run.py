@@ -63,7 +63,7 @@ def surroundings(config: TrainConfig) -> str:
 def counts(codec: Codec, step: Step) -> str:
     """Table of parameters per network: those that the stage trains, and the others."""
     critic = step.adversary and step.adversary.discriminator
-    networks = {name: getattr(codec, name) for name in NETWORKS} | {"discriminator": critic}
+    networks = {name: getattr(codec, name) for name in (*NETWORKS, "light")} | {"discriminator": critic}
     rows = [f"{'network':<16}{'trainable':>14}{'frozen':>14}"]
     owned = {id(p) for p in step.stage.trained.parameters()} | {id(p) for p in parameters(critic)}
     for name, network in networks.items():

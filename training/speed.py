@@ -126,5 +126,7 @@ def _large_networks(network: nn.Module) -> list[nn.Module]:
     if isinstance(network, Autoencoder):
         return [network.encoder, network.decoder]
     if isinstance(network, Codec):
-        return [*_large_networks(network.autoencoder), network.vq_base.encoder, network.vq_base.decoder, network.unet]
+        own = [network.light] if network.light else []
+        coded = [network.vq_base.encoder, network.vq_base.decoder, network.unet]
+        return [*_large_networks(network.autoencoder), *coded, *own]
     return []

@@ -50,6 +50,7 @@ class Stage(ABC):
         begins, finishes: a pass over pictures comes before its first step (`begin`), or after its last (`finish`), which
             cannot be taken back.
         network: computes the forward pass, under DDP. trained: the networks that learn and are averaged.
+        frozen: networks of the codec that a checkpoint keeps beside those that learn.
         last_layer: weight that the adversary's adaptive factor is measured at.
         factors: of the terms in the loss, L = sum of factor x term.
         shares: of the learning rate, by the start of a parameter's name in `network`; 1 elsewhere.
@@ -60,6 +61,7 @@ class Stage(ABC):
     begins = False
     network: nn.Module
     trained: nn.Module
+    frozen: tuple[str, ...] = ()
     last_layer: nn.Parameter
     factors: dict[str, float]
     shares: dict[str, float] = {}
@@ -71,13 +73,13 @@ class Stage(ABC):
         self.speed.prepare(self.perceptual)
 
     def shared_factors(self) -> dict[str, float]:
-        """Factors of the terms that both stages have."""
+        """Factors of the terms that all stages have."""
         p = self.params
         factors = {"distortion": p.distortion_weight, "chroma": p.chroma_weight} | p.perceptual
         return {name: factor for name, factor in factors.items() if factor or name == "distortion"}
 
     def shared_terms(self, image: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Terms of a picture and its original that both stages have, but for the distortion."""
+        """Terms of a picture and its original that all stages have, but for the distortion."""
         terms = {name: term(image, target) for name, term in self.perceptual.items()}
         return terms | ({"chroma": chroma_distortion(image, target)} if self.params.chroma_weight else {})
 

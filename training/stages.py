@@ -2,5 +2,6 @@
 
 from training.codec_stage import CodecStage
 from training.gt_stage import GtStage
+from training.light_stage import LightStage
 
-STAGES = {stage.name: stage for stage in (GtStage, CodecStage)}
+STAGES = {stage.name: stage for stage in (GtStage, CodecStage, LightStage)}

@@ -14,6 +14,7 @@ import yaml
 from tqdm import tqdm
 
 from datapipe.pictures import Batch, Pictures, stream
+from models.released import NETWORKS
 from models.stated import require_same, stored_params
 from training.checkpointing import Checkpoints, Point, is_run
 from training.config import RUN_CONFIG, TrainConfig
@@ -232,9 +233,7 @@ class Trainer:
             "position": self.position,
             "seconds": progress.seconds,
         }
-        if "autoencoder" not in content["codec"]:  # frozen: its own average
-            content["autoencoder"] = self.codec.autoencoder.state_dict()
-        return content
+        return content | {name: getattr(self.codec, name).state_dict() for name in stage.frozen}
 
     def _save(self, step: Step, progress: Progress, better: bool = False, finished: bool = False) -> None:
         """Write a checkpoint, then remove those that need not stay; every rank waits for it.
@@ -249,7 +248,7 @@ class Trainer:
             point, content = Point(step.stage.name, progress.step), self._content(step, progress)
             try:
                 if better or finished:  # first: a run that is killed in between has no checkpoint without its averages
-                    frozen = {"autoencoder": content["autoencoder"]} if "autoencoder" in content else {}
+                    frozen = {name: content[name] for name in step.stage.frozen}  # each its own average
                     self.checkpoints.save_averages(point, content["averages"] | frozen, self.config.networks)
                 self.checkpoints.save(point, content | {"finished": finished})
                 self.checkpoints.prune(self.best)
@@ -298,7 +297,7 @@ class Trainer:
         if saved["stage"] == "gt":  # what stage codec starts from is not in it
             start_from(replace(self.config, autoencoder=None, stages=("gt",)), self.codec)
         require_same(self.config.networks, stored_params(saved["networks"], where), f"{where}: of other networks")
-        frozen = {"autoencoder": saved["autoencoder"]} if "autoencoder" in saved else {}
+        frozen = {name: saved[name] for name in NETWORKS if name in saved}
         for name, state in (saved.pop("codec") | frozen).items():
             checkpoints.load_strictly(getattr(self.codec, name), state, where)
         self.best = saved["best"]

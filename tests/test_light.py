@@ -1,0 +1,313 @@
+"""The light decoder: its cost, its start, its stage, the fourth file of a release, and who asks for it."""
+
+import hashlib
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from coding.api import load_codec
+from datapipe.pictures import Batch
+from main_diffusion_train_vq import main
+from models.autoencoder import Autoencoder
+from models.light import LightDecoder, LightParams, fit_linear
+from models.records import ONE_STEP, CodecParams, Draws
+from models.released import Triple, load_release
+from models.released_light import save_light
+from models.stated import meaning
+from release.__main__ import main as release
+from tests.commands import NANO, ROOT, call, photograph
+from tests.residual import SMALL, picture
+from tests.small_releases import reproduce, rows_in, two_layers
+from tests.small_runs import LIGHT, lines
+from tests.stages import batch_of, new_stage
+from tests.test_objectives import Recorder, as_floats, numbers
+from training.config import load_config
+from training.light_stage import Distilled
+from training.progress import Progress
+from training.step import Step
+from utils import checkpoints
+from utils.errors import CheckpointError, ConfigError
+
+# The network ----------------------------------------------------------------------------------------------------------
+
+
+def gflop(decode, channels: int) -> float:
+    """Of a latent of 768x512 pixels, as `reproduce.py timing` counts them."""
+    with FlopCounterMode(display=False) as counter:
+        decode(torch.empty(1, channels, 32, 48, device="meta"))
+    return counter.get_total_flops() / 1e9
+
+
+@pytest.mark.parametrize("name, most, share", [("light", 150, 1 / 10), ("small-light", 10.1, 1 / 4)])
+def test_the_configurations_cost_a_share_of_their_d(name, most, share):
+    networks = load_config(str(ROOT / "configs" / f"{name}.yaml")).networks
+    channels = networks.autoencoder.embed_dim
+    with torch.device("meta"):
+        light, full = LightDecoder(networks.light, channels), Autoencoder(networks.autoencoder)
+    cost = gflop(light, channels)
+    assert 0.9 * most < cost <= most and cost <= share * gflop(full.decode, channels)
+
+
+def test_it_starts_as_the_linear_map_alone_and_ends_in_blocks_of_16():
+    """Each latent position gives one block; a value of it that W sends to one channel is one pixel."""
+    light = LightDecoder(LightParams((4, 2), (1, 1), 1), 2)
+    with torch.no_grad():
+        light.linear.weight.zero_()
+        light.linear.bias.fill_(0.25)
+        light.linear.weight[256 + 16 * 3 + 5, 1] = 2.0  # green, row 3, column 5
+    x = torch.tensor([[[[1.0, 2.0]], [[3.0, -1.0]]]])  # 1 2 1 2
+    expected = torch.full((1, 3, 16, 32), 0.25)
+    expected[0, 1, 3, 5], expected[0, 1, 3, 16 + 5] = 0.25 + 6, 0.25 - 2
+    assert torch.equal(light(x), expected)
+
+
+def test_the_linear_map_has_the_least_squared_error():
+    """X = 1/2 x + 1/4 n + 1 with x and n of +-1 that are uncorrelated: n's 1/16 of 5/16 is left. One channel never varies."""
+    x, n = torch.tensor([1.0, 1.0, -1.0, -1.0]), torch.tensor([1.0, -1.0, 1.0, -1.0])
+    latent = torch.stack([x, torch.zeros(4)], 1)[..., None, None]  # 4 2 1 1
+    image = (x / 2 + n / 4 + 1).view(4, 1, 1, 1).expand(4, 3, 16, 16)
+    light = LightDecoder(LightParams((4, 2), (1, 1), 1), 2)
+    assert fit_linear(light, zip(latent.split(3), image.split(3), strict=True)) == pytest.approx(0.2)
+    torch.testing.assert_close(light(latent), (x / 2 + 1).view(4, 1, 1, 1).expand(4, 3, 16, 16))
+    assert fit_linear(light, [(latent, torch.ones(4, 3, 16, 16))]) == 0.0
+
+
+@pytest.mark.parametrize(
+    "values, told",
+    [
+        ({"ch": (8,)}, "ch .8.: two numbers"),
+        ({"num_res_blocks": (1, 0)}, "num_res_blocks .1, 0.: one number or more, each from 1 up"),
+        ({"ch": (12, 8), "groups": 8}, "ch .12, 8.: multiples of groups, 8"),
+        ({"ch": (8, 8), "groups": 8}, "the first at least twice that"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused(values, told):
+    with pytest.raises(ValueError, match=told):
+        LightParams(**values)
+
+
+# The stage ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_loss_of_stage_light():
+    """L = w_t |D(x^) - X^|^2 + w_d |X - X^|^2 + w_c chroma + w_p perceptual, the last two of the original."""
+    given = ("light.teacher_weight=0.5", "light.distortion_weight=0.9", "light.chroma_weight=0.6")
+    stage = new_stage("light", *given, "light.perceptual={lpips: 0.3}", perceptual={"lpips": Recorder(1.0)})
+    image, target, teacher = (numbers(2, 3, 2, 3) for _ in range(3))
+    out = Distilled(torch.tensor(image), torch.tensor(teacher), torch.zeros(2))
+    error = image - target
+    expected = {
+        "distortion": (error**2).mean(),
+        "chroma": ((error - error.mean(1, keepdims=True)) ** 2).mean(),
+        "teacher": ((image - teacher) ** 2).mean(),
+        "lpips": (2 * image - target).mean() + 3,
+    }
+    factors = {"teacher": 0.5, "distortion": 0.9, "chroma": 0.6, "lpips": 0.3}
+    expected["loss"] = sum(factor * expected[name] for name, factor in factors.items())
+    batch = Batch(torch.tensor(target), torch.arange(2))
+    assert as_floats(stage.losses(out, batch)) == pytest.approx(expected, rel=1e-9)
+    alone = new_stage("light", "light.teacher_weight=0", "light.distortion_weight=1", "light.perceptual={}")
+    alone.codec.autoencoder.decoder.forward = None  # a call would fail
+    assert set(alone.losses(alone.forward(alone.network, batch_of(alone)), batch_of(alone))) == {"distortion", "loss"}
+
+
+def test_it_learns_from_clean_latents_and_from_what_a_file_gives():
+    """A quarter of the samples, evenly spread, is E(X); the others are x^ of the decoder's one step, at drawn levels."""
+    stage = new_stage("light", "light.clean_share=0.25", residual=True)
+    batch, codec = batch_of(stage, 8), stage.codec
+    assert len({level for level in batch.draws["level"].tolist() if level > 0}) > 3
+    out = stage.forward(stage.network, batch)
+    draws = Draws(**batch.draws)
+    assert (draws.t == 1).all() and draws.decoder_input.all() and not (draws.spread == 1).any()
+    coded = codec(batch.image, replace(draws, spread=torch.ones(8, dtype=torch.float64)), decode=False)
+    expected = coded.x_hat.clone()
+    expected[[3, 7]] = coded.x[[3, 7]]
+    latent, _ = stage.latent(batch)
+    assert torch.equal(latent, expected) and not torch.equal(coded.x, coded.x_hat)
+    assert torch.equal(out.teacher, codec.autoencoder.decode(expected)) and not out.teacher.requires_grad
+    assert torch.equal(out.image, codec.light(expected))
+
+
+def test_the_light_decoder_alone_moves():
+    stage = new_stage("light", "light.adversary={weight: 0.5, adaptive: true}", residual=True)
+    step, before = Step(stage), {k: v.clone() for k, v in stage.codec.state_dict().items()}
+    step(batch_of(stage), Progress(stage.params))
+    moved = {key for key, value in stage.codec.state_dict().items() if not torch.equal(value, before[key])}
+    assert moved and all(key.startswith("light.") for key in moved)
+    assert all(key.startswith("light.") for key in step.averages.average)
+    assert {id(p) for p in stage.trained.parameters()} == {id(p) for p in stage.codec.light.parameters()}
+    assert not any(p.requires_grad for k, p in stage.codec.named_parameters() if not k.startswith("light."))
+
+
+@pytest.mark.parametrize(
+    "overrides, told",
+    [
+        (LIGHT[:1] + LIGHT[2:], "or .light. with a release: folder"),
+        (LIGHT[:2], "networks.light is what stage light trains"),
+        (LIGHT[2:], "networks.light is what stage light trains"),
+        ((*LIGHT, "light.clean_share=1.5"), "light.clean_share 1.5: in .0, 1."),
+        ((*LIGHT, "light.teacher_weight=0", "light.distortion_weight=0"), "teacher_weight, distortion_weight.* all 0"),
+    ],
+)
+def test_configurations_that_distil_nothing_are_refused(overrides, told):
+    with pytest.raises(ConfigError, match=told):
+        load_config(str(NANO), overrides)
+
+
+# A run, and the fourth file -------------------------------------------------------------------------------------------
+
+
+def distil(data: Path, save_dir: Path, source: Path, *options: str) -> int:
+    p = SMALL
+    sizes = ", ".join(f"{key}: {getattr(p, key)}" for key in p.__dataclass_fields__ if key != "extrapolated")
+    own = [option for option in LIGHT if not option.startswith("release=")]
+    command = ["--cfg_path", NANO, "--save_dir", save_dir, "--data", data, *own, f"networks.residual={{{sizes}}}"]
+    validated = (f"validation.folder={data}", "validation.limit=2", "validation.every=2")
+    return main([*map(str, command), f"release={source}", "save_every=2", *validated, *options])
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Path:
+    """A release without a light decoder, that no test changes."""
+    return two_layers(tmp_path_factory.mktemp("plain") / "nano")
+
+
+@pytest.fixture(scope="module")
+def run(plain, data, tmp_path_factory) -> Path:
+    """A run of four iterations, whose weights have left the linear map."""
+    folder = tmp_path_factory.mktemp("run")
+    assert distil(data, folder, plain, "light.iterations=4", "light.optim.lr=0.01", "light.ema=0.1") == 0
+    return folder / "nano"
+
+
+@pytest.fixture(scope="module")
+def four(plain, run, tmp_path_factory) -> Path:
+    """A release with the run's light decoder, that no test changes."""
+    folder = tmp_path_factory.mktemp("four") / "nano"
+    shutil.copytree(plain, folder)
+    assert release([str(run), str(folder)]) == 0
+    return folder
+
+
+def test_a_run_is_validated_saved_and_goes_on_without_its_release(plain, run, data, tmp_path):
+    """Two iterations, and the other two from the checkpoint, as if there had been no stop."""
+    source = tmp_path / "gone"
+    shutil.copytree(plain, source)
+    options = ("light.optim.lr=0.01", "light.ema=0.1")
+    assert distil(data, tmp_path, source, "light.iterations=2", *options) == 0
+    shutil.rmtree(source)
+    assert main(["--resume", str(tmp_path / "nano"), "light.iterations=4"]) == 0
+    for name in ("metrics.jsonl", "validation.jsonl"):
+        assert lines(tmp_path / "nano", name) == lines(run, name)
+    ours, theirs = (checkpoints.read(f / "checkpoints" / "light_4.pth")["averages"] for f in (tmp_path / "nano", run))
+    assert checkpoints.digest(ours["light"]) == checkpoints.digest(theirs["light"])
+    told = (run / "train.log").read_text()
+    assert "linear map of the light decoder: leaves" in told and "psnr_level_3" in told
+
+
+def test_the_fourth_file_changes_no_other_and_no_fingerprint(plain, four, run):
+    names = {path.name for path in plain.iterdir()}
+    assert {path.name for path in four.iterdir()} - names == {"light_model_3.pth"}
+    for name in names - {"release.json"}:
+        assert (four / name).read_bytes() == (plain / name).read_bytes(), name
+    before, after = (json.loads((folder / "release.json").read_text()) for folder in (plain, four))
+    assert after.pop("light") == {"iteration": 4}
+    assert after["sha256"].pop("light_model_3.pth") and after["bytes"].pop("light_model_3.pth")
+    assert before == after
+    full, light = load_release(plain), load_release(four, decoder="light")
+    assert full.fingerprint == light.fingerprint == load_release(four).fingerprint and load_release(four).light is None
+    averages = checkpoints.read(run / "checkpoints" / "light_4.pth")["averages"]["light"]
+    for key, value in light.light.state_dict().items():
+        assert value.dtype == torch.float32 and torch.equal(value, averages[key].half().float()), key
+
+
+def test_a_file_is_the_same_and_its_picture_another(four):
+    full, light = load_codec(four), load_codec(four, decoder="light")
+    data = full.compress(picture(40, 72), quality=50)
+    assert light.compress(picture(40, 72), quality=50) == data
+    ours, theirs = light.decompress(data), full.decompress(data)
+    assert ours.shape == theirs.shape == (3, 40, 72) and not torch.equal(ours, theirs)
+    model = light.model
+    with torch.inference_mode():
+        contents = model.read(data)
+        x_hat, _ = model.denoise(*model.known(contents), contents.file, ONE_STEP)
+        expected = ((model.light(x_hat)[0, :, :40, :72] + 1) * 127.5).clamp(0, 255).round().byte()
+    assert torch.equal(ours, expected)
+    with pytest.raises(ValueError, match="decoder 'lite': full or light"):
+        load_codec(four, decoder="lite")
+
+
+def test_sizes_of_the_light_decoder_are_no_part_of_what_a_fingerprint_names():
+    params = CodecParams()
+    assert meaning(replace(params, light=LightParams())) == meaning(params)
+
+
+def changed(folder: Path, tmp_path: Path) -> Path:
+    shutil.copytree(folder, tmp_path / "nano")
+    return tmp_path / "nano"
+
+
+def test_a_damaged_or_foreign_fourth_file_is_refused_in_one_line(four, tmp_path):
+    folder = changed(four, tmp_path)
+    path, about = folder / "light_model_3.pth", json.loads((folder / "release.json").read_text())
+    whole = path.read_bytes()
+    path.write_bytes(whole[:500] + bytes([whole[500] ^ 1]) + whole[501:])
+    with pytest.raises(CheckpointError, match="light_model_3.pth: damaged, or of another release: its SHA-256"):
+        load_release(folder, decoder="light")
+    light = load_release(four, decoder="light").light
+    save_light(path, light.state_dict(), LightParams((8, 4), (1, 1), 2), "0" * 64)
+    about["sha256"][path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    (folder / "release.json").write_text(json.dumps(about))
+    with pytest.raises(CheckpointError, match="reads latents of another image autoencoder"):
+        load_release(folder, decoder="light")
+    assert load_release(folder).light is None  # what has nothing to do with it is not refused
+
+
+def test_a_run_gives_its_decoder_to_its_own_release_and_once(four, run, tmp_path, capsys):
+    assert release([str(run), str(four)]) == 1
+    assert "light_model_3.pth: is there already; remove it" in capsys.readouterr().err
+    folder = changed(four, tmp_path)
+    (folder / "light_model_3.pth").unlink()
+    other = checkpoints.read(Triple.in_folder(folder).autoencoder)
+    other["state_dict"]["quant_conv.bias"] += 1
+    checkpoints.save(Triple.in_folder(folder).autoencoder, other)
+    assert release([str(run), str(folder)]) == 1
+    assert "distilled from another release than" in capsys.readouterr().err
+    assert not (folder / "light_model_3.pth").exists()
+    assert release([str(run), str(tmp_path / "nothing")]) == 1
+    assert "no release there" in capsys.readouterr().err
+
+
+# Commands -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_decodes_with_it_where_there_is_one(plain, four, tmp_path, capsys):
+    photograph(tmp_path / "a.png", 64, 48)
+    given = ("-i", tmp_path / "a.png", "--quality", 50, "--device", "cpu", "--weights")
+    assert call(capsys, *given, four, "-o", tmp_path / "full")[0] == 0
+    assert call(capsys, *given, four, "-o", tmp_path / "light", "--decoder", "light")[0] == 0
+    same = [(tmp_path / name / "a.dfo").read_bytes() for name in ("full", "light")]
+    assert same[0] == same[1] and json.loads((tmp_path / "light" / "metrics.json").read_text())
+    assert (tmp_path / "full" / "a.png").read_bytes() != (tmp_path / "light" / "a.png").read_bytes()
+    status, _, told = call(capsys, *given, plain, "-o", tmp_path / "none", "--decoder", "light")
+    assert status == 1 and told.count("\n") == 1 and "this release has no light decoder (light_model_3.pth)" in told
+    assert not (tmp_path / "none").exists()
+    status, _, told = call(capsys, *given, four, "-o", tmp_path / "c", "--mode", "compress", "--decoder", "light")
+    assert status == 2 and "--mode compress decodes nothing: leave out --decoder" in told
+
+
+def test_rates_shows_both_decoders_at_the_same_bytes(four, tmp_path):
+    photograph(tmp_path / "two" / "a.png", 96, 80)
+    command = ["rates", "--weights", four, "--data", tmp_path / "two", "-o", tmp_path / "out", "--metrics", "psnr"]
+    assert reproduce(*command, "--codecs", "--qualities", 0, 50, "--decoder", "full", "light", "--anchor", "nano") == 0
+    rows = {(row["codec"], row["label"]): row for row in rows_in(tmp_path / "out" / "rates.csv")}
+    assert set(rows) == {(codec, label) for codec in ("nano", "nano-light") for label in ("0", "50")}
+    for label in ("0", "50"):
+        full, light = rows["nano", label], rows["nano-light", label]
+        assert full["bytes"] == light["bytes"] and full["psnr"] != light["psnr"]
+        assert "light decoder" in light["made_from"] and "light decoder" not in full["made_from"]
