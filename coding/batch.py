@@ -57,8 +57,8 @@ def run(args: argparse.Namespace) -> int:
         work = Run(args, folder)
         table = None if alone else Table(folder, TABLE, work.about, writes=is_main())
         tally = _carried_out(work, jobs, table)
-    if is_main():
-        tally.tell(jobs, suffixes, folder, tables)
+        if is_main():
+            tally.tell(jobs, suffixes, folder, tables)
     return tally.status
 
 

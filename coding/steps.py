@@ -80,7 +80,7 @@ class Steps:
         self.evaluator, self.earlier = evaluator, earlier
         self.encodes, self.decodes = earlier.encodes, earlier.decodes
         self.device, self.threads = weights.device, torch.get_num_threads()
-        self._turn, self._scoring = Lock(), Lock()
+        self._turn = Lock()
 
     def read(self, item: Item) -> None:
         """The input, and with --skip_existing what an earlier run has made of it."""
@@ -110,10 +110,12 @@ class Steps:
     def write(self, item: Item) -> None:
         """Entropy coding, and the file."""
         codec = self.weights.codec()
-        fitted, seconds = self._timed(lambda: self._fitted(codec, codec.analysed(*item.size, *item.signals)))
+        analysed, base = self._timed(lambda: codec.analysed(*item.size, *item.signals))
+        with self._alone() if self.device.type == "cuda" else nullcontext():  # a residual has networks of its own
+            fitted, seconds = self._timed(lambda: self._fitted(codec, analysed))
         self._place(item.job, STREAM, lambda path: atomic_write(path, fitted.data))
         item.data = fitted.data
-        item.row |= {"encode_s": item.row["encode_s"] + seconds, "write_s": seconds, "note": fitted.note}
+        item.row |= {"encode_s": item.row["encode_s"] + base + seconds, "write_s": seconds, "note": fitted.note}
 
     def parse(self, item: Item) -> None:
         """What is in the file: its ledger, its integers."""
@@ -154,7 +156,7 @@ class Steps:
         add_scores(item.row, {"psnr": psnr(*pair), "ms_ssim": ms_ssim(*pair)})
         item.row |= zip(("error_r", "error_g", "error_b"), colour_shift(*pair), strict=True)
         if self.evaluator.names:
-            with self._scoring:  # its libraries are loaded when first needed
+            with self._alone():  # networks larger than the codec's, of libraries that are loaded when first needed
                 add_scores(item.row, self.evaluator(*pair))
 
     # What the steps need --------------------------------------------------------------------------------------------
