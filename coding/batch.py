@@ -1,4 +1,4 @@
-"""All inputs of one invocation of `inference.py`, one after the other: one that fails does not stop the rest."""
+"""All inputs of one invocation of `inference.py`: one that fails does not stop the rest."""
 
 import argparse
 import json
@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
@@ -16,10 +17,17 @@ from coding.table import Table
 from utils.commandline import loading
 from utils.errors import DiffoError
 from utils.files import made_folder, require_writable
+from utils.stopping import StopRequest
+
+if TYPE_CHECKING:  # torch takes seconds: wrong usage is answered before
+    from coding.run import Result, Run
 
 TABLE = "metrics"
 TABLES = [f"{TABLE}.csv", f"{TABLE}.json"]
+SHEET = "overview.png"
 WRITTEN = {"roundtrip": [STREAM, ".png"], "compress": [STREAM], "decompress": [".png"]}
+ROUND = 64  # pictures that each of several processes does before it tells the others what came of them
+STOPPED = 128  # and the signal's number: the exit status that shells give to what a signal has ended
 
 
 def run(args: argparse.Namespace) -> int:
@@ -29,31 +37,121 @@ def run(args: argparse.Namespace) -> int:
         DiffoError: nothing can be done; before any work, and nothing was written.
     """
     if args.mode == "inspect":
-        return _each(plan(_inputs(args), None, None, [], []), _inspection(args), args)
+        return _inspect(args)
     files, suffixes = _inputs(args), WRITTEN[args.mode]
     alone = names_a_file(args.out_path, suffixes, len(files))
     if alone and args.overview:
         raise DiffoError(f"{args.out_path}: one file; --overview needs a folder, name one with -o DIR")
     folder, tables = (args.out_path.parent, []) if alone else (args.out_path, TABLES)
-    sheet = ["overview.png"] if args.overview else []
-    jobs = plan(files, args.out_path, args.ref_path, suffixes, [*tables, *sheet], {} if alone else _known(folder))
+    tables = [*tables, SHEET] if args.overview else tables
+    jobs = plan(files, args.out_path, args.ref_path, suffixes, tables, {} if alone else _known(folder))
     written = [job.output(suffix) for job in jobs for suffix in suffixes]
-    _require_free(written + [folder / name for name in sheet], args)
-    with made_folder(folder):
-        require_writable(folder)
+    _require_free(written + [folder / SHEET] * args.overview, args)
+    if "RANK" not in os.environ:  # other processes could see the folder come and go
+        with made_folder(folder):
+            require_writable(folder)
     with loading():
-        from coding.run import Run  # torch takes seconds: wrong usage is answered before
-    with made_folder(folder):
+        from coding.run import Run
+        from utils.distributed import is_main, local_device, process_group
+    with process_group(local_device(args.device)), made_folder(folder):
         work = Run(args, folder)
-        with nullcontext() if alone else Table(folder, TABLE, work.about) as work.table:
-            status = _each(jobs, work.job, args)
-            work.extra_metrics()
-            if sheet and work.pairs:
-                work.overview()
-    if work.rows:
-        print(report.aligned_table([*work.rows, report.mean_row(work.rows)] if len(work.rows) > 1 else work.rows))
-        print(_where(work.done, suffixes, folder, [*tables, *sheet]))
-    return status
+        table = None if alone else Table(folder, TABLE, work.about, writes=is_main())
+        tally = _carried_out(work, jobs, table)
+        if is_main():
+            tally.tell(jobs, suffixes, folder, tables)
+    return tally.status
+
+
+def _carried_out(work: "Run", jobs: list[Job], table: Table | None) -> "Tally":
+    """All jobs, and what came of them."""
+    from utils.distributed import gather_objects, is_main
+
+    args = work.args
+    with table or nullcontext(), StopRequest() as stop:
+        work.earlier.table = table
+        left = [job for job in jobs if not (args.skip_existing and work.earlier.stands(job))]
+        gather_objects(len(left))  # every rank has seen what is there, and has the same jobs, before one writes
+        tally = Tally(table, len(jobs), len(left), args.mode)
+        tally.stopped_by = _shared_out(work, left, tally, stop)
+        if table:
+            table.arrange([job.name for job in jobs])
+        if is_main():
+            for reason in work.evaluator.left_out.values():
+                print(f"skipped: {reason}", file=sys.stderr)
+            if args.overview and not tally.stopped_by:
+                work.overview(jobs)
+    return tally
+
+
+def _shared_out(work: "Run", jobs: list[Job], tally: "Tally", stop: StopRequest) -> int | None:
+    """Do the jobs, each on one of the ranks, which tell each other after every round; the signal that ended it early."""
+    from utils.distributed import gather_objects, rank, world_size
+
+    size = ROUND * world_size() if world_size() > 1 else max(1, len(jobs))
+    for first in range(0, len(jobs), size):
+        own: list[Result] = []
+
+        def take(result: "Result", own=own) -> None:
+            own.append(result)
+            tally.take(result)
+
+        work.each(jobs[first : first + size][rank() :: world_size()], take, lambda: stop.number is not None)
+        results, signals = zip(*gather_objects((own, stop.number)), strict=True)
+        for number, others in enumerate(results):
+            for result in others if number != rank() else []:
+                tally.take(result, told=True)
+        if any(signals):
+            return next(filter(None, signals))
+    return stop.number
+
+
+class Tally:
+    """What came of the jobs: rows, which the table gets as they come, and errors.
+
+    Args:
+        total, left: number of all jobs, and of those that are not done already.
+    """
+
+    def __init__(self, table: Table | None, total: int, left: int, mode: str):
+        from utils.distributed import is_main
+
+        self.table, self.total, self.there = table, total, total - left
+        self.rows: dict[str, report.Row] = {}
+        self.failed = 0
+        self.stopped_by: int | None = None  # number of a signal
+        self._bar = tqdm(total=left, desc=mode, unit="picture", disable=left < 2 or not is_main())
+
+    def take(self, result: "Result", told: bool = False) -> None:
+        """Count a result; `told`: another rank has told its error."""
+        self._bar.update()
+        if result.row is None:
+            self.failed += 1
+            if not told:
+                tqdm.write(f"error: {result.error}", file=sys.stderr)
+            return
+        self.rows[result.job.name] = result.row
+        if self.table:
+            self.table.add(result.row)
+
+    @property
+    def status(self) -> int:
+        return STOPPED + self.stopped_by if self.stopped_by else 1 if self.failed else 0
+
+    def tell(self, jobs: list[Job], suffixes: list[str], folder: Path, tables: list[str]) -> None:
+        """The end of the run, to the user."""
+        self._bar.close()
+        if self.failed and self.total > 1:
+            print(f"error: {self.failed} of {self.total} inputs could not be done", file=sys.stderr)
+        if self.there:
+            print(f"{self.there} of {self.total} are there already and stay (--skip_existing)", file=sys.stderr)
+        if self.stopped_by:
+            print("interrupted", file=sys.stderr)
+            return
+        done = [job for job in jobs if job.name in self.rows]
+        rows = [self.rows[job.name] for job in done]
+        if rows:
+            print(report.aligned_table([*rows, report.mean_row(rows)] if len(rows) > 1 else rows))
+            print(_where(done, suffixes, folder, tables))
 
 
 def _known(folder: Path) -> dict[str, str]:
@@ -75,8 +173,9 @@ def _require_free(written: list[Path], args: argparse.Namespace) -> None:
         for path in pictures:
             if not is_ours(path):
                 raise DiffoError(f"{path}: is there, and no picture of this codec's: it stays; choose another -o")
-    if there and not args.overwrite:
-        raise DiffoError(f"{there[0]} is there already ({len(there)} such outputs); --overwrite replaces them")
+    if there and not (args.overwrite or args.skip_existing):
+        told = "--overwrite replaces them, --skip_existing leaves them and does the rest"
+        raise DiffoError(f"{there[0]} is there already ({len(there)} such outputs); {told}")
 
 
 def _where(jobs: list[Job], suffixes: list[str], folder: Path, tables: list[str]) -> str:
@@ -96,17 +195,17 @@ def _inputs(args: argparse.Namespace) -> list[tuple[Path, Path]]:
     return [(path, Path(path.name)) for path in demo_photographs()]
 
 
-def _each(jobs: list[Job], work: Callable[[Job], None], args: argparse.Namespace) -> int:
-    """The exit status after every job was tried; errors are printed with the input's path."""
-    failed = 0
-    for job in tqdm(jobs, desc=args.mode, unit="picture", disable=len(jobs) < 2 or args.mode == "inspect"):
+def _inspect(args: argparse.Namespace) -> int:
+    """Tell what is in each file; errors with the file's path."""
+    jobs = plan(_inputs(args), None, None, [], [])
+    inspection, failed = _inspection(args), 0
+    for job in jobs:
         try:
-            with made_folder(job.target.parent) if job.target else nullcontext():
-                work(job)
+            inspection(job)
         except DiffoError as error:
             failed += 1
             told = str(error) if str(job.source) in str(error) else f"{job.source}: {error}"
-            tqdm.write(f"error: {told}", file=sys.stderr)
+            print(f"error: {told}", file=sys.stderr)
     if failed and len(jobs) > 1:
         print(f"error: {failed} of {len(jobs)} inputs could not be done", file=sys.stderr)
     return 1 if failed else 0
@@ -116,7 +215,7 @@ def _inspection(args: argparse.Namespace) -> Callable[[Job], None]:
     """Prints header, ledger and, where the weights are named or ship, the estimated cost of a file."""
     with loading():
         from coding import ledger
-        from coding.run import Weights, read_bytes
+        from coding.weights import Weights, read_bytes
         from models.bitstream import VERSION, unpack
         from models.released import release_named
     weights = Weights(args)

@@ -43,6 +43,7 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
     add("--demo", action="store_true", help="code the photographs that scikit-image ships, instead of -i")
     add("--recursive", action="store_true", help="look into sub-folders of -i")
     add("--overwrite", action="store_true", help="replace outputs that are there already")
+    add("--skip_existing", action="store_true", help="leave outputs that are there, whole, and do the rest")
     add("--metrics", nargs="+", default=[], metavar="NAME", help="more scores: stlpips-vgg fsim nlpd lpips-vgg ...")
     add("--overview", action="store_true", help="draw overview.png: originals beside decoded pictures")
     add("--json", action="store_true", help="inspect: one JSON object per line")
@@ -74,6 +75,8 @@ def _add_coding(parser: argparse.ArgumentParser) -> None:
     add("--max_pixels", type=positive, default=MAX_PIXELS, metavar="N", help="refuse files that claim more pixels")
     add("--scale", type=int, choices=[1], default=1, help="kept for the published command; a codec does not enlarge")
     add("--chop_size", type=positive, default=2048, metavar="PX", help="largest side (default %(default)s)")
+    told = "so many pictures of one size at once (default: by their size; 1: one picture after the other)"
+    add("--batch", type=positive, metavar="N", help=told)
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
     add("--precision", choices=["float32", "bfloat16"], default="float32", help="of the networks")
 
@@ -91,6 +94,7 @@ def _mistakes(args: argparse.Namespace) -> list[tuple[bool, str]]:
         (bool(args.in_path) == args.demo, "name the input with -i PATH, or use --demo"),
         (args.demo and not encodes, "--demo goes with --mode roundtrip or compress"),
         (args.out_path is None and mode != "inspect", f"name the output folder with -o DIR (--mode {mode})"),
+        (args.overwrite and args.skip_existing, "--overwrite and --skip_existing contradict each other"),
         (any(triple) and not all(triple), "--ckpt, --vqckpt and --GT_vqckpt belong together: name all three or none"),
         (any(triple) and args.weights, "--weights names a whole release: leave out --ckpt, --vqckpt and --GT_vqckpt"),
         (args.config and not any(triple), "--config goes with --ckpt, --vqckpt and --GT_vqckpt"),

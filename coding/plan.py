@@ -51,7 +51,7 @@ def inputs(paths: list[Path], streams: bool, recursive: bool) -> list[tuple[Path
                 kind = f"{STREAM} files" if streams else "pictures"
                 deeper = "" if recursive else "; --recursive looks into its sub-folders"
                 raise DiffoError(f"{path}: no {kind} in this folder{besides}{deeper}")
-            if besides:
+            if besides and os.environ.get("RANK", "0") == "0":
                 print(f"{path}: {len(files)} picture{'s' * (len(files) > 1)}{besides}", file=sys.stderr)
             found += [(file, file.relative_to(path)) for file in files]
         elif path.is_file():

@@ -1,69 +1,49 @@
-"""One invocation of `inference.py`: pictures and files in, files and rows of the table out."""
+"""One invocation of `inference.py`: pictures and files, batch by batch, in several threads; what comes of each."""
 
 import argparse
-import sys
-import time
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from coding import budget, ledger, report
-from coding.plan import STREAM, Job
-from coding.table import Table
+from coding.earlier import Earlier
+from coding.lanes import in_lanes
+from coding.plan import Job
+from coding.report import Row
+from coding.steps import Item, Steps
+from coding.weights import Weights
 from measuring.charts import contact_sheet
 from measuring.evaluator import Evaluator
-from measuring.metrics import colour_shift, ms_ssim, psnr
-from measuring.scores import SCORES
-from models.bitstream import unpack
-from models.codec import Codec
-from models.records import Analysed, Sampling
-from models.released import SMALL, Triple, load_release, load_triple, release_of
-from utils.distributed import local_device
-from utils.errors import BitstreamError, DiffoError, PictureError, out_of_memory
-from utils.files import atomic_write
-from utils.images import read_image, write_image
+from utils.errors import DiffoError
+from utils.images import read_image
+from utils.picture_files import strict_pillow
+from utils.precision import full_precision
 
-LARGEST_BPP = 2  # ten times what the largest files have
-MIN_LIMIT = 1 << 20  # bytes; small pictures may take more than that per pixel
+BATCH = 16  # pictures that go through the networks at once, at most, unless --batch says so
+BATCH_PIXELS = {"cpu": 512 * 512, "cuda": BATCH * 768 * 512}  # of theirs together: larger batches win nothing there
+CUDA_LANES = 4
+SHEET = 24  # pictures on an overview
 
 
-class Weights:
-    """Codecs by the fingerprint of a file, loaded when first asked for; `fixed`: the same for every input."""
+class Result(NamedTuple):
+    """What came of an input: its row, or the line that says why there is none."""
 
-    def __init__(self, args: argparse.Namespace):
-        self.args, self.device = args, local_device(args.device)
-        self.named = bool(args.ckpt or args.weights)
-        self.fixed = self.named or args.mode in ("roundtrip", "compress")
-        self.codecs: dict[bytes | None, Codec] = {}
-
-    def codec(self, fingerprint: bytes | None = None) -> Codec:
-        """The weights named on the command line, the small ones that ship, or the release that a file needs.
-
-        Raises:
-            CheckpointError: they are not there, or do not fit. DiffoError: they were trained with other --steps.
-        """
-        key = None if self.fixed else fingerprint
-        if key in self.codecs:
-            return self.codecs[key]
-        args = self.args
-        if args.ckpt:
-            codec = load_triple(Triple(args.ckpt, args.vqckpt, args.GT_vqckpt), args.config, self.device)
-        else:
-            folder = args.weights or (SMALL if self.fixed else release_of(fingerprint))
-            codec = load_release(folder, self.device, args.decoder)
-        trained = codec.params.diffusion.steps
-        if args.steps not in (None, trained):
-            raise DiffoError(f"--steps {args.steps}: these weights were trained with a schedule of {trained} steps")
-        if (args.infer_steps or 1) > trained:
-            raise DiffoError(f"--infer_steps {args.infer_steps}: the schedule of these weights has {trained} steps")
-        codec.max_pixels = args.max_pixels
-        self.codecs[key] = codec
-        return codec
+    job: Job
+    row: Row | None
+    error: str | None
 
 
 class Run:
-    """One invocation: the weights, how to denoise, and what has been measured so far."""
+    """The weights, and how to code, decode and measure.
+
+    Several lanes work at the same time, each a thread with a batch of its own, so that one reads, codes or writes while
+    another computes; each has its share of the processor's threads, which small pictures use better so than all together.
+
+    Attributes:
+        earlier: the table of the run, and what else is there.
+    """
 
     def __init__(self, args: argparse.Namespace, folder: Path):
         self.args, self.folder = args, folder
@@ -72,107 +52,77 @@ class Run:
         self.evaluator = Evaluator(args.metrics, self.device)  # unknown names stop here
         if self.weights.fixed:
             self.weights.codec()  # wrong ones are told before any picture is read
-        self.table: Table | None = None  # that rows are added to, if any
-        self.rows: list[report.Row] = []
-        self.done: list[Job] = []
-        self.pairs: list[tuple[Path, Path, report.Row]] = []  # original, decoded
+        self.earlier = Earlier(args, self.evaluator.names)
+        self.steps = Steps(args, folder, self.weights, self.evaluator, self.earlier)
+        self.lanes = 1
 
-    def job(self, job: Job) -> None:
-        """Code and decode one input as the mode says, and add its row.
-
-        Raises:
-            DiffoError: this input cannot be done; no file is left half written.
-        """
-        args = self.args
-        output = job.output(".png" if args.mode == "decompress" else STREAM)
-        row: report.Row = {"picture": job.name, "output": str(output.relative_to(self.folder))}
-        picture = None if args.mode == "decompress" else read_image(job.source, args.max_pixels)
-        original = read_image(job.reference, args.max_pixels) if job.reference else picture
-        if picture is not None:
-            row |= self._encode(job, picture)
-        data = read_bytes(job.source if picture is None else job.output(STREAM), args.max_pixels)
-        file = unpack(data, args.preview)
-        if original is not None and original.shape[1:] != (file.height, file.width):
-            theirs, ours = f"{original.shape[2]}x{original.shape[1]}", f"{file.width}x{file.height}"
-            raise PictureError(f"{job.reference or job.source}: {theirs} cannot be compared with the decoded {ours}")
-        codec = self.weights.codec(file.fingerprint)
-        self._fits(codec, job.source, file.height, file.width)
-        contents, reading = self._timed(lambda: codec.read(data, args.preview))
-        row |= ledger.ledger(file) | ledger.beside(codec, contents)
-        if args.mode != "compress":
-            steps = None if args.one_step else args.infer_steps
-            sampling = Sampling(steps, not args.ancestral, args.eta, args.seed)
-            decoded, networks = self._timed(lambda: codec.render(contents, sampling))
-            write_image(job.output(".png"), decoded.image)
-            row |= {"eta": decoded.eta, "steps": steps or 1, "decode_s": reading + networks, "read_s": reading}
-            row |= {"note": "preview: the base alone"} if args.preview else {}
-            if original is not None:
-                add_scores(row, {"psnr": psnr(original, decoded.image), "ms_ssim": ms_ssim(original, decoded.image)})
-                row |= zip(("error_r", "error_g", "error_b"), colour_shift(original, decoded.image), strict=True)
-                self.pairs.append((job.reference or job.source, job.output(".png"), row))
-        self.rows.append(row)
-        self.done.append(job)
-        if self.table:
-            self.table.add(row)
-
-    def _encode(self, job: Job, picture: Tensor) -> report.Row:
-        codec = self.weights.codec()
-        self._fits(codec, job.source, *picture.shape[1:])
-        analysed, networks = self._timed(lambda: codec.analyse(picture))
-        fitted, writing = self._timed(lambda: self._fitted(codec, analysed))
-        atomic_write(job.output(STREAM), fitted.data)
-        return {"encode_s": networks + writing, "write_s": writing, "note": fitted.note}
-
-    def _fitted(self, codec: Codec, analysed: Analysed) -> budget.Fitted:
-        """The file of the quality or the budget that was asked for."""
-        args, file = self.args, analysed.file
-        if args.target_bpp:
-            return budget.fit(codec, analysed, budget.bytes_of_bpp(args.target_bpp, file.height, file.width))
-        if args.max_bytes:
-            return budget.fit(codec, analysed, args.max_bytes)
-        code = codec.level_code(args.quality)
-        return budget.Fitted(codec.write(analysed, code), code)
-
-    def _fits(self, codec: Codec, path: Path, height: int, width: int) -> None:
-        codec.require_allowed(height, width)
-        if max(height, width) > self.args.chop_size:
-            gigabytes = codec.memory(height, width) / 2**30
-            raise PictureError(
-                f"{path}: {width}x{height} is larger than --chop_size {self.args.chop_size}, and pictures are not tiled "
-                f"yet; whole, it needs about {gigabytes:.1f} GiB: --chop_size {max(height, width)} codes it so"
-            )
-
-    def _timed(self, work):
-        sync = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
-        sync()
-        began = time.perf_counter()
+    def each(self, jobs: Sequence[Job], take: Callable[[Result], None], stopped: Callable[[], bool]) -> None:
+        """Code and decode all inputs as the mode says, in lanes; arguments as `coding.lanes.in_lanes`."""
+        most = 1 if self.args.batch == 1 else CUDA_LANES if self.device.type == "cuda" else self.steps.threads + 1
+        self.lanes = max(1, min(most, len(jobs)))
         try:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bfloat16"):
-                result = work()
-        except (MemoryError, RuntimeError) as error:
-            if not out_of_memory(error):
-                raise
-            raise PictureError(f"not enough memory on {self.device} for a picture of this size") from error
-        sync()
-        return result, time.perf_counter() - began
+            with full_precision(), strict_pillow():  # of the process: lanes would put them back under each other's feet
+                in_lanes(self._lane, jobs, self.lanes, take, stopped)
+        finally:
+            torch.set_num_threads(self.steps.threads)
 
-    def extra_metrics(self) -> None:
-        """Scores of --metrics, where their weights are here; otherwise one line that says why not."""
-        for reason in self.evaluator.left_out.values():
-            print(f"skipped: {reason}", file=sys.stderr)
-        for original, decoded, row in self.pairs if self.evaluator.names else []:
-            add_scores(row, self.evaluator(*self._pair(original, decoded)))
+    def _lane(self, jobs: Iterator[Job]) -> Iterator[Result]:
+        """Batch after batch; no error of one picture is another's."""
+        steps = self.steps
+        torch.set_num_threads(max(1, steps.threads // self.lanes))
+        while batch := self._batch(jobs):
+            coded = [item for item in batch if item.data is None]
+            self._do(steps.encode, coded, lambda item: item.size)
+            self._do(steps.write, coded)
+            self._do(steps.parse, coded)
+            if steps.decodes:
+                rendered = [item for item in batch if item.decoded is None]
+                self._do(steps.render, rendered, lambda item: (item.codec, item.size))
+                self._do(steps.save, rendered)
+                self._do(steps.score, batch)
+            for item in batch:
+                yield Result(item.job, None if item.error else item.row, item.error)
 
-    def overview(self) -> None:
+    def _batch(self, jobs: Iterator[Job]) -> list[Item]:
+        """The next inputs, read: as many as go through the networks at once, if their sizes are equal."""
+        batch: list[Item] = []
+        pixels = 0
+        for job in jobs:
+            batch.append(Item(job))
+            self._do(self.steps.read, batch[-1:])
+            height, width = batch[-1].size
+            pixels += height * width
+            full = pixels >= BATCH_PIXELS[self.device.type] and not self.args.batch
+            if full or len(batch) == (self.args.batch or BATCH):
+                break
+        return batch
+
+    def _do(self, step: Callable[..., None], items: Sequence[Item], alike: Callable[[Item], Hashable] = id) -> None:
+        """A step for all items that are well, those that are alike at once; where that fails, for each by itself."""
+        groups = defaultdict(list)
+        for item in items:
+            if not item.error:
+                groups[alike(item)].append(item)
+        for group in groups.values():
+            try:
+                step(*group)
+            except DiffoError as error:
+                if len(group) > 1:
+                    self._do(step, group)
+                else:
+                    source = str(group[0].job.source)
+                    group[0].error = str(error) if source in str(error) else f"{source}: {error}"
+
+    def overview(self, jobs: Sequence[Job]) -> None:
+        """A sheet of the first pictures in the table, drawn from their files."""
         sheet = []
-        for original, decoded, row in self.pairs:
+        for job, row in [(job, row) for job in jobs if (row := self.earlier.row(job)) and "psnr" in row][:SHEET]:
+            original, decoded = job.reference or job.source, job.output(".png")
+            pair = (read_image(path, self.args.max_pixels) for path in (original, decoded))
             told = f"{row['bpp']:.4f} bpp, {row['bytes']:,} bytes, {row['psnr']:.2f} dB"
-            sheet.append((*self._pair(original, decoded), f"{original.stem}, 24 bpp", told))
-        contact_sheet(sheet, self.folder / "overview.png")
-
-    def _pair(self, original: Path, decoded: Path) -> tuple[Tensor, Tensor]:
-        """Both pictures again, since those of a whole folder would not fit into memory."""
-        return read_image(original, self.args.max_pixels), read_image(decoded, self.args.max_pixels)
+            sheet.append((*pair, f"{original.stem}, 24 bpp", told))
+        if sheet:
+            contact_sheet(sheet, self.folder / "overview.png")
 
     def about(self) -> dict:
         """How the table was made, for whoever finds it later."""
@@ -184,30 +134,7 @@ class Run:
             "decoder": None if args.mode == "compress" else args.decoder,
             "device": str(self.device),
             "precision": args.precision,
-            "threads": torch.get_num_threads(),
+            "threads": self.steps.threads,
+            "side_by_side": self.lanes,
             "command": args.command,
         }
-
-
-def add_scores(row: report.Row, scores: dict[str, float | None]) -> None:
-    """Scores for a row, whose note gets the reason where its picture is too small for one."""
-    small = [SCORES[name] for name, value in scores.items() if value is None and name not in row]
-    reasons = [f"{score.heading} needs sides from {score.min_side} pixels" for score in small]
-    row |= scores | {"note": "; ".join(filter(None, [row.get("note"), *reasons])) or None}
-
-
-def read_bytes(path: Path, max_pixels: int) -> bytes:
-    """The bytes of a `.dfo` file.
-
-    Raises:
-        BitstreamError: it cannot be read, or has more bytes than a picture of `max_pixels` pixels could need.
-    """
-    limit = max(MIN_LIMIT, max_pixels * LARGEST_BPP // 8)
-    try:
-        with open(path, "rb") as file:
-            data = file.read(limit + 1)
-    except OSError as error:
-        raise BitstreamError(f"{path}: cannot be read ({error.strerror})") from error
-    if len(data) > limit:
-        raise BitstreamError(f"{path}: more than the {limit:,} bytes that a picture of --max_pixels could need")
-    return data

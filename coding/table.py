@@ -70,6 +70,11 @@ class Table:
         if time.monotonic() > self._due:
             self.write()
 
+    def arrange(self, names: Sequence[str]) -> None:
+        """Put the rows of these names, of one column, in this order, behind all others."""
+        for key in [(name,) for name in names if (name,) in self._rows]:
+            self._rows[key] = self._rows.pop(key)
+
     def write(self) -> None:
         """Write both files, unless there is nothing to write."""
         if not (self.writes and self._rows):

@@ -76,8 +76,8 @@ def variances(codec: Codec, picture: str, path: Path, labels: dict[str, float], 
     for label, quality in labels.items():
         data = codec.write(analysed, codec.level_code(quality))
         contents = codec.read(data)
-        y_hat, z_q = codec.known(contents)
-        x_hat, eta = codec.denoise(y_hat, z_q, contents.file, ONE_STEP)
+        y_hat, z_q = codec.known([contents])
+        x_hat, (eta,) = codec.denoise(y_hat, z_q, [contents.file], ONE_STEP)
         row = {"label": label, "picture": picture, "made_from": made_from, "bpp": bpp(len(data), *image.shape[1:])}
         row["latent"] = x.var(dim=(2, 3), correction=0).mean().item()
         for kind, part in (("base_lost", analysed.y), ("lost", y_hat), ("denoised_lost", x_hat)):

@@ -11,6 +11,7 @@ columns, h = ceil(H/16) and w = ceil(W/16) latent ones.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -179,19 +180,26 @@ class Codec(nn.Module):
         """Whether these weights can send a residual."""
         return self.residual is not None and self.residual.tables is not None
 
-    @torch.inference_mode()
-    @full_precision()
     def analyse(self, image: Tensor) -> Analysed:
         """The image encoder, the base code and g_a, run once: uint8 (3, H, W). Errors as `compress`."""
+        return self.analysed(*image.shape[1:], *self.signals(image[None]))
+
+    @torch.inference_mode()
+    @full_precision()
+    def signals(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The encoder's networks: uint8 N x 3 x H x W -> k, y and s of `Analysed`, of N pictures. Errors as `compress`."""
         if self.fingerprint is None:
             raise CheckpointError("these weights have no fingerprint: load them with load_release before coding")
-        height, width = image.shape[1:]
+        height, width = images.shape[2:]
         if min(height, width) < MIN_SIDE:
             raise ValueError(f"pictures start at {MIN_SIDE}x{MIN_SIDE} pixels, not {width}x{height}")
-        x = self.to_latent(to_signed(image).to(self.device)[None])
+        x = self.to_latent(to_signed(images).to(self.device))
         k = self.vq_base.indices(x)
         y = self.vq_base.reconstruct(self.vq_base.rows(k))
-        s = self.residual.analysis(x - y, y) if self.has_levels else None
+        return k, y, self.residual.analysis(x - y, y) if self.has_levels else None
+
+    def analysed(self, height: int, width: int, k: Tensor, y: Tensor, s: Tensor | None) -> Analysed:
+        """The base of one picture, coded, with the `signals` that its files are written from."""
         file = CodedPicture(height, width, self.fingerprint, **self.coded_base(k[0].cpu().numpy()))
         return Analysed(file, k, y, s)
 
@@ -279,48 +287,58 @@ class Codec(nn.Module):
         """Decode a file. Errors as `read`."""
         return self.render(self.read(data, preview), sampling)
 
-    @torch.inference_mode()
-    @full_precision()
     def render(self, contents: Contents, sampling: Sampling = ONE_STEP) -> Decoded:
         """x~ = y^ + kappa sqrt(eta) eps, x^ = U(x~ scaled, t(eta), lq), X^ = D(x^) (DiffO, Alg. 1).
 
         Raises:
             BitstreamError: the picture is not finite.
         """
-        file = contents.file
+        return self.render_all([contents], sampling)[0]
+
+    @torch.inference_mode()
+    @full_precision()
+    def render_all(self, contents: Sequence[Contents], sampling: Sampling = ONE_STEP) -> list[Decoded]:
+        """`render` of files whose pictures have one size, through the networks at once. Errors as `render`."""
+        files = [each.file for each in contents]
         y_hat, z_q = self.known(contents)
-        x_hat, eta = self.denoise(y_hat, z_q, file, sampling)
-        image = self.picture(x_hat)[0, :, : file.height, : file.width]
-        if not image.isfinite().all():
+        x_hat, etas = self.denoise(y_hat, z_q, files, sampling)
+        images = self.picture(x_hat)[:, :, : files[0].height, : files[0].width]
+        if not images.isfinite().all():
             raise BitstreamError("the decoded picture is not finite: these weights or this precision cannot decode it")
-        return Decoded(to_uint8(image.float().cpu()), eta)
+        return list(map(Decoded, to_uint8(images.float().cpu()), etas))
 
     def picture(self, x_hat: Tensor) -> Tensor:
         """X^ = D(x^), or the light decoder's: N x d x h x w -> N x 3 x 16h x 16w, unclamped."""
         return (self.light or self.autoencoder.decode)(x_hat)
 
-    def known(self, contents: Contents) -> tuple[Tensor, Tensor]:
-        """y^ = y + r^, 1 x d x h x w, and z_q, 1 x d_q x h x w: what a file tells of the latent."""
-        k = contents.k.to(self.device)
+    def known(self, contents: Sequence[Contents]) -> tuple[Tensor, Tensor]:
+        """y^ = y + r^, N x d x h x w, and z_q, N x d_q x h x w: what N files of one size tell of the latents."""
+        k = torch.cat([each.k for each in contents]).to(self.device)
         z_q = self.vq_base.rows(k)
         y_hat = self.vq_base.reconstruct(z_q)
-        if contents.symbols:
-            symbols, code = contents.symbols, contents.file.residual.code
-            y_hat = y_hat + self.residual.restore(symbols.hyper, symbols.residual, k, y_hat, code)
+        for i, each in enumerate(contents):
+            if each.symbols:  # levels differ
+                own, code = slice(i, i + 1), each.file.residual.code
+                r_hat = self.residual.restore(each.symbols.hyper, each.symbols.residual, k[own], y_hat[own], code)
+                y_hat[own] += r_hat
         return y_hat, z_q
 
-    def denoise(self, y_hat: Tensor, z_q: Tensor, file: CodedPicture, sampling: Sampling) -> tuple[Tensor, float]:
-        """x^ and the noise level that it was made with."""
+    def denoise(
+        self, y_hat: Tensor, z_q: Tensor, files: Sequence[CodedPicture], sampling: Sampling
+    ) -> tuple[Tensor, list[float]]:
+        """x^ of N files, N x d x h x w, and the noise levels that they were made with."""
         known, lq, centre = self.denoiser_inputs(y_hat, z_q)
-        seed = bitstream.noise_seed(file.base) if sampling.seed is None else sampling.seed
-        noise = portable_noise(seed, known)
+        seeds = [bitstream.noise_seed(file.base) if sampling.seed is None else sampling.seed for file in files]
+        noises = [portable_noise(seed, known) for seed in seeds]
+
+        def draw() -> Tensor:
+            return torch.cat([next(noise) for noise in noises])
+
         if sampling.steps is not None:
             schedule = self.schedule.spaced(sampling.steps)
-            x_hat = diffusion.sample(
-                schedule, self.denoiser(y_hat), known, lq, lambda: next(noise), sampling.ddim, centre
-            )
-            return x_hat, float(schedule.etas[-1])
-        eta = self.rate.eta(file.section_bpp) if sampling.eta is None else sampling.eta
-        etas = torch.tensor([eta], dtype=torch.float64, device=self.device)
-        x_noisy = diffusion.prior_sample(known, etas, self.schedule.kappa, next(noise))
-        return diffusion.one_step(self.denoiser(y_hat), x_noisy, lq, etas, self.params.diffusion, centre), eta
+            x_hat = diffusion.sample(schedule, self.denoiser(y_hat), known, lq, draw, sampling.ddim, centre)
+            return x_hat, [float(schedule.etas[-1])] * len(files)
+        levels = [self.rate.eta(file.section_bpp) if sampling.eta is None else sampling.eta for file in files]
+        etas = torch.tensor(levels, dtype=torch.float64, device=self.device)
+        x_noisy = diffusion.prior_sample(known, etas, self.schedule.kappa, draw())
+        return diffusion.one_step(self.denoiser(y_hat), x_noisy, lq, etas, self.params.diffusion, centre), levels

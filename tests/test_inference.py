@@ -150,7 +150,7 @@ def test_memory_that_does_not_suffice_is_one_line(pictures, weights, tmp_path, c
     def fail(*args, **kwargs):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:118] . DefaultCPUAllocator: can't allocate memory: 9 bytes")
 
-    monkeypatch.setattr(Codec, "analyse", fail)
+    monkeypatch.setattr(Codec, "signals", fail)
     assert "not enough memory on cpu" in refused(capsys, "-i", pictures / "a.png", "-o", tmp_path / "a", *weights)
     monkeypatch.setattr(torch, "load", fail)
     error = refused(capsys, "-i", pictures / "a.png", "-o", tmp_path / "b", *weights)

@@ -179,3 +179,8 @@ def test_an_interrupt_is_one_line(tmp_path, weights):
     assert work.returncode == 130 and told.endswith("\ninterrupted\n") and "Traceback" not in told
     done = json.loads((tmp_path / "out" / "metrics.json").read_text())["pictures"]
     assert 0 < len(done) < 200 and not list(tmp_path.rglob("*.tmp"))
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written == {name for row in done for name in (row["picture"], row["output"])} | {
+        "metrics.csv",
+        "metrics.json",
+    }

@@ -1,0 +1,227 @@
+"""The steps from a picture to its file and back, and their row of the table."""
+
+import argparse
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+
+import torch
+from torch import Tensor
+
+from coding import budget, ledger
+from coding.earlier import Earlier
+from coding.plan import STREAM, Job
+from coding.report import Row
+from coding.weights import Weights, read_bytes
+from measuring.evaluator import Evaluator
+from measuring.metrics import colour_shift, ms_ssim, psnr
+from measuring.scores import SCORES
+from models.bitstream import CodedPicture, unpack
+from models.codec import Codec
+from models.records import Analysed, Contents, Sampling
+from utils.errors import PictureError, out_of_memory
+from utils.files import atomic_write, make_folder
+from utils.images import read_image, write_image
+from utils.limits import MIN_SIDE
+
+SIDE_BY_SIDE = 1 << 29  # bytes of feature maps, in each lane, up to which the lanes' networks run at the same time
+
+
+@dataclass(eq=False)
+class Item:
+    """One input on its way, and what has been made of it so far.
+
+    Attributes:
+        image, original: uint8 (3, H, W), to be coded, to be compared with. signals: k, y, s of `Analysed`.
+        data: the file. contents, file, codec: what is in it, and who reads it. decoded: uint8 (3, H, W).
+        error: what ended it.
+    """
+
+    job: Job
+    row: Row = field(default_factory=dict)
+    image: Tensor | None = None
+    original: Tensor | None = None
+    signals: tuple[Tensor, Tensor, Tensor | None] | None = None
+    data: bytes | None = None
+    file: CodedPicture | None = None
+    contents: Contents | None = None
+    codec: Codec | None = None
+    decoded: Tensor | None = None
+    error: str | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width; none where it could not be read."""
+        if self.file:
+            return self.file.height, self.file.width
+        return tuple(self.image.shape[1:]) if self.image is not None else (0, 0)
+
+
+class Steps:
+    """What is done to items, one or, where a step takes several, pictures of one size and codec.
+
+    On the CPU the networks of small pictures run side by side with those of other threads; those of large ones, and all
+    on CUDA, take turns.
+
+    Args:
+        folder: that outputs are named from in the table.
+        earlier: what to go on from.
+    Raises:
+        DiffoError: weights or scores that are not there.
+    """
+
+    def __init__(
+        self, args: argparse.Namespace, folder: Path, weights: Weights, evaluator: Evaluator, earlier: Earlier
+    ):
+        self.args, self.folder, self.weights = args, folder, weights
+        self.evaluator, self.earlier = evaluator, earlier
+        self.encodes, self.decodes = earlier.encodes, earlier.decodes
+        self.device, self.threads = weights.device, torch.get_num_threads()
+        self._turn = Lock()
+
+    def read(self, item: Item) -> None:
+        """The input, and with --skip_existing what an earlier run has made of it."""
+        args, job = self.args, item.job
+        stream = self.earlier.stream(job) if args.skip_existing else None
+        item.data = stream if self.encodes else read_bytes(job.source, args.max_pixels)
+        if self.encodes and (self.decodes or item.data is None):
+            item.image = read_image(job.source, args.max_pixels)
+        item.original = read_image(job.reference, args.max_pixels) if job.reference else item.image
+        if item.data is not None:
+            self.parse(item)
+            if args.skip_existing and self.earlier.picture(job):
+                item.decoded = read_image(job.output(".png"), args.max_pixels)
+        if stream or item.decoded is not None:
+            item.row = (self.earlier.row(job) or {}) | item.row
+
+    def encode(self, *items: Item) -> None:
+        """The encoder's networks."""
+        codec = self.weights.codec()
+        self._fits(codec, items[0])
+        images = torch.stack([item.image for item in items])
+        (k, y, s), seconds = self._by_networks(codec, items, lambda: codec.signals(images))
+        for i, item in enumerate(items):
+            item.signals = k[i : i + 1], y[i : i + 1], None if s is None else s[i : i + 1]
+            item.row["encode_s"] = seconds
+
+    def write(self, item: Item) -> None:
+        """Entropy coding, and the file."""
+        codec = self.weights.codec()
+        analysed, base = self._timed(lambda: codec.analysed(*item.size, *item.signals))
+        with self._alone() if self.device.type == "cuda" else nullcontext():  # a residual has networks of its own
+            fitted, seconds = self._timed(lambda: self._fitted(codec, analysed))
+        self._place(item.job, STREAM, lambda path: atomic_write(path, fitted.data))
+        item.data = fitted.data
+        item.row |= {"encode_s": item.row["encode_s"] + base + seconds, "write_s": seconds, "note": fitted.note}
+
+    def parse(self, item: Item) -> None:
+        """What is in the file: its ledger, its integers."""
+        args, original = self.args, item.original
+        item.file = file = unpack(item.data, args.preview)
+        if original is not None and original.shape[1:] != item.size:
+            theirs, ours = f"{original.shape[2]}x{original.shape[1]}", f"{file.width}x{file.height}"
+            told = f"{item.job.reference or item.job.source}: {theirs} cannot be compared with the decoded {ours}"
+            raise PictureError(told)
+        item.codec = self.weights.codec(file.fingerprint)
+        self._fits(item.codec, item)
+        item.contents, seconds = self._timed(lambda: item.codec.read(item.data, args.preview))
+        output = item.job.output(STREAM if self.encodes else ".png").relative_to(self.folder)
+        item.row = {"picture": item.job.name, "output": str(output)} | item.row
+        item.row |= ledger.ledger(file) | ledger.beside(item.codec, item.contents)
+        item.row |= {"read_s": seconds} if self.decodes else {}
+
+    def render(self, *items: Item) -> None:
+        """The decoder's networks."""
+        args, codec = self.args, items[0].codec
+        steps = None if args.one_step else args.infer_steps
+        sampling = Sampling(steps, not args.ancestral, args.eta, args.seed)
+        contents = [item.contents for item in items]
+        pictures, seconds = self._by_networks(codec, items, lambda: codec.render_all(contents, sampling))
+        for item, decoded in zip(items, pictures, strict=True):
+            item.decoded = decoded.image
+            item.row |= {"eta": decoded.eta, "steps": steps or 1, "decode_s": item.row["read_s"] + seconds}
+            item.row |= {"note": "preview: the base alone"} if args.preview else {}
+
+    def save(self, item: Item) -> None:
+        self._place(item.job, ".png", lambda path: write_image(path, item.decoded))
+
+    def score(self, item: Item) -> None:
+        """What the decoded picture scores beside the original, where there is one."""
+        if item.original is None:
+            return
+        pair = item.original, item.decoded
+        add_scores(item.row, {"psnr": psnr(*pair), "ms_ssim": ms_ssim(*pair)})
+        item.row |= zip(("error_r", "error_g", "error_b"), colour_shift(*pair), strict=True)
+        if self.evaluator.names:
+            with self._alone():  # networks larger than the codec's, of libraries that are loaded when first needed
+                add_scores(item.row, self.evaluator(*pair))
+
+    # What the steps need --------------------------------------------------------------------------------------------
+
+    def _place(self, job: Job, suffix: str, write: Callable[[Path], None]) -> None:
+        """Write an output into its folder, which is made now, so that inputs that fail leave none."""
+        make_folder(job.target.parent)
+        write(job.output(suffix))
+
+    def _fitted(self, codec: Codec, analysed: Analysed) -> budget.Fitted:
+        """The file of the quality or the budget that was asked for."""
+        args, file = self.args, analysed.file
+        if args.target_bpp:
+            return budget.fit(codec, analysed, budget.bytes_of_bpp(args.target_bpp, file.height, file.width))
+        if args.max_bytes:
+            return budget.fit(codec, analysed, args.max_bytes)
+        code = codec.level_code(args.quality)
+        return budget.Fitted(codec.write(analysed, code), code)
+
+    def _fits(self, codec: Codec, item: Item) -> None:
+        height, width = item.size
+        codec.require_allowed(height, width)
+        if max(height, width) > self.args.chop_size:
+            gigabytes = codec.memory(height, width) / 2**30
+            raise PictureError(
+                f"{item.job.source}: {width}x{height} is larger than --chop_size {self.args.chop_size}, and pictures are "
+                f"not tiled yet; whole, it needs about {gigabytes:.1f} GiB: --chop_size {max(height, width)} codes it so"
+            )
+
+    def _by_networks(self, codec: Codec, items: Sequence[Item], work: Callable):
+        """The result of work(), in turn with other lanes where the networks need it, and seconds for each item."""
+        maps = len(items) * (codec.memory(*items[0].size) - codec.memory(MIN_SIDE, MIN_SIDE))
+        with self._alone() if self.device.type == "cuda" or maps > SIDE_BY_SIDE else nullcontext():
+            result, seconds = self._timed(work)
+        return result, seconds / len(items)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other lane's networks inside it, and all threads of the processor."""
+        with self._turn:
+            before = torch.get_num_threads()
+            torch.set_num_threads(self.threads)
+            try:
+                yield
+            finally:
+                torch.set_num_threads(before)
+
+    def _timed(self, work: Callable):
+        """The result of work() and its seconds. Raises PictureError where memory does not suffice."""
+        sync = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
+        sync()
+        began = time.perf_counter()
+        try:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bfloat16"):
+                result = work()
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            raise PictureError(f"not enough memory on {self.device} for a picture of this size") from error
+        sync()
+        return result, time.perf_counter() - began
+
+
+def add_scores(row: Row, scores: dict[str, float | None]) -> None:
+    """Scores for a row, whose note gets the reason where its picture is too small for one."""
+    small = [SCORES[name] for name, value in scores.items() if value is None and name not in row]
+    reasons = [f"{score.heading} needs sides from {score.min_side} pixels" for score in small]
+    row |= scores | {"note": "; ".join(filter(None, [row.get("note"), *reasons])) or None}
