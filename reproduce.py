@@ -121,6 +121,16 @@ def fitted(add) -> None:
     add("--fit", type=Path, metavar="DIR", help="training pictures: principal components are fitted to them, and shown")
 
 
+def beside(add) -> None:
+    add(
+        "--beside",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="other codecs at the first release's bytes, for artefacts",
+    )
+
+
 def clock(add) -> None:
     add("--repeats", type=positive, default=5, metavar="N", help="rounds after one of warm-up (default 5)")
     add("--precision", choices=["float32", "bfloat16"], default="float32", help="of the networks")
@@ -155,7 +165,7 @@ COMMANDS = {
     "variance": ("variances in the latent (Fig. 9a)", [releases, pictures, qualities]),
     "ablation": ("finished ablations (Fig. 10)", [folders, reference, pictures, scores, one_quality]),
     "ceiling": ("the image autoencoder alone, D(E(X))", [releases, pictures, scores, fitted]),
-    "artefacts": ("patterns, borders, colour casts, flat areas", [releases, pictures, scores, qualities]),
+    "artefacts": ("patterns, borders, colour casts, flat areas", [releases, pictures, scores, qualities, beside]),
     "timing": ("time and operations of every part", [releases, timed, sizes, one_quality, clock]),
     "equal_bytes": ("two layers within base-only bytes", [releases, pictures, scores, rivals]),
 }
@@ -169,6 +179,7 @@ SHARED = [
     sweep,
     reference,
     fitted,
+    beside,
     clock,
     sizes,
     everything,

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from experiments import all as everything
 from experiments import artefacts, branches
 from experiments.baselines import BASELINES, Baseline
+from measuring.artefacts import smooth_blocks
 from measuring.patches import PatchDistances
 from models.codec import Codec
 from models.records import Sampling
@@ -239,8 +240,8 @@ def test_artefacts_are_measured_on_the_decoded_pictures(release, tmp_path):
     photograph(tmp_path / "one" / "a.png", 256, 208, seed=0)
     out = tmp_path / "out"
     command = ["artefacts", "--weights", release, "--data", tmp_path / "one", "-o", out, "--metrics", "psnr"]
-    assert reproduce(*command, "--qualities", 0) == 0
-    (row,) = told_in(out / "artefacts.json")["rows"]
+    assert reproduce(*command, "--qualities", 0, "--beside", "webp") == 0
+    grain, row, other = told_in(out / "artefacts.json")["rows"]
     decoded, original = out / "decoded" / "nano" / "0" / "a.png", tmp_path / "one" / "a.png"
     error = read_image(decoded).double() - read_image(original).double()
     assert [row[f"cast {c}"] for c in "RGB"] == pytest.approx(error.mean((1, 2)).tolist())
@@ -248,6 +249,9 @@ def test_artefacts_are_measured_on_the_decoded_pictures(release, tmp_path):
     outer = (error.square().sum() - inner.sum()) / (error.numel() - inner.numel())
     assert row["border / middle"] == pytest.approx((outer / inner.mean()).sqrt().item())
     assert row["black, largest error"] >= 0 and row["line along x"] > 0
+    blocks, _ = smooth_blocks(read_image(tmp_path / "one" / "a.png"), read_image(decoded))
+    assert grain["codec"] == "original" and grain["smooth blocks"] == len(blocks)
+    assert other["codec"] == "webp" and "black, largest error" not in other
 
 
 @pytest.mark.parametrize("name, value", [("black", 0), ("white", 255)])
