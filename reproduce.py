@@ -89,6 +89,8 @@ def qualities(add) -> None:
 
 def others(add) -> None:
     add("--codecs", nargs="*", default=CODECS, metavar="NAME", help="other codecs (default: " + " ".join(CODECS) + ")")
+    told = "other codecs: bytes that count against ours, of their whole files (the default) or without containers"
+    add("--by", choices=["file", "payload"], default="file", help=told)
     add("--anchor", metavar="NAME", help="codec or release that BD-rates are against (default: the first of --codecs)")
     add("--distances", nargs="+", default=[], metavar="NAME", help="between patches: kid fid kid-lite0 fid-lite0")
     add("--published", metavar="SET", help="draw published points of this set as well, for instance kodak")
