@@ -7,19 +7,19 @@ from datetime import date
 from pathlib import Path
 
 from coding.report import Row
-from datapipe.sources import demo_photographs
 from experiments import rates
 from experiments.baselines import BASELINES
 from experiments.coded import COUNTED
 from experiments.compared import compared
 from experiments.eta import rate_label
+from experiments.inputs import demo_folder
 from experiments.published import published
 from experiments.rates import published_curves
 from experiments.summary import HIGH, LOW, heading, lines_of
 from measuring.scores import SCORES
 from utils.distributed import is_main
 from utils.errors import DiffoError
-from utils.files import atomic_write, make_folder
+from utils.files import atomic_write
 
 # command -> the tables that it leaves, in the order of the page
 TABLES = {
@@ -71,11 +71,7 @@ def run(args: argparse.Namespace) -> None:
 
 def code_demo(args: argparse.Namespace, folder: Path) -> Path:
     """`rates` of scikit-image's photographs by the release that ships, below a folder; returns that of the pictures."""
-    data = folder / "photographs"
-    if is_main():
-        make_folder(data)
-        for path in demo_photographs():
-            atomic_write(data / path.name, path.read_bytes())
+    data = demo_folder(folder / "photographs")
     told = {
         "weights": None,
         "data": data,
