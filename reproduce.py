@@ -10,6 +10,7 @@ python reproduce.py variance --data data/kodak         variances in the latent b
 python reproduce.py ablation --data data/kodak --releases FOLDER              finished ablations in one table (Fig. 10)
 python reproduce.py ceiling --data data/kodak --fit TRAINING    the image autoencoder alone, beside principal components
 python reproduce.py artefacts --data data/kodak        patterns, borders, colour casts and flat areas, by number
+python reproduce.py crops --data data/kodak            crops beside other codecs at equal bytes, as one picture
 python reproduce.py timing                             milliseconds and operations of every part
 python reproduce.py equal_bytes --data data/kodak --against RELEASE           two layers within a base-only file's bytes
 python reproduce.py all --data data/kodak              all of these that the inputs allow
@@ -32,8 +33,10 @@ METRICS = ("psnr", "psnr_red", "ms_ssim", "stlpips-alex", "lpips-vgg", "dists", 
 CODECS = ("jpeg2000", "webp", "avif", "heic", "jxl")
 RESULTS = Path("results")
 SIZES = ("512x768", "768x768")
+OTHERS, LABELS = ("avif", "heic", "jpeg2000"), ("ms_ssim", "stlpips-alex")  # of crops
 
 steps = number(int, lambda value: value >= 2, "2 or more")
+side = number(int, lambda value: 16 <= value <= 1024, "a number of pixels from 16 to 1024")
 duration = number(float, lambda value: 0 < value < 1e6, "a number of seconds above 0")
 
 
@@ -63,6 +66,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.command = command_line("reproduce.py", argv)
     return args
+
+
+def crop(text: str) -> tuple[str, int | None, int | None]:
+    """An argparse type: NAME, or NAME@LEFT,TOP in pixels."""
+    name, at, place = text.rpartition("@")
+    if not at:
+        return text, None, None
+    found = re.fullmatch(r"(\d+),(\d+)", place)
+    if not (name and found):
+        raise argparse.ArgumentTypeError(f"{text} is not NAME or NAME@LEFT,TOP in pixels")
+    return name, int(found[1]), int(found[2])
 
 
 def releases(add) -> None:
@@ -95,9 +109,15 @@ def qualities(add) -> None:
 
 def others(add) -> None:
     add("--codecs", nargs="*", default=CODECS, metavar="NAME", help="other codecs (default: " + " ".join(CODECS) + ")")
+    by(add)
     add("--anchor", metavar="NAME", help="codec or release that BD-rates are against (default: the first of --codecs)")
     add("--distances", nargs="+", default=[], metavar="NAME", help="between patches: kid fid kid-lite0 fid-lite0")
     add("--published", metavar="SET", help="draw published points of this set as well, for instance kodak")
+
+
+def by(add) -> None:
+    told = "other codecs: bytes that count against ours, of their whole files (the default) or without containers"
+    add("--by", choices=["file", "payload"], default="file", help=told)
 
 
 def sweep(add) -> None:
@@ -127,6 +147,16 @@ def fitted(add) -> None:
     add("--fit", type=Path, metavar="DIR", help="training pictures: principal components are fitted to them, and shown")
 
 
+def beside(add) -> None:
+    add(
+        "--beside",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="other codecs at the first release's bytes, for artefacts",
+    )
+
+
 def clock(add) -> None:
     add("--repeats", type=positive, default=5, metavar="N", help="rounds after one of warm-up (default 5)")
     add("--precision", choices=["float32", "bfloat16"], default="float32", help="of the networks")
@@ -138,6 +168,18 @@ def timed(add) -> None:
 
 def sizes(add) -> None:
     add("--sizes", type=size, nargs="+", default=SIZES, metavar="HxW", help="default: " + " ".join(SIZES))
+
+
+def shown(add) -> None:
+    add("--data", type=Path, metavar="DIR", help="pictures, for instance Kodak")
+    add("--demo", action="store_true", help="the photographs that scikit-image ships, instead of --data")
+    told = "pictures, each with the left and top pixel of its crop (default: the middles of three)"
+    add("--crops", type=crop, nargs="+", default=[], metavar="NAME[@X,Y]", help=told)
+    add("--side", type=side, default=192, metavar="N", help="pixels of a crop's sides (default 192)")
+    add("--qualities", type=quality, nargs="+", default=(0.0, 30.0), metavar="Q", help="default: 0 30")
+    add("--codecs", nargs="*", default=OTHERS, metavar="NAME", help="other codecs (default: " + " ".join(OTHERS) + ")")
+    add("--metrics", nargs="*", default=LABELS, metavar="NAME", help="default: " + " ".join(LABELS))
+    by(add)
 
 
 def everything(add) -> None:
@@ -164,7 +206,8 @@ COMMANDS = {
     "variance": ("variances in the latent (Fig. 9a)", [releases, pictures, qualities]),
     "ablation": ("finished ablations (Fig. 10)", [folders, reference, pictures, scores, one_quality]),
     "ceiling": ("the image autoencoder alone, D(E(X))", [releases, decoders, pictures, scores, fitted]),
-    "artefacts": ("patterns, borders, colour casts, flat areas", [releases, decoders, pictures, scores, qualities]),
+    "artefacts": ("patterns, borders, colour casts, flat areas", [releases, decoders, pictures, scores, qualities, beside]),
+    "crops": ("crops beside other codecs", [releases, decoders, shown]),
     "timing": ("time and operations of every part", [releases, decoders, timed, sizes, one_quality, clock]),
     "equal_bytes": ("two layers within base-only bytes", [releases, pictures, scores, rivals]),
 }
@@ -179,6 +222,7 @@ SHARED = [
     sweep,
     reference,
     fitted,
+    beside,
     clock,
     sizes,
     everything,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import chain
 from pathlib import Path
+from statistics import fmean
 
 from torch import Tensor
 from tqdm import tqdm
@@ -29,6 +30,8 @@ from utils.files import atomic_write, make_folder
 from utils.images import read_image, write_image
 
 KEY = ("codec", "label", "picture")
+# --by: which bytes of other codecs' files are counted, here and in rates; of ours all are.
+COUNTED = {"file": "of whole files", "payload": "other codecs' without containers, ours of whole files"}
 
 
 @dataclass(frozen=True)
@@ -98,10 +101,12 @@ def measured(
     variants: Sequence[Variant],
     baselines: Sequence[Baseline] = (),
     distances: Sequence[str] = (),
+    by: str = "file",
 ) -> list[Row]:
     """--data coded by every variant, and by other codecs at the first release's bytes: rows in `<name>.csv`, their means.
 
     Args:
+        by: a key of COUNTED, also for the bits per pixel of the means.
         distances: names of `measuring.patches.DISTANCES` that the means get as well.
     Raises:
         DiffoError: an option is wrong, before anything is coded; or as `Coding.code`.
@@ -111,12 +116,14 @@ def measured(
     _say_left_out(by_patches.left_out)
     first = [variant for variant in variants if variant.codec == variants[0].codec]
     points = [(variant.codec, variant.label) for variant in variants]
-    points += [(baseline.name, at(variant.label)) for baseline in baselines for variant in first]
+    points += [(baseline.name, at(variant.label, by)) for baseline in baselines for variant in first]
     with table_of(args, name, releases) as table:
         coding = Coding(table, pictures, args.out_path, evaluator)
         coding.code(variants)
-        coding.match(baselines, first)
+        coding.match(baselines, first, by=by)
         means = [mean_of(coding.rows(*point), evaluator.names) for point in points]
+        if by == "payload":
+            means = [mean | {"bpp": payload_bpp(coding.rows(*p))} for mean, p in zip(means, points, strict=True)]
         if is_main():
             decoded = [[coding.decoded(*point, picture) for picture in pictures] for point in points]
             add_distances(means, decoded, list(pictures.values()), by_patches)
@@ -164,19 +171,25 @@ class Coding:
             }
             self._fill(codec, self._code_picture, todo)
 
-    def match(self, baselines: Iterable[Baseline], variants: Sequence[Variant], made_from: str = "") -> None:
+    def match(
+        self, baselines: Iterable[Baseline], variants: Sequence[Variant], made_from: str = "", by: str = "file"
+    ) -> None:
         """Every picture by every other codec within the bytes that each variant took for it; errors as `code`.
 
         Args:
             made_from: what else decides the rows, for instance the weights of a codec that has some.
+            by: a key of COUNTED.
         """
         for baseline in baselines:
             todo = {}
             for name in self.pictures:
-                sizes = {at(v.label): self.table.get(v.codec, v.label, name)["bytes"] for v in variants}
-                goals = [(label, size, f"{made_from}within {size} bytes") for label, size in sizes.items()]
+                sizes = {at(v.label, by): self.table.get(v.codec, v.label, name)["bytes"] for v in variants}
+                told = f"{made_from}{'payload ' if by == 'payload' else ''}within"
+                goals = [(label, size, f"{told} {size} bytes") for label, size in sizes.items()]
                 todo[name] = [goal for goal in goals if not self._stands(baseline.name, goal[0], name, goal[2])]
-            self._fill(baseline.label, lambda name, todo, codec=baseline: self._match_picture(codec, name, todo), todo)
+            self._fill(
+                baseline.label, lambda name, todo, codec=baseline: self._match_picture(codec, name, todo, by), todo
+            )
 
     def rows(self, codec: str, label: str) -> list[Row]:
         """The rows of one codec and label, one for each picture."""
@@ -199,18 +212,20 @@ class Coding:
             rows.append(self._scored(row, image, decoded.image))
         return rows
 
-    def _match_picture(self, baseline: Baseline, name: str, goals: list[tuple[str, int, str]]) -> list[Row]:
+    def _match_picture(self, baseline: Baseline, name: str, goals: list[tuple[str, int, str]], by: str) -> list[Row]:
         image, rows = read_image(self.pictures[name]), []
         for label, size, made_from in goals:
             if self._stands(baseline.name, label, name, made_from, scored=False):
                 rows.append(self._scored(self.table.get(baseline.name, label, name), image))
-            elif coded := baseline.fit(image, size):
+            elif coded := baseline.fit(image, size, payload=by == "payload"):
                 made = {"data": coded.data, "suffix": baseline.suffix}
                 row = self._row(baseline.name, label, name, image, made_from, **made)
                 row |= {"payload_bytes": coded.payload, "scale": coded.scale, "setting": coded.setting}
                 rows.append(self._scored(row, image, coded.decoded))
             else:
-                floor = {"bytes": None, "floor_bytes": len(baseline.smallest(image).data)}
+                smallest = baseline.smallest(image)
+                size = smallest.payload if by == "payload" else len(smallest.data)
+                floor = {"bytes": None, "floor_bytes": size}
                 rows.append(self._row(baseline.name, label, name, image, made_from) | floor)
         return rows
 
@@ -253,9 +268,16 @@ class Coding:
         return self.folder / "decoded" / codec / label / f"{Path(name).with_suffix('')}.png"
 
 
-def at(label: str) -> str:
-    """The label of another codec's rows that were matched to those of `label`."""
-    return f"at {label}"
+def at(label: str, by: str = "file") -> str:
+    """The label of another codec's rows that were matched to those of `label`, by a key of COUNTED."""
+    return f"at {label}" + (" by payload" if by == "payload" else "")
+
+
+def payload_bpp(rows: Sequence[Row]) -> float | None:
+    """Mean bits per pixel of files without their containers; None where a picture has no file."""
+    if any(row["bytes"] is None for row in rows):
+        return None
+    return fmean(bpp(row["payload_bytes"], row["height"], row["width"]) for row in rows)
 
 
 def at_quality(name: str, model: Codec, quality: float) -> float:

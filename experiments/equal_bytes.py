@@ -30,8 +30,8 @@ class TwoLayers:
     label: str = OURS
     suffix: str = STREAM
 
-    def fit(self, image: Tensor, max_bytes: int) -> Coded | None:
-        """None where the smallest file is larger."""
+    def fit(self, image: Tensor, max_bytes: int, payload: bool = False) -> Coded | None:
+        """None where the smallest file is larger. payload: the whole file counts either way."""
         try:
             fitted = budget.fit(self.codec, self.codec.analyse(image), max_bytes)
         except BudgetError:

@@ -13,10 +13,12 @@ from pathlib import Path
 import torch
 
 from coding.plan import inputs
+from datapipe.sources import demo_photographs
 from models.codec import Codec
 from models.released import SMALL, load_release
-from utils.distributed import local_device, world_size
+from utils.distributed import gather_objects, is_main, local_device, world_size
 from utils.errors import DiffoError
+from utils.files import atomic_write, make_folder
 from utils.version import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,6 +41,16 @@ def named_photographs(folder: Path, limit: int | None = None) -> dict[str, Path]
         if (other := stems.setdefault(relative.with_suffix(""), path)) != path:
             raise DiffoError(f"{other} and {path} have one stem, and so would their files; rename one")
     return {str(relative): path for path, relative in found}
+
+
+def demo_folder(folder: Path) -> Path:
+    """A folder with the photographs that scikit-image ships, which the main process fills."""
+    if is_main():
+        make_folder(folder)
+        for path in demo_photographs():
+            atomic_write(folder / path.name, path.read_bytes())
+    gather_objects([])  # the other processes wait for it
+    return folder
 
 
 def _found(folder: Path, limit: int | None) -> list[tuple[Path, Path]]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from coding.report import Row
 from experiments.baselines import BASELINES, Baseline
-from experiments.coded import baselines_of, curve_of, measured
+from experiments.coded import COUNTED, baselines_of, curve_of, measured
 from experiments.inputs import about, releases_of
 from experiments.published import published, records
 from experiments.summary import BD_RATE, SHOWN, write_summary
@@ -28,12 +28,13 @@ def run(args: argparse.Namespace) -> None:
     means = points(args, releases)
     if not is_main():
         return
-    told = about(args, releases, published=args.published)
-    write_summary(means, args.out_path, "means", told, f"Rates and scores on {args.data.name}")
+    told = about(args, releases, published=args.published, bytes=COUNTED[args.by])
+    by = " by payload" if args.by == "payload" else ""
+    write_summary(means, args.out_path, "means", told, f"Rates and scores on {args.data.name}{by}")
     if anchor := anchor_of(args):
         found, reasons = bd_rates(means, anchor)
         rows = [{"codec": codec} | row for codec, row in found.items()]
-        write_summary(rows, args.out_path, "bd_rate", told | reasons, f"BD-rate against {anchor}")
+        write_summary(rows, args.out_path, "bd_rate", told | reasons, f"BD-rate against {anchor}{by}")
     draw(means, args)
 
 
@@ -41,9 +42,8 @@ def points(args: argparse.Namespace, releases: dict[str, Codec]) -> list[Row]:
     """Means of every release at --qualities, and of --codecs at the first one's bytes. Errors as `run`."""
     baselines = baselines_for(args, releases)
     curves = [curve_of(name, codec, args.qualities) for name, codec in releases.items()]
-    return measured(
-        args, "rates", releases, [variant for curve in curves for variant in curve], baselines, args.distances
-    )
+    variants = [variant for curve in curves for variant in curve]
+    return measured(args, "rates", releases, variants, baselines, args.distances, args.by)
 
 
 def baselines_for(args: argparse.Namespace, releases: dict[str, Codec]) -> list[Baseline]:
@@ -101,7 +101,7 @@ def draw(means: Sequence[Row], args: argparse.Namespace) -> None:
             title = f"{score.heading} by rate, mean over {args.data.name}"
             better = "lower" if score.lower_is_better else "higher"
             unit = f"{score.heading}{', ' + score.unit if score.unit else ''} ({better} is better)"
-            chart(curves, args.out_path / f"{name}.png", "bits per pixel (files)", unit, title)
+            chart(curves, args.out_path / f"{name}.png", f"bits per pixel ({COUNTED[args.by]})", unit, title)
 
 
 def published_curves(dataset: str, score: str) -> list[Curve]:

@@ -7,18 +7,19 @@ from datetime import date
 from pathlib import Path
 
 from coding.report import Row
-from datapipe.sources import demo_photographs
 from experiments import rates
 from experiments.baselines import BASELINES
+from experiments.coded import COUNTED
 from experiments.compared import compared
 from experiments.eta import rate_label
+from experiments.inputs import demo_folder
 from experiments.published import published
 from experiments.rates import published_curves
 from experiments.summary import HIGH, LOW, heading, lines_of
 from measuring.scores import SCORES
 from utils.distributed import is_main
 from utils.errors import DiffoError
-from utils.files import atomic_write, make_folder
+from utils.files import atomic_write
 
 # command -> the tables that it leaves, in the order of the page
 TABLES = {
@@ -41,7 +42,7 @@ DEMO = {
 }
 PICTURES = 24  # on the page where no --limit is given: of Kodak, under 25 MB
 PAGE = Path(__file__).with_name("page")  # its parts
-BY_RATE = {"x": "bits per pixel (whole files)", "unit": "bpp"}
+BY_RATE = {"x": "bits per pixel (of whole files)", "unit": "bpp"}
 
 
 def run(args: argparse.Namespace) -> None:
@@ -70,12 +71,16 @@ def run(args: argparse.Namespace) -> None:
 
 def code_demo(args: argparse.Namespace, folder: Path) -> Path:
     """`rates` of scikit-image's photographs by the release that ships, below a folder; returns that of the pictures."""
-    data = folder / "photographs"
-    if is_main():
-        make_folder(data)
-        for path in demo_photographs():
-            atomic_write(data / path.name, path.read_bytes())
-    told = {"weights": None, "data": data, "limit": None, "anchor": None, "published": None, "distances": ()}
+    data = demo_folder(folder / "photographs")
+    told = {
+        "weights": None,
+        "data": data,
+        "limit": None,
+        "anchor": None,
+        "published": None,
+        "distances": (),
+        "by": "file",
+    }
     rates.run(argparse.Namespace(**vars(args) | told | DEMO | {"out_path": folder / "rates"}))
     return data
 
@@ -132,7 +137,7 @@ def caution(about: dict) -> str | None:
 def groups_of(tables: dict[str, dict[str, dict]]) -> Iterator[dict]:
     """Charts that share a legend: every score by the rate, eta by rate, variances."""
     if means := tables.get("rates", {}).get("means"):
-        yield {"title": means["title"], "charts": list(score_charts(means["rows"], means["about"].get("published")))}
+        yield {"title": means["title"], "charts": list(score_charts(means["rows"], means["about"]))}
     if eta := tables.get("eta", {}).get("eta"):
         name, swept = eta["about"]["metric"], eta["sweeps"]["fit"]
         curves = [
@@ -150,8 +155,9 @@ def groups_of(tables: dict[str, dict[str, dict]]) -> Iterator[dict]:
         yield {"title": variance["title"], "charts": [axes | {"curves": curves}]}
 
 
-def score_charts(means: Sequence[Row], dataset: str | None) -> Iterator[dict]:
+def score_charts(means: Sequence[Row], about: dict) -> Iterator[dict]:
     """A chart for every score that has a mean, with the published points of a set, which are no measurements."""
+    dataset, counted = about.get("published"), about.get("bytes", COUNTED["file"])
     for name, score in SCORES.items():
         curves = []
         for codec in dict.fromkeys(row["codec"] for row in means):
@@ -162,7 +168,12 @@ def score_charts(means: Sequence[Row], dataset: str | None) -> Iterator[dict]:
         if curves:
             drawn = published_curves(dataset, name) if dataset else []
             curves += [curve(each.label, zip(each.x, each.y, strict=True), measured=False) for each in drawn]
-            axes = BY_RATE | {"title": score.heading, "y": better(name), "told": score.convention}
+            axes = BY_RATE | {
+                "x": f"bits per pixel ({counted})",
+                "title": score.heading,
+                "y": better(name),
+                "told": score.convention,
+            }
             yield axes | {"curves": curves}
 
 

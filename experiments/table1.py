@@ -5,7 +5,7 @@ from pathlib import Path
 
 from coding.report import Row
 from datapipe.sources import demo_photographs
-from experiments.coded import at_quality, table_of
+from experiments.coded import COUNTED, at_quality, table_of
 from experiments.inputs import about, releases_of
 from experiments.published import Published, published
 from experiments.rates import anchor_of, bd_rates, points
@@ -46,7 +46,15 @@ def run(args: argparse.Namespace) -> None:
     rows += [
         {"codec": f"{system} (paper alone)"} | printed(record) for system, record in paper.items() if system != OURS
     ]
-    told = about(args, releases, anchor=anchor, size=SIZE, repeats=args.repeats, paper=origin("paper-table1"))
+    told = about(
+        args,
+        releases,
+        anchor=anchor,
+        size=SIZE,
+        repeats=args.repeats,
+        bytes=COUNTED[args.by],
+        paper=origin("paper-table1"),
+    )
     title = f"Table 1: {f'BD-rate against {anchor}, ' if anchor else ''}size and speed"
     write_summary(rows, args.out_path, "table1", told | reasons, title)
     draw_bars(rows, args.out_path, [BD_RATE + name for name in args.metrics], ("codec",), title)

@@ -4,14 +4,18 @@ Pictures are uint8 tensors (3, H, W), RGB; the original comes before the decoded
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from measuring.metrics import require_pair
 
 PERIOD = 16  # pixels of a latent position: what repeats with it shows at multiples of 1/16 cycles per pixel
 BORDER = 4  # pixels
 LEAST = 12 * PERIOD  # pixels of a spectrum whose lines have neighbours of their own
+GROUND = 4 * PERIOD  # side of a block of smooth ground
+SMOOTH = 8.0  # grey values: the largest deviation of the original's luma inside one; Kodak has some 200
 NEIGHBOURS = range(2, 6)  # bins of the spectrum on either side that a line is compared with
 
 
@@ -70,3 +74,70 @@ def border_errors(original: torch.Tensor, decoded: torch.Tensor) -> tuple[float,
     middle = torch.zeros_like(squares, dtype=torch.bool)
     middle[BORDER:-BORDER, BORDER:-BORDER] = True
     return squares[~middle].mean().item(), squares[middle].mean().item()
+
+
+# On smooth ground, where the eye finds what texture hides --------------------------------------------------------------
+
+
+def smooth_blocks(original: torch.Tensor, *others: torch.Tensor) -> list[torch.Tensor]:
+    """Luma of the blocks of 64x64 pixels in which the original's deviates by less than SMOOTH, of all these pictures.
+
+    Returns:
+        for each picture float64 (M, 64, 64), the same M blocks; they begin at multiples of 64.
+    """
+    for other in others:
+        require_pair(original, other)
+    luma = torch.stack([picture.double().mean(0) for picture in (original, *others)])
+    rows, columns = (side // GROUND for side in luma.shape[1:])
+    blocks = luma[:, : rows * GROUND, : columns * GROUND].unflatten(1, (rows, GROUND)).unflatten(3, (columns, GROUND))
+    blocks = blocks.transpose(2, 3).flatten(1, 2)
+    smooth = blocks[0].std((1, 2), correction=0) < SMOOTH
+    return list(blocks[:, smooth])
+
+
+@dataclass(frozen=True)
+class Weave:
+    """What repeats every 16 pixels on smooth ground.
+
+    Attributes:
+        rms: of all of it, in grey values; 0 where nothing stands out.
+        ratio: power of its strongest line over that around it. down, across: the line's cycles per pixel.
+    """
+
+    rms: float
+    ratio: float
+    down: float
+    across: float
+
+
+def weave(errors: torch.Tensor) -> Weave:
+    """The lines at multiples of 1/16 cycles per pixel, down and across, of the mean spectrum of blocks, (M, 64, 64).
+
+    A line is what the spectrum has there above its surroundings: the geometric mean over the eight places 2 bins away,
+    as the spectra of photographs fall with a power of the frequency. Hann windows keep lines and surroundings apart.
+    """
+    n = errors.shape[-1]
+    window = torch.hann_window(n, dtype=torch.float64)
+    window = window[:, None] * window
+    centred = errors - errors.mean((1, 2), keepdim=True)
+    spectrum = torch.fft.fft2(centred * window).abs().square().mean(0) / window.square().sum()
+    ring = [(i, j) for i in (-2, 0, 2) for j in (-2, 0, 2) if i or j]
+    around = torch.stack([spectrum.roll(shift, (0, 1)) for shift in ring]).clamp(min=1e-12).log().mean(0).exp()
+    lines, around = (values[:: n // PERIOD, :: n // PERIOD].clone() for values in (spectrum, around))
+    lines[0, 0] = around[0, 0]  # the mean is no pattern
+    down, across = divmod((lines / around).argmax().item(), PERIOD)
+    power = (lines - around).sum() * window.square().sum() / window.sum().square()
+    ratio = (lines / around).max().item()
+    ends = (min(line, PERIOD - line) / PERIOD for line in (down, across))  # a negative frequency is its positive one
+    return Weave(power.clamp(min=0).sqrt().item(), ratio, *ends)
+
+
+def fine_detail(blocks: torch.Tensor) -> float:
+    """RMS of blocks, (M, 64, 64), after their moving mean over 16x16 pixels is taken away, in grey values.
+
+    What repeats every 16 pixels, or a whole fraction of that, passes unchanged; grain does nearly.
+    """
+    mean = F.avg_pool2d(blocks[:, None], PERIOD, 1)[:, 0]
+    start = PERIOD // 2
+    inner = blocks[:, start : start + mean.shape[1], start : start + mean.shape[2]]
+    return (inner - mean).square().mean().sqrt().item()

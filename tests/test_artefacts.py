@@ -5,7 +5,15 @@ import math
 import pytest
 import torch
 
-from measuring.artefacts import border_errors, error_spectrum, lines, strongest_line
+from measuring.artefacts import (
+    border_errors,
+    error_spectrum,
+    fine_detail,
+    lines,
+    smooth_blocks,
+    strongest_line,
+    weave,
+)
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -56,3 +64,67 @@ def test_the_border_is_the_outer_four_pixels():
     decoded = torch.full_like(original, 6)
     decoded[:, 4:-4, 4:-4] = 2
     assert border_errors(original, decoded) == (36.0, 4.0)
+
+
+# On smooth ground -----------------------------------------------------------------------------------------------------
+
+ROWS = torch.arange(64)[:, None].double()
+COLUMNS = torch.arange(64)[None].double()
+
+
+def noise(count: int, deviation: float) -> torch.Tensor:
+    return deviation * torch.randn(count, 64, 64, generator=GENERATOR, dtype=torch.float64)
+
+
+def test_a_grating_is_its_own_weave():
+    """A cos of amplitude 3 has an RMS of 3 / sqrt 2, over 16 pixels or a fraction; of two gratings squares add up."""
+    one = 3 * torch.cos(2 * math.pi * COLUMNS / 4).expand(40, 64, 64)
+    found = weave(one + noise(40, 0.1))
+    assert found.rms == pytest.approx(3 / math.sqrt(2), rel=1e-3) and (found.down, found.across) == (0, 1 / 4)
+    both = one + 4 * torch.cos(2 * math.pi * (3 * ROWS - COLUMNS) / 16 + 1)
+    found = weave(both + noise(40, 0.1))
+    assert found.rms == pytest.approx(5 / math.sqrt(2), rel=1e-3) and (found.down, found.across) == (3 / 16, 1 / 16)
+
+
+def test_a_checker_of_single_pixels_is_a_weave_of_its_amplitude():
+    """+2 and -2: all power at 1/2 down and 1/2 across, which has no second bin: its RMS is 2. The line's power over white
+    noise of deviation 4: 2^2 x (sum of w)^2 / sum of w^2 / 4^2; Hann windows of 64 have 32^2 / 24 a side."""
+    checker = 2 * (1 - 2 * ((ROWS + COLUMNS) % 2)).expand(400, 64, 64)
+    found = weave(checker + noise(400, 4.0))
+    assert (found.down, found.across) == (1 / 2, 1 / 2)
+    assert found.rms == pytest.approx(2, rel=0.02)
+    assert found.ratio == pytest.approx(1 + 4 * (32**2 / 24) ** 2 / 16, rel=0.1)
+
+
+def test_noise_and_what_repeats_with_another_period_are_no_weave():
+    found = weave(noise(200, 4.0))
+    assert found.rms < 0.2 and found.ratio < 1.4
+    other = 6 * torch.cos(2 * math.pi * 6 * COLUMNS / 64).expand(40, 64, 64)  # midway between two lines
+    assert weave(other + noise(40, 0.5)).rms < 0.2
+    ramp = 0.2 * COLUMNS + 0.1 * ROWS
+    assert weave(ramp.expand(9, 64, 64) + noise(9, 0.5)).rms < 0.3
+
+
+def test_fine_detail_passes_what_repeats_and_drops_what_is_slow():
+    grating = 3 * torch.cos(2 * math.pi * COLUMNS / 16).expand(2, 64, 64)
+    assert fine_detail(grating + 100) == pytest.approx(3 / math.sqrt(2), rel=0.02)  # 49 columns are not whole periods
+    checker = 2 * (1 - 2 * ((ROWS + COLUMNS) % 2)).expand(1, 64, 64)
+    assert fine_detail(checker) == pytest.approx(2)
+    assert fine_detail(0.1 * COLUMNS.expand(1, 64, 64)) == pytest.approx(0.05)  # the mean lies half a pixel beside
+    assert fine_detail(noise(9, 4.0)) == pytest.approx(4, rel=0.02)
+
+
+def test_smooth_ground_is_where_the_original_hardly_deviates():
+    """Four blocks: flat; deviating by 7, and by 9; flat in the original alone."""
+    half = torch.where(COLUMNS % 2 == 0, 1.0, -1.0).expand(64, 64)
+    original = torch.full((3, 70, 4 * 64 + 5), 128.0)
+    for block, deviation in enumerate((0, 7, 9, 0)):
+        original[:, :64, 64 * block : 64 * block + 64] += deviation * half
+    decoded = original.clone()
+    decoded[:, :, 3 * 64 :] += 20 * torch.where(torch.arange(69) % 2 == 0, 1.0, -1.0)
+    original, decoded = (picture.to(torch.uint8) for picture in (original, decoded))
+    ours, theirs = smooth_blocks(original, decoded)
+    assert len(ours) == len(theirs) == 3
+    assert ours.std((1, 2), correction=0).tolist() == pytest.approx([0, 7, 0])
+    assert theirs.std((1, 2), correction=0).tolist() == pytest.approx([0, 7, 20])
+    assert all(len(blocks) == 0 for blocks in smooth_blocks(original[:, :60]))

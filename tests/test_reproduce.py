@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from experiments import all as everything
 from experiments import artefacts, branches
 from experiments.baselines import BASELINES, Baseline
+from measuring.artefacts import smooth_blocks
 from measuring.patches import PatchDistances
 from models.codec import Codec
 from models.records import Sampling
@@ -100,6 +101,33 @@ def test_rates_of_two_releases_and_another_codec_at_the_first_ones_bytes(release
     assert (out / "bd_rate.md").read_text().startswith("# BD-rate against webp")
 
 
+def test_by_payload_the_containers_of_other_codecs_do_not_count(release, pictures, tmp_path, monkeypatch):
+    """Both searches stand in one table. At the quality of the largest file AVIF reaches both pictures only by payload, or
+    has there the larger files."""
+    monkeypatch.setattr("experiments.rates.draw", lambda *_: None)
+    command = ["rates", "--weights", release, "--data", pictures, "-o", tmp_path / "out", "--metrics", "psnr"]
+    command += ["--qualities", 100, "--codecs", "avif"]
+    assert reproduce(*command) == 0
+    assert reproduce(*command, "--by", "payload") == 0
+    rows = {(row["codec"], row["label"], row["picture"]): row for row in rows_in(tmp_path / "out" / "rates.csv")}
+    assert len(rows) == 6
+    for i in range(2):
+        ours, file, payload = (
+            rows[codec, label, f"{i}.png"]
+            for codec, label in (("nano", "100"), ("avif", "at 100"), ("avif", "at 100 by payload"))
+        )
+        assert payload["made_from"].startswith(f"payload within {ours['bytes']} bytes")
+        assert int(payload["payload_bytes"] or payload["floor_bytes"]) <= int(ours["bytes"]) or not payload["bytes"]
+        assert int(file["bytes"] or 0) <= int(payload["bytes"] or 0)
+        assert int(payload["bytes"]) > int(ours["bytes"])  # the whole file would not have been within it
+    told = told_in(tmp_path / "out" / "means.json")
+    ours, theirs = told["rows"]
+    counted = sum(int(rows["avif", "at 100 by payload", f"{i}.png"]["payload_bytes"]) for i in range(2))
+    assert theirs["bpp"] == pytest.approx(8 * counted / 2 / (96 * 80)) and theirs["bytes"] > theirs["payload_bytes"]
+    assert ours["bpp"] == pytest.approx(8 * ours["bytes"] / (96 * 80))
+    assert "by payload" in told["title"] and "without containers" in told["about"]["bytes"]
+
+
 def test_what_is_done_is_not_done_again(release, pictures, tmp_path, coded, monkeypatch):
     monkeypatch.setattr("experiments.rates.draw", lambda *_: None)  # which takes longer than all of this
     command = ["rates", "--weights", release, "--data", pictures, "-o", tmp_path / "out"]
@@ -137,7 +165,7 @@ def _interrupt():
 
 
 def test_a_codec_that_cannot_get_so_small_says_how_small_it_gets(release, pictures, tmp_path, monkeypatch):
-    monkeypatch.setattr(Baseline, "fit", lambda *_: None)
+    monkeypatch.setattr(Baseline, "fit", lambda *_, **__: None)
     command = rates(release, pictures, tmp_path / "out", "--codecs", "jpeg", "--qualities", 0)
     assert reproduce(*command) == 0
     mean = told_in(tmp_path / "out" / "means.json")["rows"][-1]
@@ -239,8 +267,8 @@ def test_artefacts_are_measured_on_the_decoded_pictures(release, tmp_path):
     photograph(tmp_path / "one" / "a.png", 256, 208, seed=0)
     out = tmp_path / "out"
     command = ["artefacts", "--weights", release, "--data", tmp_path / "one", "-o", out, "--metrics", "psnr"]
-    assert reproduce(*command, "--qualities", 0) == 0
-    (row,) = told_in(out / "artefacts.json")["rows"]
+    assert reproduce(*command, "--qualities", 0, "--beside", "webp") == 0
+    grain, row, other = told_in(out / "artefacts.json")["rows"]
     decoded, original = out / "decoded" / "nano" / "0" / "a.png", tmp_path / "one" / "a.png"
     error = read_image(decoded).double() - read_image(original).double()
     assert [row[f"cast {c}"] for c in "RGB"] == pytest.approx(error.mean((1, 2)).tolist())
@@ -248,6 +276,9 @@ def test_artefacts_are_measured_on_the_decoded_pictures(release, tmp_path):
     outer = (error.square().sum() - inner.sum()) / (error.numel() - inner.numel())
     assert row["border / middle"] == pytest.approx((outer / inner.mean()).sqrt().item())
     assert row["black, largest error"] >= 0 and row["line along x"] > 0
+    blocks, _ = smooth_blocks(read_image(tmp_path / "one" / "a.png"), read_image(decoded))
+    assert grain["codec"] == "original" and grain["smooth blocks"] == len(blocks)
+    assert other["codec"] == "webp" and "black, largest error" not in other
 
 
 @pytest.mark.parametrize("name, value", [("black", 0), ("white", 255)])
