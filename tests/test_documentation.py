@@ -28,6 +28,7 @@ PROGRAMS = {
     "-m release": "release.from_run",
     "-m release.import_weights": "release.import_weights",
     "-m datapipe.prepare": "datapipe.prepare",
+    "-m benchmarks.cuda": "benchmarks.cuda",
     "-m benchmarks.train": "benchmarks.train",
     "-m benchmarks.hostile": "benchmarks.hostile",
     "-m benchmarks.rehearse": "benchmarks.rehearse",
