@@ -25,7 +25,6 @@ from models.released import SMALL, load_release
 from release.tables import Counts
 from training.config import load_config
 from training.start import new_codec
-from utils.images import read_image
 
 BRANCH = 0.3  # of a random residual branch, to its input: untrained ones are silent
 QUALITIES = (0.0, 40.0)
@@ -39,6 +38,7 @@ class Sizes:
     small: str = "configs/small.yaml"
     picture: str = "512x768"
     large: int = 4096  # side
+    photographs: int = 5
     batch: int = 16
     repeats: int = 7
     steps: int = 6  # of a round of training, of which there are three
@@ -46,7 +46,7 @@ class Sizes:
 
 
 TINY = Sizes(
-    "tests/nano.yaml", "tests/nano.yaml", "48x64", 64, 2, 2, 1, ("gt.batch_size=1", "codec.batch_size=1")
+    "tests/nano.yaml", "tests/nano.yaml", "48x64", 64, 1, 2, 2, 1, ("gt.batch_size=1", "codec.batch_size=1")
 )  # for the tests: the same code
 
 
@@ -177,8 +177,8 @@ class Bench:
         """Files of the shipped model, written here and on the CPU: read alike on both; and bfloat16's PSNR."""
         cpu, right, tried, noise = load_release(SMALL, torch.device("cpu")), 0, 0, []
         codecs = {mode: mode.codec(self.shipped) for mode in (PLAIN, FASTEST)}
-        for path in demo_photographs():
-            picture = read_image(path)
+        for path in demo_photographs()[: self.sizes.photographs]:
+            picture = fitted(path, self.sizes.picture)
             for quality in QUALITIES:
                 data = {None: cpu.compress(picture, quality)}
                 for mode, codec in codecs.items():

@@ -44,7 +44,7 @@ def test_every_part_measures_its_figures(tmp_path, monkeypatch, capsys):
         assert {f"encode: {NETWORKS[0][2]}", f"decode: {NETWORKS[-1][2]}"} <= found.keys()
         assert way.startswith("float32") or 20 < found["PSNR to float32"] < 80
     agreed = figures["small, demo photographs", "CPU and device"]
-    assert agreed["files read alike, of 30"] == 30 and agreed["bfloat16, the lowest PSNR to float32"] > 30
+    assert agreed["files read alike, of 6"] == 6 and agreed["bfloat16, the lowest PSNR to float32"] > 30
     assert (tmp_path / "cuda.md").read_text().startswith("# Speed on CUDA")
 
 
