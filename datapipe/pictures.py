@@ -44,6 +44,7 @@ class DataParams:
         crop: `random`: a random square of the picture, enlarged at random by a factor in `enlarge`;
             `square`: a random square of the whole short side, area-resized (the published code's way).
         flip: mirror half of the crops.
+        plain: share of the crops that are of one colour or a slope between two instead, which photographs hardly have.
         workers: processes that decode; 0 decodes in the training process.
     """
 
@@ -53,6 +54,7 @@ class DataParams:
     crop: Literal["random", "square"] = "random"
     enlarge: tuple[float, ...] = (1.0, 1.0)
     flip: bool = True
+    plain: float = 0.0
     workers: int = 4
 
     def __post_init__(self):
@@ -61,6 +63,7 @@ class DataParams:
             raise ValueError(f"{' and '.join(named)} are both set: pictures come from one of {', '.join(KINDS)}")
         good = len(self.enlarge) == 2 and 0 < self.enlarge[0] <= self.enlarge[1]
         require(good, f"enlarge {list(self.enlarge)}: two factors above 0, the smaller first")
+        require(0 <= self.plain <= 1, f"plain {self.plain}: a share, from 0 to 1")
         require_from(0, self, "workers")
 
     @property
@@ -116,8 +119,11 @@ class Pictures(Dataset):
 
     def __getitem__(self, position: int) -> dict[str, Tensor | int]:
         random = generator(self.seed, CROP, position)
-        crop = self._square if self.params.crop == "square" else self._random
-        image = crop(self._picture(position), random)
+        if self.params.plain and random.random() < self.params.plain:
+            image = plain_crop(self.size, random)
+        else:
+            crop = self._square if self.params.crop == "square" else self._random
+            image = crop(self._picture(position), random)
         if self.params.flip and random.random() < 0.5:
             image = image.flip(2)
         drawn = draw(self.draws, self.seed, position) if self.draws else {}
@@ -179,6 +185,23 @@ def enlarged_crop(picture: Tensor, enlarged: Sequence[int], top: int, left: int,
     part = (..., shown[1], shown[0])
     signed[part] = to_signed(picture[part])
     return F.grid_sample(signed, grid, mode="bicubic", padding_mode="border", align_corners=False)[0]
+
+
+def plain_crop(size: int, random: np.random.Generator) -> Tensor:
+    """A square of one colour, or in half of the cases a slope between two: float32 3 x size x size in [-1, 1].
+
+    Half of the colours are grey. Values are drawn from a range that is half as wide again and cut: one in three is 0 or 255.
+    """
+    ends = random.uniform(-1.5, 1.5, (2, 3)).clip(-1, 1)
+    if random.random() < 0.5:
+        ends[:] = ends[:, :1]
+    if random.random() < 0.5:
+        ends[1] = ends[0]
+    angle = random.uniform(0, 2 * np.pi)
+    along = np.linspace(-0.5, 0.5, size)
+    place = 0.5 + (along[:, None] * np.sin(angle) + along * np.cos(angle)) / (abs(np.sin(angle)) + abs(np.cos(angle)))
+    start, end = ends[:, :, None, None]  # 3 1 1
+    return torch.from_numpy(start + (end - start) * place).float()
 
 
 @lru_cache(maxsize=2)

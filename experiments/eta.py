@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
     title = f"Fig. 5: {metric} ({better} is better) by noise level, c = {rate.c:.4g}"
     write_summary(rows, args.out_path, "eta", told, title, sweeps=points)
     curves = [
-        Curve(f"{b:.3f} bpp", found.etas, found.sign * row, rate.eta(b))
+        Curve(rate_label(b), found.etas, found.sign * row, rate.eta(b))
         for b, row in zip(found.rates, found.costs, strict=True)
     ]
     title = f"Noise level of the one step, by rate (diamonds: c = {rate.c:.4g})"
@@ -79,6 +79,11 @@ def run(args: argparse.Namespace) -> None:
     if args.store:
         with_rate(source, rate, args.store)
         print(f"wrote {args.store}, with c = {rate.c:.4g}")
+
+
+def rate_label(rate: float) -> str:
+    """What a curve's rate is: B_eta of Eq. 11, which sets its noise level, is not that of whole files."""
+    return f"{rate:.3f} bpp of coded sections"
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from datapipe.sources import demo_photographs
 from experiments import rates
 from experiments.baselines import BASELINES
 from experiments.compared import compared
+from experiments.eta import rate_label
 from experiments.published import published
 from experiments.rates import published_curves
 from experiments.summary import HIGH, LOW, heading, lines_of
@@ -115,10 +116,12 @@ def content_of(folder: Path, tables: dict[str, dict[str, dict]], data: Path | No
     return content
 
 
-def caution(about: dict) -> str:
-    """How the sizes of the measured releases relate to the paper's."""
+def caution(about: dict) -> str | None:
+    """How the sizes of the measured releases relate to the paper's; None of results that do not tell their sizes."""
     (paper,) = (record.parameters for record in published(source="paper-table1") if record.system == "DiffO")
-    counts = about["parameters"]
+    counts = about.get("parameters")
+    if not counts:
+        return None
     told = " and ".join(f"{name} has {count / 1e6:.1f} million parameters" for name, count in counts.items())
     told += f"; the paper's model has {paper / 1e6:.0f} million."
     if all(count < paper / 2 for count in counts.values()):
@@ -133,7 +136,7 @@ def groups_of(tables: dict[str, dict[str, dict]]) -> Iterator[dict]:
     if eta := tables.get("eta", {}).get("eta"):
         name, swept = eta["about"]["metric"], eta["sweeps"]["fit"]
         curves = [
-            curve(f"{rate:.3f} bpp", zip(swept["etas"], scores, strict=True))
+            curve(rate_label(rate), zip(swept["etas"], scores, strict=True))
             for rate, scores in zip(swept["rates"], swept["scores"], strict=True)
         ]
         axes = {"title": SCORES[name].heading, "x": "noise level eta", "unit": "eta", "y": better(name), "log": True}

@@ -181,13 +181,16 @@ def own_tables(weights: np.ndarray) -> np.ndarray:
     Integer arithmetic in float64: products stay below 2^53, so that the floor of a rounded quotient is the quotient's.
 
     Args:
-        weights: (M, K) float64 that holds integers, 1 to 2^28 each.
+        weights: (M, K) float64 that holds integers, 1 to 2^28 each; the result takes their place.
     Returns:
         (M, K) float64 that holds integers from 0; rows sum to 2^24 - K. Code 0 is given what the floors leave.
     """
     total = float((1 << _CODER_PRECISION) - weights.shape[1])
-    weights = np.ascontiguousarray(weights)  # constriction reads other layouts as if they were this one
-    masses = np.floor(weights * total / weights.sum(axis=1, keepdims=True))
+    masses = np.ascontiguousarray(weights)  # constriction reads other layouts as if they were this one
+    sums = masses.sum(axis=1, keepdims=True)
+    masses *= total
+    masses /= sums
+    np.floor(masses, out=masses)
     masses[:, 0] += total - masses.sum(axis=1)
     return masses
 

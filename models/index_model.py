@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.entropy_coding import SectionDecoder, SectionEncoder, own_bits, own_tables
@@ -129,9 +130,12 @@ class IndexNetwork(nn.Module):
         return {key: value / _stored(key)[0] for key, value in integers.items()}
 
     @staticmethod
-    def sizes(state: Mapping[str, Tensor]) -> tuple[int, int]:
-        """Channels and width of a state dict."""
-        return state["embedding.weight"].shape[1], state["hidden.weight"].shape[0]
+    def sizes(state: Mapping[str, Tensor]) -> tuple[int, ...]:
+        """Channels and width of a state dict; nothing, which leaves the usual ones, where it does not tell them."""
+        embedding, hidden = state.get("embedding.weight"), state.get("hidden.weight")
+        if embedding is None or hidden is None or embedding.ndim != 2 or 0 in (embedding.numel(), hidden.numel()):
+            return ()
+        return embedding.shape[1], len(hidden)
 
     def forward(self, number: int, context: Tensor) -> Tensor:
         """int64 (M, CONTEXT) of a pass -> (M, K), integers, in units of 1/16 bit."""
@@ -143,7 +147,17 @@ class IndexNetwork(nn.Module):
 def shares(scores: np.ndarray) -> np.ndarray:
     """floor(2^(20 - d/16)), d units below the best score of a row, at least 1: (M, K), integers in float64."""
     distance = scores.max(axis=1, keepdims=True) - scores
-    return _SHARES[np.minimum(distance, len(_SHARES) - 1).astype(np.int64)]
+    return np.take(_SHARES, distance.astype(np.intp), mode="clip")
+
+
+def _matrix(layer: IntegerConv) -> tuple[Tensor, Tensor]:
+    """Integers of a 1x1 convolution as a matrix product needs them: weight, C_in x C_out, and bias."""
+    weight, bias = layer.integers()
+    return weight[:, :, 0, 0].T.contiguous(), bias
+
+
+def _layer(a: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # M C_in -> M C_out
+    return torch.addmm(bias, a, weight).mul_(1 / WEIGHT_UNIT).floor_()
 
 
 class IndexModel:
@@ -153,7 +167,18 @@ class IndexModel:
     """
 
     def __init__(self, network: IndexNetwork):
-        self.network = copy.deepcopy(network).float().cpu().eval().requires_grad_(False)
+        self.network = network = copy.deepcopy(network).float().cpu().eval().requires_grad_(False)
+        symbols = torch.arange(network.codes + 1)[None, None]
+        self._rows = network.embedding(symbols)[0, :, 0].T.contiguous()  # K+1 C
+        self._first = [_matrix(layer) for layer in network.first]
+        self._hidden, self._out = _matrix(network.hidden), _matrix(network.out)
+
+    def scores(self, number: int, context: Tensor) -> Tensor:
+        """What the network gives, (M, CONTEXT) of a pass -> (M, K), from integers that are made once."""
+        a = F.embedding(context, self._rows).flatten(1)  # M CONTEXT*C
+        for matrix in (self._first[number], self._hidden):
+            a = _layer(a, *matrix).clamp_(0, ACTIVATION_MAX)
+        return _layer(a, *self._out)
 
     def encode(self, k: np.ndarray) -> bytes:
         """The section of indices (h, w) in [0, K)."""
@@ -193,5 +218,5 @@ class IndexModel:
         """Tables (M, K) of positions of a pass, for the coder, given a grid with the indices of earlier passes."""
         context = torch.from_numpy(contexts(grid, number, rows, columns, self.network.codes).astype(np.int64))
         with torch.autocast("cpu", enabled=False):
-            scores = self.network(number, context)
+            scores = self.scores(number, context)
         return own_tables(shares(scores.numpy()))

@@ -79,9 +79,13 @@ class IntegerConv(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_channels))
         nn.init.kaiming_normal_(self.weight, nonlinearity="relu")
 
-    def forward(self, a: Tensor) -> Tensor:
+    def integers(self) -> tuple[Tensor, Tensor]:
+        """Weight, in 1/64, and bias, in the unit of the sums, as they are computed with."""
         weight = round_through(bounded(self.weight * WEIGHT_UNIT, -WEIGHT_MAX, WEIGHT_MAX))
-        bias = round_through(bounded(self.bias * ACTIVATION_UNIT, -BIAS_MAX, BIAS_MAX)) * WEIGHT_UNIT
+        return weight, round_through(bounded(self.bias * ACTIVATION_UNIT, -BIAS_MAX, BIAS_MAX)) * WEIGHT_UNIT
+
+    def forward(self, a: Tensor) -> Tensor:
+        weight, bias = self.integers()
         sums = round_through(F.conv2d(a, weight, bias, padding=self.padding))  # exact, but for a GPU's transforms
         return floor_through(sums / WEIGHT_UNIT)
 

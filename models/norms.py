@@ -3,6 +3,7 @@
 Axes: N batch, C channels, H and W rows and columns of a feature map.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -28,4 +29,4 @@ class GroupNorm(nn.GroupNorm):
         h = super().forward(x)
         if scale is not None:
             h = h * (1 + scale) + shift
-        return F.silu(h) if self.silu else h
+        return F.silu(h, inplace=not torch.is_grad_enabled()) if self.silu else h

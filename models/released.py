@@ -15,7 +15,6 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,8 +24,9 @@ from models.codec import Codec
 from models.index_model import IndexModel, IndexNetwork
 from models.records import CodecParams
 from models.residual_hyperprior import ResidualTables
+from models.stated import meaning, params_of, require_same
 from utils import checkpoints
-from utils.config import build, load_mapping, to_mapping
+from utils.config import to_mapping
 from utils.errors import CheckpointError
 
 OURS = "diffo"
@@ -36,9 +36,6 @@ DENSITIES = "rate_model."  # begins their keys in the residual codec's state dic
 RELEASES = Path(__file__).resolve().parents[1] / "weights"
 SMALL = RELEASES / "small"
 ABOUT = "release.json"
-
-ONLY_TRAINING = ("decay", "epsilon", "revive_below")  # parameters of networks that no fingerprint counts
-LATER = {"patch": 1, "shortcut": "none"}  # those that came after the first release count where they are not at this
 
 States = dict[str, dict[str, Tensor]]  # state dicts by network
 
@@ -160,17 +157,6 @@ def fingerprint(codec: Codec, digests: dict[str, str]) -> bytes:
     return bytes.fromhex(checkpoints.digest(tensors))[:4]
 
 
-def meaning(params: CodecParams) -> dict[str, Any]:
-    """Parameters that affect decoding; the rate's rule counts as a tensor. Old fingerprints hold: see `LATER`."""
-    kept, usual = {}, to_mapping(CodecParams())
-    for name, value in to_mapping(params).items():
-        if isinstance(value, dict) and name != "rate":
-            kept[name] = {k: v for k, v in value.items() if k not in ONLY_TRAINING and (k, v) not in LATER.items()}
-        elif name != "rate" and value != usual[name]:
-            kept[name] = value
-    return kept
-
-
 def load_triple(
     triple: Triple, config: str | Path | None = None, device: str | torch.device = "cpu", densities: bool = False
 ) -> Codec:
@@ -195,8 +181,14 @@ def load_triple(
             print(f"{getattr(triple, network)}: left out {left}", file=sys.stderr)
     residual = (ours or {}).get("residual")
     if residual is not None:
+        named = isinstance(residual, dict) and {"state_dict", "tables"} <= residual.keys()
+        if not named or residual["tables"].keys() not in (set(), set(ResidualTables.__annotations__)):
+            raise CheckpointError(
+                f"{triple.vq_base}: what it says of its residual codec ({OURS}.residual) is not whole"
+            )
         states["residual"] = residual["state_dict"] | (residual.get("densities", {}) if densities else {})
-    params, digests = _params(ours, config, triple.vq_base), digests_of(states)
+    params = params_of(ours and ours["networks"], config, triple.vq_base)
+    digests = digests_of(states)
     for network, expected in (ours or {}).get("digests", {}).items():
         if digests[network] != expected:  # told before differing keys, which would not say why they differ
             raise CheckpointError(
@@ -215,9 +207,15 @@ def load_triple(
 
 
 def _index_model(state: dict[str, Tensor], params: CodecParams, path: Path) -> IndexModel:
-    """The index model of its integers. Raises CheckpointError."""
+    """The index model of its integers. Raises CheckpointError: names keys, shapes and types that are not those of one."""
+    place = f"{path}: {OURS}.index_model"
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{place}: damaged, it holds more or other than tensors by name")
     network = IndexNetwork(params.vq_base.codebook_size, *IndexNetwork.sizes(state))
-    checkpoints.load_strictly(network, IndexNetwork.natural(state), path)
+    checkpoints.load_strictly(network, IndexNetwork.natural(state), place)
+    kinds = {key: value.dtype for key, value in network.integers().items()}
+    if other := [f"{key} {value.dtype} for {kinds[key]}" for key, value in state.items() if value.dtype != kinds[key]]:
+        raise CheckpointError(f"{place}: damaged. other type: {checkpoints.first_of(other)}")
     return IndexModel(network)
 
 
@@ -271,47 +269,6 @@ def start_from_release(folder: str | Path, codec: Codec) -> list[str]:
             rate_model = codec.residual.rate_model
             rate_model.bottleneck.quantiles += (codec.residual.median - rate_model.median).view(-1, 1, 1)
     return told
-
-
-def _flat(mapping: dict[str, Any]) -> dict[str, Any]:
-    """Dotted keys: {"a": {"b": 1}, "c": 2} -> {"a.b": 1, "c": 2}."""
-    blocks = {key: value if isinstance(value, dict) else {"": value} for key, value in mapping.items()}
-    return {f"{key}.{k}".rstrip("."): v for key, block in blocks.items() for k, v in block.items()}
-
-
-def _params(ours: dict | None, config: str | Path | None, path: Path) -> CodecParams:
-    """The parameters stored in the VQ file, which `config` must agree with; those of `config` for foreign files."""
-    stored = stored_params(ours["networks"], path) if ours else None
-    if config is None:
-        if stored is None:
-            raise CheckpointError(
-                f"{path}: does not say how large its networks are; name their configuration (--config), or make a release of "
-                "the three files (python -m release.import_weights diffo)"
-            )
-        return stored
-    params = build(CodecParams, load_mapping(config).get("networks", {}), f"{config}: networks")
-    if stored is None:
-        return params
-    require_same(params, stored, f"{path}: does not fit the configuration {config}")
-    return stored
-
-
-def require_same(asked: CodecParams, stored: CodecParams, told: str) -> None:
-    """Raise CheckpointError, which names the keys, where parameters differ in what affects decoding, the rate's rule apart."""
-    ours, theirs = _flat(meaning(asked)), _flat(meaning(stored))
-    differing = [
-        f"{key} {ours.get(key)} for {theirs.get(key)}" for key in theirs | ours if ours.get(key) != theirs.get(key)
-    ]
-    if differing:
-        raise CheckpointError(f"{told}: {checkpoints.first_of(differing)}")
-
-
-def stored_params(text: str, path: str | Path) -> CodecParams:
-    """The parameters that a checkpoint states as JSON. Raises CheckpointError, ConfigError."""
-    try:
-        return build(CodecParams, json.loads(text), str(path))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: what it says of its networks is damaged ({error})") from error
 
 
 def load_release(folder: str | Path, device: str | torch.device = "cpu") -> Codec:

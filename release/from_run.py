@@ -11,7 +11,8 @@ from pathlib import Path
 
 from datapipe.sources import data_options
 from models.codec import Codec
-from models.released import NAMES, NETWORKS, Triple, assembled, load_triple, stored_params
+from models.released import NAMES, NETWORKS, Triple, assembled, load_triple
+from models.stated import stored_params
 from release import index_model
 from release.making import COUNTED, require_empty, round_to_half, write_release
 from release.tables import BATCH, count

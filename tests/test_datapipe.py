@@ -152,6 +152,21 @@ def test_half_of_the_crops_are_mirrored(coordinates):
     assert 170 <= sum(turned) <= 230  # 200 and three standard deviations of 10
 
 
+def test_a_share_of_the_crops_is_plain(folder):
+    """Along rows and columns a plain crop has no second difference; half of them are of one colour, half are grey."""
+    pictures = dataset(folder, plain=0.5)
+    crops = [pictures[position]["image"] for position in range(400)]
+    plain = [c for c in crops if max(c.diff(n=2, dim=1).abs().max(), c.diff(n=2, dim=2).abs().max()) < 1e-5]
+    flat = [c for c in plain if torch.equal(c, c[:, :1, :1].expand_as(c))]
+    grey = [c for c in plain if torch.equal(c, c[:1].expand_as(c))]
+    assert 170 <= len(plain) <= 230  # 200 and three standard deviations of 10
+    for some in (flat, grey):
+        assert 0.35 < len(some) / len(plain) < 0.65
+    assert any((c == -1).all() for c in flat) and any((c == 1).all() for c in flat)
+    steepest = max((c[:, :, -1] - c[:, :, 0]).abs().max().item() for c in plain)
+    assert 1 < steepest <= 2
+
+
 def test_enlarged_crops_show_less_of_the_picture(coordinates):
     pictures = dataset(coordinates, flip=False, enlarge=(1.5, 3.0))
     factors = []

@@ -166,7 +166,7 @@ def test_the_network_computes_in_integers(model):
         for layer in (f"first.{number}", "hidden", "out"):
             a = (a @ whole[f"{layer}.weight"][:, :, 0, 0].T + bias[f"{layer}.bias"]) >> 6
             a = a if layer == "out" else a.clamp(0, 255)
-        assert torch.equal(network(number, context).long(), a)
+        assert torch.equal(network(number, context).long(), a) and torch.equal(model.scores(number, context).long(), a)
         assert torch.equal(copy.deepcopy(network).double()(number, context).long(), a)
 
 
@@ -303,10 +303,49 @@ def test_a_release_keeps_the_model_and_its_fingerprint_counts_it(codec, tmp_path
     content["diffo"]["index_model"]["out.bias"][3] += 1
     checkpoints.save(path, content)
     assert load_release(tmp_path / "with").fingerprint not in (loaded.fingerprint, plain.fingerprint)
-    del content["diffo"]["index_model"]["out.bias"]
+
+
+def without(key):
+    return lambda state: {name: value for name, value in state.items() if name != key}
+
+
+@pytest.mark.parametrize(
+    "damage, told",
+    [
+        (without("out.bias"), "does not fit the configuration. missing: out.bias$"),
+        (without("embedding.weight"), "missing: embedding.weight"),
+        (without("hidden.weight"), "missing: hidden.weight"),
+        (lambda state: state | {"extra": torch.zeros(2)}, "surplus: extra$"),
+        (lambda state: state | {"out.bias": torch.zeros(3, dtype=torch.int16)}, r"other shape: out.bias \[3\] for"),
+        (lambda state: state | {"embedding.weight": torch.zeros(3)}, "other shape: embedding.weight"),
+        (
+            lambda state: state | {"out.bias": state["out.bias"].float()},
+            "other type: out.bias torch.float32 for torch.int",
+        ),
+        (lambda state: state | {"out.bias": 3}, "damaged"),
+        (lambda state: [1, 2], "damaged"),
+    ],
+)
+def test_a_damaged_index_model_is_refused_by_what_differs(damage, told, codec, tmp_path):
+    path = saved(codec, tmp_path).vq_base
+    content = checkpoints.read(path)
+    content["diffo"]["index_model"] = damage(content["diffo"]["index_model"])
     checkpoints.save(path, content)
-    with pytest.raises(CheckpointError, match="vq_model_1.*missing: out.bias"):
-        load_release(tmp_path / "with")
+    with pytest.raises(CheckpointError, match=f"vq_model_1.*: diffo.index_model: .*{told}"):
+        load_release(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [without("tables"), without("state_dict"), lambda residual: residual | {"tables": {"hyper": torch.zeros(1)}}],
+)
+def test_a_residual_entry_that_is_not_whole_is_refused(damage, codec, tmp_path):
+    path = saved(codec, tmp_path).vq_base
+    content = checkpoints.read(path)
+    content["diffo"]["residual"] = damage(content["diffo"]["residual"])
+    checkpoints.save(path, content)
+    with pytest.raises(CheckpointError, match="vq_model_1.*diffo.residual.* is not whole"):
+        load_release(tmp_path)
 
 
 def test_integers_are_what_a_network_computes_with():

@@ -17,12 +17,12 @@ from models.released import (
     Triple,
     load_release,
     load_triple,
-    meaning,
     save_triple,
     start_from_release,
     states_of,
 )
 from models.residual_hyperprior import HYPER_REACH
+from models.stated import meaning
 from release.__main__ import main
 from release.from_run import averaged, chosen
 from release.making import halved, round_to_half, with_rate, write_release

@@ -12,7 +12,7 @@ import torch
 from experiments.baselines import BASELINES
 from experiments.embedding import MIN_PSNR, close_to
 from experiments.inputs import spread
-from experiments.report import DEMO, TABLES, page
+from experiments.report import DEMO, TABLES, caution, page
 from measuring.metrics import psnr
 from release.making import write_release
 from reproduce import COMMANDS, main
@@ -121,7 +121,16 @@ def test_the_page_says_how_it_was_measured(content, folder):
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", about["date"]) and about["weights"]["nano"]
     assert re.match(r"nano has \d\.\d million parameters; the paper's model has 210 million", content["caution"])
     assert "small model" in content["caution"]
+    assert caution({"weights": {"nano": "00"}}) is None  # of results from before they told how many parameters
     assert [table["title"] for table in content["tables"]][0] == content["title"] == "Rates and scores on pictures"
+
+
+def test_the_sweep_of_eta_says_which_rate_its_curves_have(content, folder):
+    """B_eta is that of the coded sections of whole cells, and no picture's bits per pixel."""
+    swept = json.loads((folder / "results" / "eta" / "eta.json").read_text())["sweeps"]["fit"]
+    (group,) = [group for group in content["groups"] if group["title"].startswith("Fig. 5")]
+    labels = [curve["label"] for curve in group["charts"][0]["curves"]]
+    assert labels == [f"{rate:.3f} bpp of coded sections" for rate in swept["rates"]]
 
 
 def test_curves_have_every_mean(content, folder):

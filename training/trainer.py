@@ -14,7 +14,7 @@ import yaml
 from tqdm import tqdm
 
 from datapipe.pictures import Batch, Pictures, stream
-from models.released import require_same, stored_params
+from models.stated import require_same, stored_params
 from training.checkpointing import Checkpoints, Point, is_run
 from training.config import RUN_CONFIG, TrainConfig
 from training.progress import Progress

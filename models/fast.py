@@ -1,0 +1,65 @@
+"""A loaded codec made ready to code: which of its networks compute in bfloat16, and how their feature maps lie.
+
+Entropy models, integer networks, the residual codec, VQ distances, the shortcut of the image autoencoder and the steps of
+the diffusion stay in float32: what a file holds decodes to the same integers in every precision.
+"""
+
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from models.codec import Codec
+
+Precision = Literal["auto", "float32", "bfloat16"]
+PRECISIONS = ("auto", "float32", "bfloat16")
+WIDE = 64  # channels of a network from which bfloat16 pays
+
+
+def computes_bfloat16(device: torch.device) -> bool:
+    """Whether `auto` takes bfloat16: on CPUs that multiply in it (AVX-512-BF16, AMX-BF16)."""
+    has = torch.cpu.get_capabilities()
+    return device.type == "cpu" and any(has.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+
+
+def prepare(codec: Codec, precision: Precision = "auto") -> Codec:
+    """Set how E, D, VQ-E, VQ-D and U compute, in place, once; float32 leaves a codec as it was loaded.
+
+    Args:
+        precision: `bfloat16` casts the weights of all of them, and their feature maps lie NHWC; `auto` casts those of
+            WIDE channels and more where the hardware computes in it, and none elsewhere.
+    Returns:
+        the codec.
+    """
+    automatic = precision == "auto"
+    if precision == "float32" or (automatic and not computes_bfloat16(codec.device)):
+        return codec
+    p = codec.params
+    widths = {codec.autoencoder: p.autoencoder.ch, codec.vq_base: p.vq_base.ch}
+    parts = [(part, width) for owner, width in widths.items() for part in (owner.encoder, owner.decoder)]
+    for network, width in [*parts, (codec.unet, p.unet.model_channels)]:
+        if not automatic or width >= WIDE:
+            _cast(network)
+    return codec
+
+
+def precision_of(codec: Codec) -> str:
+    """What `prepare` came to: bfloat16 if any network computes in it."""
+    return "bfloat16" if any(p.dtype == torch.bfloat16 for p in codec.parameters()) else "float32"
+
+
+def _cast(network: nn.Module) -> None:
+    """Weights in bfloat16, NHWC; maps are cast where they enter, and come out as float32, NCHW, as its neighbours are."""
+    network.to(torch.bfloat16).to(memory_format=torch.channels_last)
+    network.register_forward_pre_hook(_entering)
+    network.register_forward_hook(_leaving)
+
+
+def _entering(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    cast = partial(torch.Tensor.to, dtype=torch.bfloat16, memory_format=torch.channels_last)
+    return tuple(cast(x) if x.dim() == 4 else x for x in inputs)
+
+
+def _leaving(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return output.to(torch.float32, memory_format=torch.contiguous_format)
