@@ -19,7 +19,8 @@ from experiments.timing import fitted, measure
 from measuring.metrics import psnr
 from models.codec import Codec
 from models.entropy_coding import frequency_table
-from models.on_cuda import FAST_PATHS, prepare
+from models.fast import FAST_PATHS, prepare
+from models.graphs import use_graphs
 from models.records import Contents
 from models.released import SMALL, load_release
 from release.tables import Counts
@@ -52,32 +53,26 @@ TINY = Sizes(
 
 @dataclass(frozen=True)
 class Mode:
-    """A way to run the networks: precision, whether the weights are cast, and the fast paths."""
+    """A way to run the networks: precision, fast paths that are left out, and whether autocast stands for cast weights."""
 
     name: str
-    bfloat16: bool = True
-    cast: bool = True
+    precision: str = "bfloat16"
     without: tuple[str, ...] = ()
+    autocast: bool = False
 
     def codec(self, codec: Codec) -> Codec:
-        made = copy.deepcopy(codec)
-        prepare(made, self.cast, self.without)
-        return made
-
-    @property
-    def precision(self) -> str:
-        return "bfloat16" if self.bfloat16 else "float32"
+        return prepare(copy.deepcopy(codec), "float32" if self.autocast else self.precision, self.without)
 
 
-FASTEST = Mode("bfloat16, fused_norm, graphs")
-PLAIN = Mode("float32", False, False, FAST_PATHS)
+FASTEST = Mode("bfloat16, channels_last, fused_norm, graphs")
+PLAIN = Mode("float32", "float32", FAST_PATHS)
 MODES = (
     PLAIN,
     Mode("bfloat16, channels_last", without=FAST_PATHS),
     Mode("bfloat16, channels_last, fused_norm", without=("graphs",)),
     Mode("bfloat16, channels_last, graphs", without=("fused_norm",)),
-    Mode("float32, graphs", False, False, ("fused_norm",)),
-    Mode("autocast to bfloat16", cast=False, without=FAST_PATHS),
+    Mode("float32, graphs", "float32", ("fused_norm",)),
+    Mode("autocast to bfloat16", without=FAST_PATHS, autocast=True),
 )
 
 
@@ -116,7 +111,7 @@ class Bench:
         return data, codec.decompress(data)
 
     def autocast(self, mode: Mode) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=mode.bfloat16)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=mode.autocast)
 
     def timed(self, work, repeats: int | None = None) -> float:
         """Milliseconds, the median after three rounds of warm-up: a graph is recorded in the second."""
@@ -132,7 +127,11 @@ class Bench:
         data, exact = self.plain
         for mode in modes:
             codec, how = mode.codec(self.codec), {"what": f"published, {self.sizes.picture}", "way": mode.name}
-            told = Namespace(quality=QUALITIES[-1], precision=mode.precision, repeats=self.sizes.repeats)
+            told = Namespace(
+                quality=QUALITIES[-1],
+                precision=mode.precision if mode.autocast else "float32",
+                repeats=self.sizes.repeats,
+            )
             for row in measure(codec, demo_photographs()[0], self.sizes.picture, told):
                 yield how | {"figure": f"{row['way']}: {row['part']}", "value": row["ms"], "unit": "ms"}
             with self.autocast(mode):
@@ -150,28 +149,26 @@ class Bench:
                 ours = mode.codec(codec)
                 for quality in QUALITIES:
                     how = {"what": f"{name}, {self.sizes.picture}, quality {quality:g}", "way": mode.name}
-                    with self.autocast(mode):
-                        data = ours.compress(self.picture, quality)
-                        for figure, work in (
-                            ("pixels to bytes", partial(ours.compress, self.picture, quality)),
-                            ("bytes to pixels", partial(ours.decompress, data)),
-                        ):
-                            yield how | {"figure": figure, "value": self.timed(work), "unit": "ms"}
+                    data = ours.compress(self.picture, quality)
+                    for figure, work in (
+                        ("pixels to bytes", partial(ours.compress, self.picture, quality)),
+                        ("bytes to pixels", partial(ours.decompress, data)),
+                    ):
+                        yield how | {"figure": figure, "value": self.timed(work), "unit": "ms"}
 
     @torch.inference_mode()
     def batch(self) -> Iterator[Row]:
         """Indices to pictures, many at once: VQ-D, U and D."""
         codec, count = FASTEST.codec(self.codec), self.sizes.batch
-        with self.autocast(FASTEST):
-            k = codec.analyse(self.picture).k.expand(count, -1, -1)
-            t = torch.ones(count, device=self.device)
+        k, t = codec.analyse(self.picture).k.expand(count, -1, -1), torch.ones(count, device=self.device)
 
-            def decode() -> Tensor:
-                z_q = codec.vq_base.rows(k)
-                return codec.autoencoder.decode(codec.unet(codec.vq_base.reconstruct(z_q), t, z_q))
+        def decode() -> Tensor:
+            z_q = codec.vq_base.rows(k)
+            return codec.autoencoder.decode(codec.unet(codec.vq_base.reconstruct(z_q), t, z_q))
 
-            rate = 1e3 * count / self.timed(decode)
-        yield self._row(f"published, {self.sizes.picture}, batch {count}", FASTEST, "networks of decoding", rate)
+        how = {"what": f"published, {self.sizes.picture}, batch {count}", "way": FASTEST.name}
+        rate = 1e3 * count / self.timed(decode)
+        yield how | {"figure": "networks of decoding", "value": rate, "unit": "pictures/s"}
 
     def agreement(self) -> Iterator[Row]:
         """Files of the shipped model, written here and on the CPU: read alike on both; and bfloat16's PSNR."""
@@ -181,15 +178,12 @@ class Bench:
             picture = fitted(path, self.sizes.picture)
             for quality in QUALITIES:
                 data = {None: cpu.compress(picture, quality)}
-                for mode, codec in codecs.items():
-                    with self.autocast(mode):
-                        data[mode] = codec.compress(picture, quality)
+                data |= {mode: codec.compress(picture, quality) for mode, codec in codecs.items()}
                 for one in data.values():
                     found = [cpu.read(one), *(codec.read(one) for codec in codecs.values())]
                     tried, right = tried + 1, right + all(same(found[0], other) for other in found[1:])
                 exact = codecs[PLAIN].decompress(data[PLAIN])
-                with self.autocast(FASTEST):
-                    noise.append(psnr(exact, codecs[FASTEST].decompress(data[PLAIN])))
+                noise.append(psnr(exact, codecs[FASTEST].decompress(data[PLAIN])))
         how = {"what": "small, demo photographs", "way": "CPU and device"}
         yield how | {"figure": f"files read alike, of {tried}", "value": right, "unit": "files"}
         yield how | {"figure": "bfloat16, the lowest PSNR to float32", "value": min(noise), "unit": "dB"}
@@ -224,38 +218,32 @@ class Bench:
         side, codec = self.sizes.large, FASTEST.codec(self.shipped)
         picture = fitted(demo_photographs()[0], f"{side}x{side}")
         how = {"what": f"small, {side}x{side}", "way": FASTEST.name}
-        with self.autocast(FASTEST):
-            data = codec.compress(picture)
-            for figure, work in (
-                ("pixels to bytes", partial(codec.compress, picture)),
-                ("bytes to pixels", partial(codec.decompress, data)),
-            ):
-                if self.device.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats(self.device)
-                yield how | {"figure": figure, "value": self.timed(work, 1) / 1e3, "unit": "s"}
-                if self.device.type == "cuda":
-                    peak = torch.cuda.max_memory_allocated(self.device) / 2**30
-                    yield how | {"figure": f"{figure}, peak memory", "value": peak, "unit": "GiB"}
+        data = codec.compress(picture)
+        for figure, work in (
+            ("pixels to bytes", partial(codec.compress, picture)),
+            ("bytes to pixels", partial(codec.decompress, data)),
+        ):
+            if self.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(self.device)
+            yield how | {"figure": figure, "value": self.timed(work, 1) / 1e3, "unit": "s"}
+            if self.device.type == "cuda":
+                peak = torch.cuda.max_memory_allocated(self.device) / 2**30
+                yield how | {"figure": f"{figure}, peak memory", "value": peak, "unit": "GiB"}
         yield how | {"figure": "memory, predicted", "value": codec.memory(side, side) / 2**30, "unit": "GiB"}
 
     @torch.inference_mode()
     def compiled(self) -> Iterator[Row]:
         """D by torch.compile, alone and in a graph: what the fused norm is to replace."""
         codec = Mode("", without=FAST_PATHS).codec(self.codec)
-        with self.autocast(FASTEST):
-            x = codec.to_latent(self.picture.to(self.device)[None] / 127.5 - 1)
-            codec.autoencoder.decoder.compile(dynamic=False)
-            began = seconds(self.device)
-            codec.autoencoder.decode(x)
-            how = {"what": f"published, {self.sizes.picture}", "way": "bfloat16, torch.compile of D"}
-            yield how | {"figure": "compiling", "value": seconds(self.device) - began, "unit": "s"}
-            yield how | {"figure": "D", "value": self.timed(partial(codec.autoencoder.decode, x)), "unit": "ms"}
-            prepare(codec, False)
-            graphed = self.timed(partial(codec.autoencoder.decode, x))
-            yield how | {"figure": "D in a graph", "value": graphed, "unit": "ms"}
-
-    def _row(self, what: str, mode: Mode, figure: str, rate: float) -> Row:
-        return {"what": what, "way": mode.name, "figure": figure, "value": rate, "unit": "pictures/s"}
+        how = {"what": f"published, {self.sizes.picture}", "way": "bfloat16, torch.compile of D"}
+        x = codec.to_latent(self.picture.to(self.device)[None] / 127.5 - 1)
+        codec.autoencoder.decoder.compile(dynamic=False)
+        began = seconds(self.device)
+        codec.autoencoder.decode(x)
+        yield how | {"figure": "compiling", "value": seconds(self.device) - began, "unit": "s"}
+        yield how | {"figure": "D", "value": self.timed(partial(codec.autoencoder.decode, x)), "unit": "ms"}
+        use_graphs(codec)
+        yield how | {"figure": "D in a graph", "value": self.timed(partial(codec.autoencoder.decode, x)), "unit": "ms"}
 
 
 def same(one: Contents, other: Contents) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor
 from coding import budget, ledger
 from models.bitstream import VERSION, unpack
 from models.codec import Codec
+from models.fast import prepare
 from models.released import SMALL, load_release
 from utils.distributed import local_device
 from utils.errors import BitstreamError, DiffoError, PictureError
@@ -50,7 +51,7 @@ def load_codec(
     """
     model = load_release(Path(weights or SMALL), local_device(str(device), "device"))
     model.max_pixels = max_pixels
-    return ImageCodec(model)
+    return ImageCodec(prepare(model, "float32"))
 
 
 class ImageCodec:

@@ -6,6 +6,7 @@ from pathlib import Path
 from utils.commandline import command_line, command_parser, number, positive
 from utils.limits import MAX_PIXELS
 
+FAST_PATHS = ("fused_norm", "graphs")  # those of models.fast, which takes seconds to import
 MODES = ("roundtrip", "compress", "decompress", "inspect")
 
 quality = number(float, lambda value: 0 <= value <= 100, "in 0 to 100")
@@ -74,6 +75,8 @@ def _add_coding(parser: argparse.ArgumentParser) -> None:
     add("--chop_size", type=positive, default=2048, metavar="PX", help="largest side (default %(default)s)")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
     add("--precision", choices=["float32", "bfloat16"], default="float32", help="of the networks")
+    told = f"CUDA: fast paths to leave out, of {', '.join(FAST_PATHS)}"
+    add("--without", nargs="+", choices=FAST_PATHS, default=(), metavar="NAME", help=told)
 
 
 def _mistakes(args: argparse.Namespace) -> list[tuple[bool, str]]:

@@ -17,6 +17,7 @@ from measuring.metrics import colour_shift, ms_ssim, psnr
 from measuring.scores import SCORES
 from models.bitstream import unpack
 from models.codec import Codec
+from models.fast import prepare
 from models.records import Analysed, Sampling
 from models.released import SMALL, Triple, load_release, load_triple, release_of
 from utils.distributed import local_device
@@ -57,7 +58,7 @@ class Weights:
         if (args.infer_steps or 1) > trained:
             raise DiffoError(f"--infer_steps {args.infer_steps}: the schedule of these weights has {trained} steps")
         codec.max_pixels = args.max_pixels
-        self.codecs[key] = codec
+        self.codecs[key] = prepare(codec, "float32", args.without)  # bfloat16 is autocast's, below
         return codec
 
 

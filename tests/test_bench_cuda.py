@@ -1,18 +1,10 @@
-"""What `make bench-cuda` measures, rehearsed on the CPU with the smallest networks; its limits; what a codec is made of."""
+"""What `make bench-cuda` measures, rehearsed on the CPU with the smallest networks; its limits."""
 
 import time
-
-import pytest
-import torch
-from torch import nn
 
 from benchmarks import cuda
 from experiments import timing
 from experiments.stopwatch import NETWORKS
-from models import fused_norm
-from models.graphs import Graphed
-from models.on_cuda import FAST_PATHS, prepare
-from tests.residual import new_codec, picture
 from tests.small_releases import told_in
 
 
@@ -62,30 +54,3 @@ def test_a_part_ends_at_its_limit_and_keeps_what_it_has(monkeypatch):
     assert time.perf_counter() - began < 30
     assert cuda.measured_within(9, broken(), rows) == "failed: RuntimeError: no kernel image"
     assert [row["value"] for row in rows] == [1, 2]
-
-
-@pytest.mark.parametrize("without", [(), FAST_PATHS], ids=["all", "none"])
-def test_a_prepared_codec_has_its_large_weights_in_bfloat16_and_codes_the_same_symbols(without):
-    """Code book, norms and integers stay float32; files are read as an unprepared codec reads them."""
-    plain, ours = new_codec(), new_codec()
-    prepare(ours, bfloat16=True, without=without)
-    try:
-        assert fused_norm.enabled == (not without)
-    finally:
-        fused_norm.enabled = True
-    for module in ours.modules():
-        if isinstance(module, nn.GroupNorm | nn.Embedding):
-            assert module.weight.dtype == torch.float32
-    convolutions = [m for m in ours.autoencoder.decoder.modules() if isinstance(m, nn.Conv2d)]
-    assert {m.weight.dtype for m in convolutions} == {torch.bfloat16}
-    assert ours.vq_base.quantize.embedding.weight.dtype == torch.float32
-    assert isinstance(vars(ours.unet).get("forward"), Graphed) == (not without)
-    image = picture(48, 64)
-    with torch.autocast("cpu", torch.bfloat16):
-        data = [plain.compress(image, 60), ours.compress(image, 60)]
-        decoded = ours.decompress(data[0])
-    for one in data:
-        found = [codec.read(one) for codec in (plain, ours)]
-        assert torch.equal(found[0].k, found[1].k)
-        assert (found[0].symbols.residual == found[1].symbols.residual).all()
-    assert (decoded.int() - plain.decompress(data[0]).int()).abs().float().mean() < 3
