@@ -5,6 +5,7 @@
 # make lint    undefined names, unused imports, formatting
 # make bench-hostile    10,000 altered files and 1,000 resealed ones: refused, in time and in little memory
 # make bench   time and operations of every part of coding, e.g. make bench BENCH="--quality 40 --device cuda"
+# make bench-cuda    every speed that docs/speed.md states of CUDA, in two and a half minutes: results/cuda; needs a GPU
 # make bench-train   training speed and memory, e.g. make bench-train BENCH="--stages codec"
 # make bench-folder   200 pictures one after the other and as inference.py does it, e.g. make bench-folder BENCH="--count 24"
 # make rehearse    the paper's size from pictures to a coded picture in minutes, and how long the whole would take:
@@ -18,7 +19,7 @@ INSTALLED := $(VENV)/.installed
 PYTHON ?= $(shell for p in python3.12 python3.11 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: demo report test test-slow test-browser lint bench bench-hostile bench-train bench-folder rehearse clean
+.PHONY: demo report test test-slow test-browser lint bench bench-hostile bench-cuda bench-train bench-folder rehearse clean
 .DEFAULT_GOAL := demo
 
 demo: $(INSTALLED)
@@ -50,6 +51,9 @@ bench-hostile: $(INSTALLED)
 
 bench: $(INSTALLED)
 	@$(PY) reproduce.py timing $(BENCH)
+
+bench-cuda: $(INSTALLED)
+	@$(PY) -m benchmarks.cuda $(BENCH)
 
 bench-train: $(INSTALLED)
 	@$(PY) -m benchmarks.train $(BENCH)

@@ -206,7 +206,10 @@ COMMANDS = {
     "variance": ("variances in the latent (Fig. 9a)", [releases, pictures, qualities]),
     "ablation": ("finished ablations (Fig. 10)", [folders, reference, pictures, scores, one_quality]),
     "ceiling": ("the image autoencoder alone, D(E(X))", [releases, decoders, pictures, scores, fitted]),
-    "artefacts": ("patterns, borders, colour casts, flat areas", [releases, decoders, pictures, scores, qualities, beside]),
+    "artefacts": (
+        "patterns, borders, colour casts, flat areas",
+        [releases, decoders, pictures, scores, qualities, beside],
+    ),
     "crops": ("crops beside other codecs", [releases, decoders, shown]),
     "timing": ("time and operations of every part", [releases, decoders, timed, sizes, one_quality, clock]),
     "equal_bytes": ("two layers within base-only bytes", [releases, pictures, scores, rivals]),

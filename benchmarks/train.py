@@ -13,14 +13,16 @@ import multiprocessing
 import resource
 import statistics
 import sys
-import time
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import cycle, islice
 
 import torch
 
-from datapipe.pictures import Pictures, stream
+from datapipe.pictures import Batch, Pictures, stream
+from experiments.stopwatch import seconds
 from training.config import TrainConfig, load_config
+from training.perceptual import perceptual_terms
 from training.progress import Progress
 from training.speed import Speed, SpeedParams
 from training.stages import STAGES
@@ -29,7 +31,7 @@ from training.step import Step
 from utils import distributed
 from utils.commandline import answer, command_parser, positive
 
-PLAIN = SpeedParams("float32", channels_last=False, fused_adamw=False, keep_memory=False)
+PLAIN = SpeedParams("float32", perceptual_tf32=False, channels_last=False, fused_adamw=False, keep_memory=False)
 OPTIONS = {
     "plain": PLAIN,
     "channels_last": replace(PLAIN, channels_last=True),
@@ -58,29 +60,64 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def measured(config: TrainConfig, name: str, device: torch.device, steps: int, rounds: int) -> tuple[float, float]:
-    """Pictures per second, the median of the rounds, and peak memory in MiB."""
+def prepared(
+    config: TrainConfig, name: str, device: torch.device, untrained: bool = False
+) -> tuple[Step, Iterator[Batch]]:
+    """A stage ready for its first step, and batches on the device without end.
+
+    Args:
+        untrained: random weights for LPIPS, whose own need not be on the disk then: it takes as long.
+    """
     Speed(config.speed, device).settle()
     params = getattr(config, name)
+    lpips = {"lpips": params.perceptual["lpips"]} if untrained and params.perceptual.get("lpips") else {}
+    if lpips:
+        config = replace(config, **{name: replace(params, perceptual=dict(params.perceptual) | {"lpips": 0.0})})
     codec = new_codec(config).to(device)
     start_from(config, codec)
-    step, progress = Step(STAGES[name](config, codec, device)), Progress(params)
-    draws = step.stage.draw_params(params.crop_size, params.crop_size)
+    stage = STAGES[name](config, codec, device)
+    if lpips:
+        terms = perceptual_terms(lpips, untrained=True, tf32=stage.speed.perceptual_tf32).to(device)
+        stage.speed.prepare(terms)
+        stage.perceptual.update(terms)
+        stage.factors = stage.factors | lpips
+    draws = stage.draw_params(params.crop_size, params.crop_size)
     pictures = Pictures(replace(config.data, workers=0), params.crop_size, config.seed, draws=draws)
-    batches = cycle(list(islice(stream(pictures, params.batch_size, 0, 1, 0), BATCHES)))
-    times = []
+    batches = islice(stream(pictures, params.batch_size, 0, 1, 0), BATCHES)
+    return Step(stage), cycle([batch.to(device) for batch in batches])
+
+
+def measured(
+    config: TrainConfig, name: str, device: torch.device, steps: int, rounds: int, untrained: bool = False
+) -> tuple[float, float]:
+    """Pictures per second, the median of the rounds, and peak memory in MiB. `untrained`: see `prepared`."""
+    step, batches = prepared(config, name, device, untrained)
+    params, times = step.stage.params, []
+    progress = Progress(params)
     for _ in range(1 + rounds):  # the first warms up
-        began = time.perf_counter()
+        began = seconds(device)
         for _ in range(steps):
-            step(next(batches).to(device), progress)  # waits for its flags
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - began)
+            step(next(batches), progress)  # waits for its flags
+        times.append(seconds(device) - began)
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device) / 2**20
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
     return steps * params.batch_size / statistics.median(times[1:]), peak
+
+
+def profiled(config: TrainConfig, name: str, device: torch.device) -> tuple[int, float, float]:
+    """Programs that one step starts on CUDA, milliseconds that they keep it busy, and milliseconds by the clock."""
+    step, batches = prepared(config, name, device, untrained=True)
+    progress = Progress(step.stage.params)
+    for _ in range(2):
+        step(next(batches), progress)
+    began = seconds(device)
+    with torch.profiler.profile() as profile:
+        step(next(batches), progress)
+        ended = seconds(device)
+    programs = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return len(programs), sum(event.self_device_time_total for event in programs) / 1e3, 1e3 * (ended - began)
 
 
 def bench(args: argparse.Namespace) -> None:

@@ -20,6 +20,7 @@ from coding import budget, ledger
 from coding.options import DECODERS
 from models.bitstream import VERSION, unpack
 from models.codec import Codec
+from models.fast import prepare
 from models.released import SMALL, load_release
 from utils.distributed import local_device
 from utils.errors import BitstreamError, DiffoError, PictureError
@@ -56,7 +57,7 @@ def load_codec(
         raise ValueError(f"decoder {decoder!r}: {' or '.join(DECODERS)}")
     model = load_release(Path(weights or SMALL), local_device(str(device), "device"), decoder)
     model.max_pixels = max_pixels
-    return ImageCodec(model)
+    return ImageCodec(prepare(model, "float32"))
 
 
 class ImageCodec:

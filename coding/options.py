@@ -7,6 +7,7 @@ from utils.commandline import command_line, command_parser, number, positive
 from utils.limits import MAX_PIXELS
 
 DECODERS = ("full", "light")
+FAST_PATHS = ("fused_norm", "graphs")  # those of models.fast, which takes seconds to import
 MODES = ("roundtrip", "compress", "decompress", "inspect")
 
 quality = number(float, lambda value: 0 <= value <= 100, "in 0 to 100")
@@ -79,6 +80,8 @@ def _add_coding(parser: argparse.ArgumentParser) -> None:
     add("--batch", type=positive, metavar="N", help=told)
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
     add("--precision", choices=["float32", "bfloat16"], default="float32", help="of the networks")
+    told = f"CUDA: fast paths to leave out, of {', '.join(FAST_PATHS)}"
+    add("--without", nargs="+", choices=FAST_PATHS, default=(), metavar="NAME", help=told)
 
 
 def _mistakes(args: argparse.Namespace) -> list[tuple[bool, str]]:

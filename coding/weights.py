@@ -5,6 +5,7 @@ from pathlib import Path
 from threading import Lock
 
 from models.codec import Codec
+from models.fast import prepare
 from models.released import SMALL, Triple, load_release, load_triple, release_of
 from utils.distributed import local_device
 from utils.errors import BitstreamError, DiffoError
@@ -48,7 +49,7 @@ class Weights:
         if (args.infer_steps or 1) > trained:
             raise DiffoError(f"--infer_steps {args.infer_steps}: the schedule of these weights has {trained} steps")
         codec.max_pixels = args.max_pixels
-        return codec
+        return prepare(codec, "float32", args.without)  # bfloat16 is autocast's, in `coding.run`
 
 
 def read_bytes(path: Path, max_pixels: int) -> bytes:

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
         raise DiffoError("name pictures with --data, or take the demo photographs with --demo")
     if args.demo:
         args = argparse.Namespace(**vars(args) | {"data": demo_folder(args.out_path / "photographs")})
-    releases, baselines, evaluator = releases_of(args), baselines_of(args.codecs), evaluator_of(args)
+    releases, baselines, evaluator = releases_of(args, args.decoder), baselines_of(args.codecs), evaluator_of(args)
     if clash := sorted(set(releases) & set(BASELINES)):
         raise DiffoError(f"--weights: a release is called {clash[0]}, as another codec is; rename its folder")
     pictures = named_photographs(args.data)

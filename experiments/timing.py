@@ -97,15 +97,20 @@ def measure(codec: Codec, picture: Path, size: str, args: argparse.Namespace) ->
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bfloat16")
     with tempfile.TemporaryDirectory() as folder, autocast:
         source = Path(folder) / "source.png"
-        height, width = map(int, size.split("x"))
-        fitted = ImageOps.fit(Image.fromarray(read_image(picture).permute(1, 2, 0).numpy()), (width, height))
-        write_image(source, torch.from_numpy(np.array(fitted)).permute(2, 0, 1))
+        write_image(source, fitted(picture, size))
         once = partial(code, codec, source, level)
         rounds = [once(partial(seconds, device)) for _ in tqdm(range(args.repeats + 1), desc=size, leave=False)][1:]
         with FlopCounterMode(display=False) as counter:
             flops = once(counter.get_total_flops)
     peak = matrix_peak(device, args.precision)
     return [row for way in WAYS for row in rows_of(way, [each[way] for each in rounds], flops[way], peak)]
+
+
+def fitted(picture: Path, size: str) -> torch.Tensor:
+    """A picture cropped and scaled to HEIGHTxWIDTH: uint8 (3, H, W)."""
+    height, width = map(int, size.split("x"))
+    image = ImageOps.fit(Image.fromarray(read_image(picture).permute(1, 2, 0).numpy()), (width, height))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def code(codec: Codec, source: Path, level: int, clock: Callable[[], float]) -> Counts:

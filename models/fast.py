@@ -4,16 +4,20 @@ Entropy models, integer networks, the residual codec, VQ distances, the shortcut
 the diffusion stay in float32: what a file holds decodes to the same integers in every precision.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from models import fused_norm
 from models.codec import Codec
+from models.graphs import leave_graphs, use_graphs
 
 Precision = Literal["auto", "float32", "bfloat16"]
 PRECISIONS = ("auto", "float32", "bfloat16")
+FAST_PATHS = ("fused_norm", "graphs")  # of CUDA; where one cannot run, it says so in a line, and the rest goes on
 WIDE = 64  # channels of a network from which bfloat16 pays
 
 
@@ -23,15 +27,19 @@ def computes_bfloat16(device: torch.device) -> bool:
     return device.type == "cpu" and any(has.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
-def prepare(codec: Codec, precision: Precision = "auto") -> Codec:
-    """Set how E, D, VQ-E, VQ-D and U compute, in place, once; float32 leaves a codec as it was loaded.
+def prepare(codec: Codec, precision: Precision = "auto", without: Sequence[str] = ()) -> Codec:
+    """Set how E, D, VQ-E, VQ-D and U compute, in place, once; float32 leaves weights and bits as they were loaded.
 
     Args:
         precision: `bfloat16` casts the weights of all of them, and their feature maps lie NHWC; `auto` casts those of
             WIDE channels and more where the hardware computes in it, and none elsewhere.
+        without: of FAST_PATHS, those to leave out. `fused_norm` is a switch of the process.
     Returns:
         the codec.
     """
+    if codec.device.type == "cuda":
+        fused_norm.enabled = "fused_norm" not in without
+        (leave_graphs if "graphs" in without else use_graphs)(codec)
     automatic = precision == "auto"
     if precision == "float32" or (automatic and not computes_bfloat16(codec.device)):
         return codec

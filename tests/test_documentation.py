@@ -29,6 +29,7 @@ PROGRAMS = {
     "-m release.import_weights": "release.import_weights",
     "-m datapipe.prepare": "datapipe.prepare",
     "-m benchmarks.folder": "benchmarks.folder",
+    "-m benchmarks.cuda": "benchmarks.cuda",
     "-m benchmarks.train": "benchmarks.train",
     "-m benchmarks.hostile": "benchmarks.hostile",
     "-m benchmarks.rehearse": "benchmarks.rehearse",

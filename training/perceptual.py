@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from measuring.weights import VGG16
 from models.losses import ms_ssim_loss
@@ -11,18 +13,22 @@ from utils.errors import ConfigError
 from utils.imports import quiet
 
 
-def perceptual_terms(factors: Mapping[str, float], untrained: bool = False) -> nn.ModuleDict:
+def perceptual_terms(factors: Mapping[str, float], untrained: bool = False, tf32: bool = False) -> nn.ModuleDict:
     """The terms by name, each (image, target) -> scalar of pictures N x 3 x H x W in [-1, 1]; those of factor 0 are left out.
 
     Args:
         factors: by name: `lpips` (LPIPS-vgg, the paper's), `stlpips` (ST-LPIPS-vgg), `features` (of EfficientNet-Lite0),
             `ms_ssim` (1 - MS-SSIM of the luma, sides from 161 pixels).
+        tf32: their networks compute in it while training.
         untrained: LPIPS with random weights, for its shapes alone; none are needed on disk.
     Raises:
         ConfigError: lpips without VGG weights on disk, or a package that is not installed. Nothing is downloaded here.
     """
     makers = {"lpips": lambda: Lpips(untrained), "stlpips": StLpips, "features": FeatureDistance, "ms_ssim": MsSsim}
-    return nn.ModuleDict({name: makers[name]() for name, factor in factors.items() if factor})
+    terms = {name: makers[name]() for name, factor in factors.items() if factor}
+    if tf32:
+        terms = {name: term if name == "ms_ssim" else InTf32(term) for name, term in terms.items()}
+    return nn.ModuleDict(terms)
 
 
 def require_available(factors: Mapping[str, float]) -> None:
@@ -60,3 +66,37 @@ class MsSsim(nn.Module):
 
     def forward(self, image: Tensor, target: Tensor) -> Tensor:
         return ms_ssim_loss(image, target)
+
+
+class InTf32(nn.Module):
+    """A term whose network computes in TF32 while training, in its backward pass too; other passes are float32.
+
+    TF32 is a switch of the process, which the backward pass of a step would find off. So the gradient is computed along
+    with the term, and is there as often as it is asked for: the adversary's adaptive factor asks for it once more.
+    """
+
+    def __init__(self, term: nn.Module):
+        super().__init__()
+        self.term = term
+
+    def forward(self, image: Tensor, target: Tensor) -> Tensor:
+        if not (torch.is_grad_enabled() and image.requires_grad):
+            return self.term(image, target)
+        return _WithGradient.apply(image, target, self.term)
+
+
+class _WithGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, image, target, term):
+        own, cudnn = image.detach().requires_grad_(), torch.backends.cudnn
+        kept = {name: getattr(cudnn, name) for name in ("enabled", "benchmark", "deterministic")}
+        with torch.enable_grad(), cudnn.flags(**kept, allow_tf32=True):
+            value = term(own, target)
+            (gradient,) = torch.autograd.grad(value, own)
+        ctx.save_for_backward(gradient)
+        return value.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, scale):
+        return scale * ctx.saved_tensors[0], None, None

@@ -2,8 +2,8 @@
 
 Nothing here changes what is trained but for rounding. Entropy models, integer network, VQ distances, losses, code-book
 averages and the averaged weights are float32 whatever the precision: autocast surrounds the networks alone, and every
-network gives its result in the precision of its input. LPIPS' network stays outside too: it compares features that are
-nearly alike, whose differences bfloat16 would round away.
+network gives its result in the precision of its input. Networks of perceptual terms stay outside too: they compare features
+that are nearly alike, whose differences bfloat16 would round away, and TF32 does not.
 """
 
 import ctypes
@@ -36,6 +36,8 @@ class SpeedParams:
             hardware has it: CUDA from Ampere on, and CPUs with AVX-512-BF16 or AMX-BF16.
         tf32: CUDA: 10-bit mantissas inside float32 convolutions and matrix products, everywhere in the process, VQ
             distances and validation included.
+        perceptual_tf32: the same in the networks of perceptual terms alone, while training: it moves their values by less
+            than 0.5 %; `auto` on CUDA.
         channels_last: layout NHWC of feature maps; `auto` on CUDA and on CPUs with AVX-512.
         compile: torch.compile of the large networks; the first steps take minutes.
         fused_adamw: one kernel for the update of the weights; `auto` on CUDA.
@@ -46,6 +48,7 @@ class SpeedParams:
 
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     tf32: bool = False
+    perceptual_tf32: Switch = "auto"
     channels_last: Switch = "auto"
     compile: bool = False
     fused_adamw: Switch = "auto"
@@ -61,7 +64,7 @@ class Speed:
     """A block `speed`, decided for a device.
 
     Attributes:
-        bfloat16, compile, channels_last, fused_adamw, keep_memory: what is done.
+        bfloat16, compile, perceptual_tf32, channels_last, fused_adamw, keep_memory: what is done.
     """
 
     def __init__(self, params: SpeedParams, device: torch.device):
@@ -73,6 +76,7 @@ class Speed:
             torch.cuda.is_bf16_supported(including_emulation=False) if cuda else cpu & {"avx512_bf16", "amx_bf16"}
         )
         self.bfloat16 = real and (params.precision == "bfloat16" or (params.precision == "auto" and bool(hardware)))
+        self.perceptual_tf32 = real and _decided(params.perceptual_tf32, cuda)
         self.compile = real and params.compile
         self.channels_last = _decided(params.channels_last, cuda or (device.type == "cpu" and "avx512_f" in cpu))
         self.fused_adamw = real and _decided(params.fused_adamw, cuda)
@@ -111,7 +115,11 @@ class Speed:
         return torch.compiler.set_stance("force_eager") if self.compile else nullcontext()
 
     def __str__(self) -> str:
-        on = [name for name in ("channels_last", "fused_adamw", "keep_memory", "compile") if getattr(self, name)]
+        on = [
+            name
+            for name in ("perceptual_tf32", "channels_last", "fused_adamw", "keep_memory", "compile")
+            if getattr(self, name)
+        ]
         on += [name for name in ("tf32", "checkpointing") if getattr(self.params, name)]
         return ", ".join(["bfloat16" if self.bfloat16 else "float32", *on])
 
