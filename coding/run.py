@@ -56,7 +56,7 @@ class Weights:
             raise DiffoError(f"--steps {args.steps}: these weights were trained with a schedule of {trained} steps")
         if (args.infer_steps or 1) > trained:
             raise DiffoError(f"--infer_steps {args.infer_steps}: the schedule of these weights has {trained} steps")
-        codec.max_pixels = args.max_pixels
+        codec.max_pixels, codec.tile_side = args.max_pixels, args.chop_size
         self.codecs[key] = codec
         return codec
 
@@ -95,7 +95,6 @@ class Run:
             theirs, ours = f"{original.shape[2]}x{original.shape[1]}", f"{file.width}x{file.height}"
             raise PictureError(f"{job.reference or job.source}: {theirs} cannot be compared with the decoded {ours}")
         codec = self.weights.codec(file.fingerprint)
-        self._fits(codec, job.source, file.height, file.width)
         contents, reading = self._timed(lambda: codec.read(data, args.preview))
         row |= ledger.ledger(file) | ledger.beside(codec, contents)
         if args.mode != "compress":
@@ -116,7 +115,6 @@ class Run:
 
     def _encode(self, job: Job, picture: Tensor) -> report.Row:
         codec = self.weights.codec()
-        self._fits(codec, job.source, *picture.shape[1:])
         analysed, networks = self._timed(lambda: codec.analyse(picture))
         fitted, writing = self._timed(lambda: self._fitted(codec, analysed))
         atomic_write(job.output(STREAM), fitted.data)
@@ -131,15 +129,6 @@ class Run:
             return budget.fit(codec, analysed, args.max_bytes)
         code = codec.level_code(args.quality)
         return budget.Fitted(codec.write(analysed, code), code)
-
-    def _fits(self, codec: Codec, path: Path, height: int, width: int) -> None:
-        codec.require_allowed(height, width)
-        if max(height, width) > self.args.chop_size:
-            gigabytes = codec.memory(height, width) / 2**30
-            raise PictureError(
-                f"{path}: {width}x{height} is larger than --chop_size {self.args.chop_size}, and pictures are not tiled "
-                f"yet; whole, it needs about {gigabytes:.1f} GiB: --chop_size {max(height, width)} codes it so"
-            )
 
     def _timed(self, work):
         sync = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None

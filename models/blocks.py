@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.norms import GroupNorm
+from models.sharing import shared, spread
 from utils.precision import without_autocast
 
 AUTOENCODER_NORM_EPS = 1e-6  # the UNet's normalisation uses 1e-5
@@ -55,7 +56,11 @@ class ResnetBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    """x + proj(V softmax(QK / sqrt(C))): one head over all positions of the feature map."""
+    """x + proj(V softmax(QK / sqrt(C))): one head over all positions of the feature map.
+
+    Inside `sharing`, over positions spread evenly over the first pass's maps, the same for all maps of all passes: so its
+    cost grows with the size, not with its square, and tiles have no seams.
+    """
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
@@ -67,10 +72,12 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # N C H W
         h = self.norm(x)
+        q, k, v = self.q(h), self.k(h), self.v(h)
+        k, v = (m.expand(len(x), -1, -1, -1) for m in shared(self, lambda: (spread(k), spread(v))) or (k, v))
         # Contiguous, because only then the kernel whose memory does not grow with the square of HW is taken.
         # The view gives strides that are multiples of C even where HW = 1; CUDA's kernels refuse others.
         shape = (len(x), 1, -1, x.shape[1])  # N 1 HW C
-        q, k, v = (f(h).flatten(2).transpose(1, 2).contiguous().view(shape) for f in (self.q, self.k, self.v))
+        q, k, v = (m.flatten(2).transpose(1, 2).contiguous().view(shape) for m in (q, k, v))
         h = F.scaled_dot_product_attention(q, k, v)  # N 1 HW C
         h = h.squeeze(1).transpose(1, 2).reshape(x.shape)  # N C H W
         return x + self.proj_out(h)

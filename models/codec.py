@@ -27,6 +27,7 @@ from models.noise import portable_noise
 from models.records import ONE_STEP, Analysed, CodecOutput, CodecParams, Contents, Decoded, Draws, Sampling
 from models.residual_hyperprior import LEVEL_CODES, ResidualHyperprior, Symbols
 from models.residual_networks import hyper_size
+from models.tiles import SIDE, Tiles
 from models.unet import UNet
 from models.vq_base import VQBase
 from utils.errors import BitstreamError, CheckpointError
@@ -41,6 +42,7 @@ class Codec(nn.Module):
     Attributes:
         residual: the residual codec, or None.
         max_pixels: files that claim more are refused before anything is allocated.
+        tile_side: of the tiles that large pictures are coded in, in pixels, a multiple of 16 (models.tiles).
         base_table: integer frequency table of the base indices, int32 (K,), learnt at release; None before.
         index_model: codes the base indices in passes, fitted at release; None without one.
         fingerprint: 4 bytes that name the weights; None while they are being trained.
@@ -59,6 +61,7 @@ class Codec(nn.Module):
         self.schedule = Schedule.exponential(params.diffusion)
         self.rate = params.rate
         self.max_pixels = MAX_PIXELS
+        self.tile_side = SIDE
         self.base_table: np.ndarray | None = None
         self.index_model: IndexModel | None = None
         self.fingerprint: bytes | None = None
@@ -106,6 +109,10 @@ class Codec(nn.Module):
         """x^ of a scaled noisy latent, as a function: U(x, t, lq), or y^, which the decoder knows, corrected by that."""
         correction = self.params.prediction == "correction"
         return lambda x, t, lq: y_hat + self.unet(x, t, lq) if correction else self.unet(x, t, lq)
+
+    def tiles(self, height: int, width: int) -> Tiles:
+        """How a picture of this size is coded and decoded."""
+        return Tiles(height, width, self.tile_side)
 
     # Training -------------------------------------------------------------------------------------------------------
 
@@ -185,9 +192,11 @@ class Codec(nn.Module):
         height, width = image.shape[1:]
         if min(height, width) < MIN_SIDE:
             raise ValueError(f"pictures start at {MIN_SIDE}x{MIN_SIDE} pixels, not {width}x{height}")
-        x = self.to_latent(to_signed(image).to(self.device)[None])
-        k = self.vq_base.indices(x)
-        y = self.vq_base.reconstruct(self.vq_base.rows(k))
+        tiles = self.tiles(height, width)
+        x = tiles.run(lambda part: self.to_latent(to_signed(part).to(self.device)), image[None])
+        with tiles.sampled():
+            k = self.vq_base.indices(x)
+            y = self.vq_base.reconstruct(self.vq_base.rows(k))
         s = self.residual.analysis(x - y, y) if self.has_levels else None
         file = CodedPicture(height, width, self.fingerprint, **self.coded_base(k[0].cpu().numpy()))
         return Analysed(file, k, y, s)
@@ -287,16 +296,21 @@ class Codec(nn.Module):
         file = contents.file
         y_hat, z_q = self.known(contents)
         x_hat, eta = self.denoise(y_hat, z_q, file, sampling)
-        image = self.autoencoder.decode(x_hat)[0, :, : file.height, : file.width]
+        return Decoded(self.tiles(file.height, file.width).run(self.to_picture, x_hat)[0], eta)
+
+    def to_picture(self, x_hat: Tensor) -> Tensor:
+        """X^ = D(x^): N x d x h x w -> uint8 N x 3 x 16h x 16w, on the CPU. Raises BitstreamError if it is not finite."""
+        image = self.autoencoder.decode(x_hat)
         if not image.isfinite().all():
             raise BitstreamError("the decoded picture is not finite: these weights or this precision cannot decode it")
-        return Decoded(to_uint8(image.float().cpu()), eta)
+        return to_uint8(image.float().cpu())
 
     def known(self, contents: Contents) -> tuple[Tensor, Tensor]:
         """y^ = y + r^, 1 x d x h x w, and z_q, 1 x d_q x h x w: what a file tells of the latent."""
         k = contents.k.to(self.device)
         z_q = self.vq_base.rows(k)
-        y_hat = self.vq_base.reconstruct(z_q)
+        with self.tiles(contents.file.height, contents.file.width).sampled():
+            y_hat = self.vq_base.reconstruct(z_q)
         if contents.symbols:
             symbols, code = contents.symbols, contents.file.residual.code
             y_hat = y_hat + self.residual.restore(symbols.hyper, symbols.residual, k, y_hat, code)
