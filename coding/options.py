@@ -11,7 +11,7 @@ MODES = ("roundtrip", "compress", "decompress", "inspect")
 quality = number(float, lambda value: 0 <= value <= 100, "in 0 to 100")
 rate = number(float, lambda value: 0 < value < float("inf"), "a rate above 0")
 noise_level = number(float, lambda value: 0 < value <= 1, "in (0, 1]")
-tile_side = number(int, lambda value: value >= 256 and value % 16 == 0, "a multiple of 16 pixels, from 256")
+tile_side = number(int, lambda value: value >= 256 and value % 64 == 0, "a multiple of 64 pixels, from 256")
 noise_seed = number(int, lambda value: 0 <= value < 2**32, "in 0 to 2^32 - 1")
 
 

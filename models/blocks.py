@@ -6,6 +6,7 @@ Axes: N batch, C channels, H and W rows and columns of a feature map.
 
 from collections import OrderedDict
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -14,6 +15,7 @@ from models.sharing import shared, spread
 from utils.precision import without_autocast
 
 AUTOENCODER_NORM_EPS = 1e-6  # the UNet's normalisation uses 1e-5
+VECTORS = 8192  # that are compared with a code book at once: more than a picture has that is coded whole
 
 
 def start_linear(network: nn.Module) -> None:
@@ -200,6 +202,8 @@ def nearest_codes(z: Tensor, codebook: Tensor) -> Tensor:
         indices, int64 (M,): argmin_j |z|^2 + |v_j|^2 - 2 z.v_j, in the code book's precision whatever the autocast.
     """
     with without_autocast(z.device):
-        z = z.to(codebook.dtype)
-        distance = z.square().sum(1, keepdim=True) + codebook.square().sum(1) - 2 * z @ codebook.t()  # M K
-    return distance.argmin(1)
+        return torch.cat([_distances(part.to(codebook.dtype), codebook).argmin(1) for part in z.split(VECTORS)])
+
+
+def _distances(z: Tensor, codebook: Tensor) -> Tensor:  # M d, K d -> M K
+    return z.square().sum(1, keepdim=True) + codebook.square().sum(1) - 2 * z @ codebook.t()

@@ -11,6 +11,7 @@ columns, h = ceil(H/16) and w = ceil(W/16) latent ones.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -27,7 +28,7 @@ from models.noise import portable_noise
 from models.records import ONE_STEP, Analysed, CodecOutput, CodecParams, Contents, Decoded, Draws, Sampling
 from models.residual_hyperprior import LEVEL_CODES, ResidualHyperprior, Symbols
 from models.residual_networks import hyper_size
-from models.tiles import SIDE, Tiles
+from models.tiles import SIDE, Tiles, direct
 from models.unet import UNet
 from models.vq_base import VQBase
 from utils.errors import BitstreamError, CheckpointError
@@ -105,10 +106,18 @@ class Codec(nn.Module):
             y_hat = 0.0 * y_hat
         return y_hat, lq, y_hat if difference else 0.0
 
-    def denoiser(self, y_hat: Tensor) -> Denoiser:
-        """x^ of a scaled noisy latent, as a function: U(x, t, lq), or y^, which the decoder knows, corrected by that."""
+    def denoiser(self, y_hat: Tensor, run: Callable[..., Tensor] = direct) -> Denoiser:
+        """x^ of a scaled noisy latent, as a function: U(x, t, lq), or y^, which the decoder knows, corrected by that.
+
+        Args:
+            run: `Tiles.run` of the picture; U on the whole latent without it.
+        """
+
+        def unet(x: Tensor, t: Tensor, lq: Tensor) -> Tensor:
+            return run(lambda x, lq: self.unet(x, t, lq), x, lq)
+
         correction = self.params.prediction == "correction"
-        return lambda x, t, lq: y_hat + self.unet(x, t, lq) if correction else self.unet(x, t, lq)
+        return lambda x, t, lq: y_hat + unet(x, t, lq) if correction else unet(x, t, lq)
 
     def tiles(self, height: int, width: int) -> Tiles:
         """How a picture of this size is coded and decoded."""
@@ -194,9 +203,8 @@ class Codec(nn.Module):
             raise ValueError(f"pictures start at {MIN_SIDE}x{MIN_SIDE} pixels, not {width}x{height}")
         tiles = self.tiles(height, width)
         x = tiles.run(lambda part: self.to_latent(to_signed(part).to(self.device)), image[None])
-        with tiles.sampled():
-            k = self.vq_base.indices(x)
-            y = self.vq_base.reconstruct(self.vq_base.rows(k))
+        k = tiles.latent.run(self.vq_base.indices, x)
+        y = tiles.latent.run(self.vq_base.reconstruct, self.vq_base.rows(k))
         s = self.residual.analysis(x - y, y) if self.has_levels else None
         file = CodedPicture(height, width, self.fingerprint, **self.coded_base(k[0].cpu().numpy()))
         return Analysed(file, k, y, s)
@@ -309,8 +317,7 @@ class Codec(nn.Module):
         """y^ = y + r^, 1 x d x h x w, and z_q, 1 x d_q x h x w: what a file tells of the latent."""
         k = contents.k.to(self.device)
         z_q = self.vq_base.rows(k)
-        with self.tiles(contents.file.height, contents.file.width).sampled():
-            y_hat = self.vq_base.reconstruct(z_q)
+        y_hat = self.tiles(contents.file.height, contents.file.width).latent.run(self.vq_base.reconstruct, z_q)
         if contents.symbols:
             symbols, code = contents.symbols, contents.file.residual.code
             y_hat = y_hat + self.residual.restore(symbols.hyper, symbols.residual, k, y_hat, code)
@@ -321,13 +328,12 @@ class Codec(nn.Module):
         known, lq, centre = self.denoiser_inputs(y_hat, z_q)
         seed = bitstream.noise_seed(file.base) if sampling.seed is None else sampling.seed
         noise = portable_noise(seed, known)
+        denoiser = self.denoiser(y_hat, self.tiles(file.height, file.width).latent.run)
         if sampling.steps is not None:
             schedule = self.schedule.spaced(sampling.steps)
-            x_hat = diffusion.sample(
-                schedule, self.denoiser(y_hat), known, lq, lambda: next(noise), sampling.ddim, centre
-            )
+            x_hat = diffusion.sample(schedule, denoiser, known, lq, lambda: next(noise), sampling.ddim, centre)
             return x_hat, float(schedule.etas[-1])
         eta = self.rate.eta(file.section_bpp) if sampling.eta is None else sampling.eta
         etas = torch.tensor([eta], dtype=torch.float64, device=self.device)
         x_noisy = diffusion.prior_sample(known, etas, self.schedule.kappa, next(noise))
-        return diffusion.one_step(self.denoiser(y_hat), x_noisy, lq, etas, self.params.diffusion, centre), eta
+        return diffusion.one_step(denoiser, x_noisy, lq, etas, self.params.diffusion, centre), eta

@@ -35,6 +35,8 @@ def shared(layer: nn.Module, find: Callable[[], tuple[Tensor, Tensor]]) -> tuple
 
 
 def spread(x: Tensor) -> Tensor:
-    """At most KEYS positions of a batch of maps, every n-th row and column of each: N C H W -> 1 C 1 M."""
-    step = math.ceil(math.sqrt(x.numel() / x.shape[1] / KEYS))
-    return x[:, :, ::step, ::step].transpose(0, 1).flatten(1)[None, :, None]
+    """At most KEYS positions of a batch of maps, every n-th row and every m-th column of each: N C H W -> 1 C 1 M."""
+    positions = x.numel() / x.shape[1]
+    x = x[:, :, :: math.ceil(math.sqrt(positions / KEYS))]
+    x = x[..., :: math.ceil(x.numel() / x.shape[1] / KEYS)]
+    return x.transpose(0, 1).flatten(1)[None, :, None]
