@@ -13,6 +13,7 @@ MODES = ("roundtrip", "compress", "decompress", "inspect")
 quality = number(float, lambda value: 0 <= value <= 100, "in 0 to 100")
 rate = number(float, lambda value: 0 < value < float("inf"), "a rate above 0")
 noise_level = number(float, lambda value: 0 < value <= 1, "in (0, 1]")
+tile_side = number(int, lambda value: value >= 256 and value % 64 == 0, "a multiple of 64 pixels, from 256")
 noise_seed = number(int, lambda value: 0 <= value < 2**32, "in 0 to 2^32 - 1")
 
 
@@ -75,7 +76,8 @@ def _add_coding(parser: argparse.ArgumentParser) -> None:
     add("--preview", action="store_true", help="the base alone, also of a file that was cut after it")
     add("--max_pixels", type=positive, default=MAX_PIXELS, metavar="N", help="refuse files that claim more pixels")
     add("--scale", type=int, choices=[1], default=1, help="kept for the published command; a codec does not enlarge")
-    add("--chop_size", type=positive, default=2048, metavar="PX", help="largest side (default %(default)s)")
+    told = "side of the tiles that large pictures are coded in (default %(default)s)"
+    add("--chop_size", type=tile_side, default=1024, metavar="PX", help=told)
     told = "so many pictures of one size at once (default: by their size; 1: one picture after the other)"
     add("--batch", type=positive, metavar="N", help=told)
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")

@@ -12,7 +12,7 @@ from coding.earlier import Earlier
 from coding.lanes import in_lanes
 from coding.plan import Job
 from coding.report import Row
-from coding.steps import Item, Steps
+from coding.steps import Item, Steps, alike
 from coding.weights import Weights
 from measuring.charts import contact_sheet
 from measuring.evaluator import Evaluator
@@ -72,12 +72,12 @@ class Run:
         torch.set_num_threads(max(1, steps.threads // self.lanes))
         while batch := self._batch(jobs):
             coded = [item for item in batch if item.data is None]
-            self._do(steps.encode, coded, lambda item: item.size)
+            self._do(steps.encode, coded, lambda item: alike(self.weights.codec(), item))
             self._do(steps.write, coded)
             self._do(steps.parse, coded)
             if steps.decodes:
                 rendered = [item for item in batch if item.decoded is None]
-                self._do(steps.render, rendered, lambda item: (item.codec, item.size))
+                self._do(steps.render, rendered, lambda item: alike(item.codec, item))
                 self._do(steps.save, rendered)
                 self._do(steps.score, batch)
             for item in batch:

@@ -2,7 +2,7 @@
 
 import argparse
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,6 +60,11 @@ class Item:
         return tuple(self.image.shape[1:]) if self.image is not None else (0, 0)
 
 
+def alike(codec: Codec, item: Item) -> Hashable:
+    """What pictures that go through the networks at once have in common; one that is coded in tiles goes alone."""
+    return (codec, item.size) if codec.tiles(*item.size).small else id(item)
+
+
 class Steps:
     """What is done to items, one or, where a step takes several, pictures of one size and codec.
 
@@ -100,7 +105,7 @@ class Steps:
     def encode(self, *items: Item) -> None:
         """The encoder's networks."""
         codec = self.weights.codec()
-        self._fits(codec, items[0])
+        codec.require_allowed(*items[0].size)
         images = torch.stack([item.image for item in items])
         (k, y, s), seconds = self._by_networks(codec, items, lambda: codec.signals(images))
         for i, item in enumerate(items):
@@ -126,7 +131,7 @@ class Steps:
             told = f"{item.job.reference or item.job.source}: {theirs} cannot be compared with the decoded {ours}"
             raise PictureError(told)
         item.codec = self.weights.codec(file.fingerprint)
-        self._fits(item.codec, item)
+        item.codec.require_allowed(*item.size)
         item.contents, seconds = self._timed(lambda: item.codec.read(item.data, args.preview))
         output = item.job.output(STREAM if self.encodes else ".png").relative_to(self.folder)
         item.row = {"picture": item.job.name, "output": str(output)} | item.row
@@ -175,16 +180,6 @@ class Steps:
             return budget.fit(codec, analysed, args.max_bytes)
         code = codec.level_code(args.quality)
         return budget.Fitted(codec.write(analysed, code), code)
-
-    def _fits(self, codec: Codec, item: Item) -> None:
-        height, width = item.size
-        codec.require_allowed(height, width)
-        if max(height, width) > self.args.chop_size:
-            gigabytes = codec.memory(height, width) / 2**30
-            raise PictureError(
-                f"{item.job.source}: {width}x{height} is larger than --chop_size {self.args.chop_size}, and pictures are "
-                f"not tiled yet; whole, it needs about {gigabytes:.1f} GiB: --chop_size {max(height, width)} codes it so"
-            )
 
     def _by_networks(self, codec: Codec, items: Sequence[Item], work: Callable):
         """The result of work(), in turn with other lanes where the networks need it, and seconds for each item."""

@@ -48,7 +48,7 @@ class Weights:
             raise DiffoError(f"--steps {args.steps}: these weights were trained with a schedule of {trained} steps")
         if (args.infer_steps or 1) > trained:
             raise DiffoError(f"--infer_steps {args.infer_steps}: the schedule of these weights has {trained} steps")
-        codec.max_pixels = args.max_pixels
+        codec.max_pixels, codec.tile_side = args.max_pixels, args.chop_size
         return prepare(codec, "float32", args.without)  # bfloat16 is autocast's, in `coding.run`
 
 

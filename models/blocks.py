@@ -6,13 +6,16 @@ Axes: N batch, C channels, H and W rows and columns of a feature map.
 
 from collections import OrderedDict
 
+import torch
 from torch import Tensor, nn
 
 from models.attention import attention
 from models.norms import GroupNorm
+from models.sharing import shared, spread
 from utils.precision import without_autocast
 
 AUTOENCODER_NORM_EPS = 1e-6  # the UNet's normalisation uses 1e-5
+VECTORS = 8192  # that are compared with a code book at once: more than a picture has that is coded whole
 
 
 def start_linear(network: nn.Module) -> None:
@@ -55,7 +58,11 @@ class ResnetBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    """x + proj(V softmax(QK / sqrt(C))): one head over all positions of the feature map."""
+    """x + proj(V softmax(QK / sqrt(C))): one head over all positions of the feature map.
+
+    Inside `sharing`, over positions spread evenly over the first pass's maps, the same for all maps of all passes: so its
+    cost grows with the size, not with its square, and tiles have no seams.
+    """
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
@@ -67,10 +74,12 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # N C H W
         h = self.norm(x)
+        q, k, v = self.q(h), self.k(h), self.v(h)
+        k, v = (m.expand(len(x), -1, -1, -1) for m in shared(self, lambda: (spread(k), spread(v))) or (k, v))
         # Contiguous, because only then the kernel whose memory does not grow with the square of HW is taken.
         # The view gives strides that are multiples of C even where HW = 1; CUDA's kernels refuse others.
         shape = (len(x), 1, -1, x.shape[1])  # N 1 HW C
-        q, k, v = (f(h).flatten(2).transpose(1, 2).contiguous().view(shape) for f in (self.q, self.k, self.v))
+        q, k, v = (m.flatten(2).transpose(1, 2).contiguous().view(shape) for m in (q, k, v))
         h = attention(q, k, v)  # N 1 HW C
         h = h.squeeze(1).transpose(1, 2).reshape(x.shape)  # N C H W
         return x + self.proj_out(h)
@@ -193,6 +202,8 @@ def nearest_codes(z: Tensor, codebook: Tensor) -> Tensor:
         indices, int64 (M,): argmin_j |z|^2 + |v_j|^2 - 2 z.v_j, in the code book's precision whatever the autocast.
     """
     with without_autocast(z.device):
-        z = z.to(codebook.dtype)
-        distance = z.square().sum(1, keepdim=True) + codebook.square().sum(1) - 2 * z @ codebook.t()  # M K
-    return distance.argmin(1)
+        return torch.cat([_distances(part.to(codebook.dtype), codebook).argmin(1) for part in z.split(VECTORS)])
+
+
+def _distances(z: Tensor, codebook: Tensor) -> Tensor:  # M d, K d -> M K
+    return z.square().sum(1, keepdim=True) + codebook.square().sum(1) - 2 * z @ codebook.t()

@@ -11,7 +11,7 @@ columns, h = ceil(H/16) and w = ceil(W/16) latent ones.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -29,6 +29,7 @@ from models.noise import portable_noise
 from models.records import ONE_STEP, Analysed, CodecOutput, CodecParams, Contents, Decoded, Draws, Sampling
 from models.residual_hyperprior import LEVEL_CODES, ResidualHyperprior, Symbols
 from models.residual_networks import hyper_size
+from models.tiles import SIDE, Tiles, direct
 from models.unet import UNet
 from models.vq_base import VQBase
 from utils.errors import BitstreamError, CheckpointError
@@ -44,6 +45,7 @@ class Codec(nn.Module):
         residual: the residual codec, or None.
         light: decodes pictures in D's place; None where D does.
         max_pixels: files that claim more are refused before anything is allocated.
+        tile_side: of the tiles that large pictures are coded in, in pixels, a multiple of 16 (models.tiles).
         base_table: integer frequency table of the base indices, int32 (K,), learnt at release; None before.
         index_model: codes the base indices in passes, fitted at release; None without one.
         fingerprint: 4 bytes that name the weights; None while they are being trained.
@@ -63,6 +65,7 @@ class Codec(nn.Module):
         self.schedule = Schedule.exponential(params.diffusion)
         self.rate = params.rate
         self.max_pixels = MAX_PIXELS
+        self.tile_side = SIDE
         self.base_table: np.ndarray | None = None
         self.index_model: IndexModel | None = None
         self.fingerprint: bytes | None = None
@@ -106,10 +109,22 @@ class Codec(nn.Module):
             y_hat = 0.0 * y_hat
         return y_hat, lq, y_hat if difference else 0.0
 
-    def denoiser(self, y_hat: Tensor) -> Denoiser:
-        """x^ of a scaled noisy latent, as a function: U(x, t, lq), or y^, which the decoder knows, corrected by that."""
+    def denoiser(self, y_hat: Tensor, run: Callable[..., Tensor] = direct) -> Denoiser:
+        """x^ of a scaled noisy latent, as a function: U(x, t, lq), or y^, which the decoder knows, corrected by that.
+
+        Args:
+            run: `Tiles.run` of the picture; U on the whole latent without it.
+        """
+
+        def unet(x: Tensor, t: Tensor, lq: Tensor) -> Tensor:
+            return run(lambda x, lq: self.unet(x, t, lq), x, lq)
+
         correction = self.params.prediction == "correction"
-        return lambda x, t, lq: y_hat + self.unet(x, t, lq) if correction else self.unet(x, t, lq)
+        return lambda x, t, lq: y_hat + unet(x, t, lq) if correction else unet(x, t, lq)
+
+    def tiles(self, height: int, width: int) -> Tiles:
+        """How a picture of this size is coded and decoded."""
+        return Tiles(height, width, self.tile_side)
 
     # Training -------------------------------------------------------------------------------------------------------
 
@@ -193,9 +208,10 @@ class Codec(nn.Module):
         height, width = images.shape[2:]
         if min(height, width) < MIN_SIDE:
             raise ValueError(f"pictures start at {MIN_SIDE}x{MIN_SIDE} pixels, not {width}x{height}")
-        x = self.to_latent(to_signed(images).to(self.device))
-        k = self.vq_base.indices(x)
-        y = self.vq_base.reconstruct(self.vq_base.rows(k))
+        tiles = self.tiles(height, width)
+        x = tiles.run(lambda part: self.to_latent(to_signed(part).to(self.device)), images)
+        k = tiles.latent.run(self.vq_base.indices, x)
+        y = tiles.latent.run(self.vq_base.reconstruct, self.vq_base.rows(k))
         return k, y, self.residual.analysis(x - y, y) if self.has_levels else None
 
     def analysed(self, height: int, width: int, k: Tensor, y: Tensor, s: Tensor | None) -> Analysed:
@@ -302,20 +318,26 @@ class Codec(nn.Module):
         files = [each.file for each in contents]
         y_hat, z_q = self.known(contents)
         x_hat, etas = self.denoise(y_hat, z_q, files, sampling)
-        images = self.picture(x_hat)[:, :, : files[0].height, : files[0].width]
-        if not images.isfinite().all():
-            raise BitstreamError("the decoded picture is not finite: these weights or this precision cannot decode it")
-        return list(map(Decoded, to_uint8(images.float().cpu()), etas))
+        images = self.tiles(files[0].height, files[0].width).run(self.to_picture, x_hat)
+        return list(map(Decoded, images, etas))
 
     def picture(self, x_hat: Tensor) -> Tensor:
         """X^ = D(x^), or the light decoder's: N x d x h x w -> N x 3 x 16h x 16w, unclamped."""
         return (self.light or self.autoencoder.decode)(x_hat)
 
+    def to_picture(self, x_hat: Tensor) -> Tensor:
+        """`picture` in 8 bits: uint8, on the CPU. Raises BitstreamError if it is not finite."""
+        image = self.picture(x_hat)
+        if not image.isfinite().all():
+            raise BitstreamError("the decoded picture is not finite: these weights or this precision cannot decode it")
+        return to_uint8(image.float().cpu())
+
     def known(self, contents: Sequence[Contents]) -> tuple[Tensor, Tensor]:
         """y^ = y + r^, N x d x h x w, and z_q, N x d_q x h x w: what N files of one size tell of the latents."""
+        file = contents[0].file
         k = torch.cat([each.k for each in contents]).to(self.device)
         z_q = self.vq_base.rows(k)
-        y_hat = self.vq_base.reconstruct(z_q)
+        y_hat = self.tiles(file.height, file.width).latent.run(self.vq_base.reconstruct, z_q)
         for i, each in enumerate(contents):
             if each.symbols:  # levels differ
                 own, code = slice(i, i + 1), each.file.residual.code
@@ -334,11 +356,12 @@ class Codec(nn.Module):
         def draw() -> Tensor:
             return torch.cat([next(noise) for noise in noises])
 
+        denoiser = self.denoiser(y_hat, self.tiles(files[0].height, files[0].width).latent.run)
         if sampling.steps is not None:
             schedule = self.schedule.spaced(sampling.steps)
-            x_hat = diffusion.sample(schedule, self.denoiser(y_hat), known, lq, draw, sampling.ddim, centre)
+            x_hat = diffusion.sample(schedule, denoiser, known, lq, draw, sampling.ddim, centre)
             return x_hat, [float(schedule.etas[-1])] * len(files)
         levels = [self.rate.eta(file.section_bpp) if sampling.eta is None else sampling.eta for file in files]
         etas = torch.tensor(levels, dtype=torch.float64, device=self.device)
         x_noisy = diffusion.prior_sample(known, etas, self.schedule.kappa, draw())
-        return diffusion.one_step(self.denoiser(y_hat), x_noisy, lq, etas, self.params.diffusion, centre), levels
+        return diffusion.one_step(denoiser, x_noisy, lq, etas, self.params.diffusion, centre), levels

@@ -8,10 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import fused_norm
+from models.sharing import shared
 
 
 class GroupNorm(nn.GroupNorm):
     """a(GN(x) (1 + scale) + shift), with a = SiLU or nothing. Parameters and keys are those of `nn.GroupNorm`.
+
+    Inside `sharing`, all samples of all passes have the means and variances of the first pass's samples together.
 
     Args:
         groups, channels, eps: as in `nn.GroupNorm`. silu: whether SiLU follows.
@@ -23,10 +26,22 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
         """N C H W -> N C H W; scale and shift, N C 1 1, come together or not at all."""
-        if fused_norm.takes(x):
+        moments = shared(self, lambda: self._moments(x))
+        if moments is None and fused_norm.takes(x):
             affine = self.weight, self.bias
             return fused_norm.group_norm(x, self.num_groups, *affine, self.eps, scale, shift, self.silu)
-        h = super().forward(x)
+        h = super().forward(x) if moments is None else self._with(moments, x)
         if scale is not None:
             h = h * (1 + scale) + shift
         return F.silu(h, inplace=not torch.is_grad_enabled()) if self.silu else h
+
+    def _moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance of every channel's group over all samples: (C,) each, float32 at least."""
+        n, c = x.shape[:2]
+        groups = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(n, self.num_groups, -1)
+        variance, mean = torch.var_mean(groups, dim=(0, 2), correction=0)
+        return tuple(v.repeat_interleave(c // self.num_groups) for v in (mean, variance))
+
+    def _with(self, moments: tuple[Tensor, Tensor], x: Tensor) -> Tensor:
+        weight, bias = (p.to(moments[0].dtype) for p in (self.weight, self.bias))
+        return F.batch_norm(x, *moments, weight, bias, eps=self.eps)

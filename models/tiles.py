@@ -1,0 +1,135 @@
+"""Pictures of any size: above one, networks run in tiles, and what they take from the whole is the same for all tiles.
+
+A picture of at most 1.5 side^2 pixels is coded whole. In a larger one E and D run on tiles: squares of `side` pixels from
+the top left corner, each seen with a margin of MARGIN latent positions, which is not kept. What a network takes from the
+whole (`sharing`) comes from one pass over up to 9 crops of CROP x CROP latent positions of its own input, spread evenly
+from corner to corner. VQ-E, VQ-D and U see one position where E and D see 256 pixels: their tiles, margins, crops and the
+size up to which they run whole are COARSE times as large along each side. Convolutions alone (the residual codec) always
+run whole. A picture's size alone decides all of this; indices, symbols and noise are those of one grid.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from models.bitstream import CELL
+from models.sharing import sharing
+
+SIDE = 1024  # of a tile, in pixels
+SIDE_UNIT = 64  # COARSE times this is a multiple of the pixels that windows of the denoiser span
+MARGIN, CROP = 8, 24  # latent positions
+CROPS = 9
+COARSE = 4
+
+Network = Callable[..., Tensor]
+Rectangle = tuple[slice, slice]  # rows and columns
+
+
+def direct(network: Network, *maps: Tensor) -> Tensor:
+    """The network on whole maps: what `Tiles.run` does with a small picture."""
+    return network(*maps)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How a picture is worked on by E and D, and by `latent` for the networks of the latent.
+
+    Attributes:
+        height, width: in pixels. side: of a tile without its margin, in pixels, a multiple of 64. scale: 1 or COARSE.
+    """
+
+    height: int
+    width: int
+    side: int = SIDE
+    scale: int = 1
+
+    @property
+    def latent(self) -> "Tiles":
+        """The tiles of VQ-E, VQ-D and U."""
+        return replace(self, scale=COARSE)
+
+    @property
+    def small(self) -> bool:
+        """Whether the picture is coded whole, and nothing is sampled: up to 1536x1024 pixels with the usual side."""
+        return 2 * self.height * self.width <= 3 * self.side**2
+
+    @property
+    def whole(self) -> bool:
+        """Whether these networks run on the whole picture."""
+        return 2 * self.height * self.width <= 3 * (self.scale * self.side) ** 2
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Rows and columns of latent positions."""
+        return -(-self.height // CELL), -(-self.width // CELL)
+
+    @property
+    def most(self) -> int:
+        """Latent positions that these networks work on at once."""
+        if self.whole:
+            return math.prod(self.size)
+        tile = (min(size, self.scale * (self.side // CELL + 2 * MARGIN)) for size in self.size)
+        return max(math.prod(tile), sum(_positions(crop) for crop in self.crops()))
+
+    def run(self, network: Network, *maps: Tensor) -> Tensor:
+        """A network on one picture, in tiles if it is large.
+
+        Args:
+            network: E, of 1 x 3 x H x W, D, to 1 x 3 x 16h x 16w, or, with `latent`, one from latent maps to a latent map.
+            maps: its inputs, whole.
+        Returns:
+            its output, whole; pixels cropped to the picture's.
+        """
+        if self.small:
+            return network(*maps)[..., : self.height, : self.width]
+        with sharing():
+            return network(*maps) if self.whole else self._run(network, maps)
+
+    def _run(self, network: Network, maps: tuple[Tensor, ...]) -> Tensor:
+        encodes = maps[0].shape[-2:] == (self.height, self.width)
+        unit = CELL if encodes else 1  # values of a map per latent position, along a side
+        result = 1 if encodes or self.scale > 1 else CELL
+        size = self.size if result == 1 else (self.height, self.width)
+        network(*(torch.cat([_cut(m, crop, unit) for crop in self.crops()]) for m in maps))
+        out = None
+        for seen, kept in self.tiles():
+            part = network(*(_cut(m, seen, unit) for m in maps))
+            out = part.new_empty(*part.shape[:-2], *size) if out is None else out
+            place = _cut(out, kept, result)
+            top, left = (result * (k.start - s.start) for s, k in zip(seen, kept, strict=True))
+            place.copy_(part[..., top : top + place.shape[-2], left : left + place.shape[-1]])
+        return out
+
+    def tiles(self) -> Iterator[tuple[Rectangle, Rectangle]]:
+        """What a tile sees and what is kept of it, in latent positions; row by row."""
+        step, margin = self.scale * self.side // CELL, self.scale * MARGIN
+        for top in range(0, self.size[0], step):
+            for left in range(0, self.size[1], step):
+                kept = slice(top, min(top + step, self.size[0])), slice(left, min(left + step, self.size[1]))
+                yield tuple(slice(max(0, k.start - margin), k.stop + margin) for k in kept), kept
+
+    def crops(self) -> list[Rectangle]:
+        """The crops that speak for the whole, in latent positions: 3 x 3, or fewer one way and more the other."""
+        sizes = self.height // CELL, self.width // CELL  # without cells that are partly outside
+        most = [-(-size // (self.scale * CROP)) for size in sizes]
+        rows = min(3, most[0])
+        columns = min(CROPS // rows, most[1])
+        rows = min(CROPS // columns, most[0])
+        return [(r, c) for r in self._spread(sizes[0], rows) for c in self._spread(sizes[1], columns)]
+
+    def _spread(self, size: int, count: int) -> list[slice]:
+        length = min(self.scale * CROP, size)
+        starts = (i * (size - length) // max(1, count - 1) for i in range(count))
+        return [slice(start, start + length) for start in starts]
+
+
+def _cut(x: Tensor, at: Rectangle, unit: int) -> Tensor:
+    rows, columns = (slice(unit * side.start, unit * side.stop) for side in at)
+    return x[..., rows, columns]
+
+
+def _positions(at: Rectangle) -> int:
+    return math.prod(side.stop - side.start for side in at)

@@ -1,0 +1,169 @@
+"""Pictures above the size that is coded whole: tiles, what they share, and files of such pictures."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models import tiles
+from models.blocks import AttnBlock
+from models.norms import GroupNorm
+from models.sharing import KEYS, shared, sharing, spread
+from models.tiles import CROP, CROPS, MARGIN, Tiles
+from tests.residual import picture
+from tests.small_codec import new_codec
+from utils.images import to_signed
+
+SIDE = 96  # pixels: 6 latent positions
+SIZES = [(250, 333), (97, 700)]  # above the 13,824 pixels that are then coded whole
+
+
+@pytest.fixture(scope="module")
+def codec():
+    codec = new_codec().requires_grad_(False)
+    codec.tile_side = SIDE
+    return codec
+
+
+@pytest.fixture
+def whole(codec, monkeypatch):
+    """Makes the codec code pictures whole."""
+    return lambda: monkeypatch.setattr(codec, "tile_side", 1024)
+
+
+def test_sizes_of_training_and_of_kodak_are_coded_whole():
+    assert all(Tiles(*size).small for size in [(512, 768), (1024, 1536), (1253, 1255)])
+    assert not any(Tiles(*size).small for size in [(1024, 1537), (2048, 2048), (3024, 4032), (16, 100_000)])
+    assert Tiles(3024, 4032, side=4032).small
+    assert Tiles(3024, 4032).latent.whole and not Tiles(8192, 8192).latent.whole
+
+
+@pytest.mark.parametrize("size", [*SIZES, (16, 5000)], ids=str)
+def test_every_position_is_kept_once_and_seen_with_a_margin(size):
+    h, w = Tiles(*size, SIDE).size
+    assert (h, w) == (-(-size[0] // 16), -(-size[1] // 16))
+    count = np.zeros((h, w), dtype=int)
+    for seen, kept in Tiles(*size, SIDE).tiles():
+        count[kept] += 1
+        for s, k, end in zip(seen, kept, (h, w), strict=True):
+            assert s.start == max(0, k.start - MARGIN) and min(s.stop, end) == min(k.stop + MARGIN, end)
+            assert 0 < k.stop - k.start <= SIDE // 16
+    assert (count == 1).all()
+
+
+@pytest.mark.parametrize("size", [(2048, 2048), (3024, 4032), (16, 100_000), (5000, 400)], ids=str)
+def test_crops_are_spread_from_corner_to_corner(size):
+    """3 x 3, or more along a long side; all of one size, and within the whole cells."""
+    crops = Tiles(*size).crops()
+    h, w = size[0] // 16, size[1] // 16
+    assert len(crops) == len(set(map(str, crops))) <= CROPS
+    assert {(r.stop - r.start, c.stop - c.start) for r, c in crops} == {(min(CROP, h), min(CROP, w))}
+    assert (crops[0][0].start, crops[0][1].start) == (0, 0) and (crops[-1][0].stop, crops[-1][1].stop) == (h, w)
+    assert len(crops) == (8 if size == (5000, 400) else 9)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_a_network_without_statistics_gives_the_same_in_tiles(size):
+    """Convolutions of integers, whose sums are exact: 3x3 at latent resolution, as many as the margin covers."""
+    torch.manual_seed(0)
+    weights = [torch.randint(-2, 3, (1, 1, 3, 3)).double() for _ in range(MARGIN)]
+    calls = []
+
+    def convolved(x):
+        calls.append(x.shape)
+        for weight in weights:
+            x = F.conv2d(x, weight, padding=1)
+        return x
+
+    def encoder(image):
+        image = F.pad(image.double(), (0, -image.shape[3] % 16, 0, -image.shape[2] % 16), mode="replicate")
+        return convolved(F.avg_pool2d(image, 16) * 256)
+
+    def decoder(x):
+        return convolved(x).repeat_interleave(16, 2).repeat_interleave(16, 3)
+
+    image = torch.randint(0, 256, (1, 1, *size), dtype=torch.uint8)
+    small = Tiles(*size, SIDE)
+    x = small.run(encoder, image)
+    assert len(calls) > 8 and torch.equal(x, encoder(image))
+    assert torch.equal(small.run(decoder, x), decoder(x)[..., : size[0], : size[1]])
+
+
+def test_later_passes_have_the_statistics_of_the_first():
+    """Mean 2 and variance 1 of the first pass's two samples together make 4 a 2; a pass outside has its own."""
+    norm = GroupNorm(1, 2, eps=0.0)
+    first = torch.tensor([1.0, 3.0]).view(2, 1, 1, 1).expand(2, 2, 2, 2)
+    later = torch.full((1, 2, 1, 3), 4.0)
+    with sharing():
+        assert torch.equal(norm(first), first - 2)
+        assert torch.equal(norm(later), torch.full_like(later, 2.0))
+        half = GroupNorm(1, 2, eps=0.0).bfloat16()
+        assert torch.equal(half(first.bfloat16()), first.bfloat16() - 2)
+        assert torch.equal(half(later.bfloat16()), torch.full_like(later, 2.0).bfloat16())
+    with sharing():
+        assert torch.equal(norm(2 * first), first - 2)
+    own = norm(first[:1] + torch.tensor([0.0, 2.0]).view(1, 2, 1, 1))  # 1 and 3
+    torch.testing.assert_close(own, torch.tensor([-1.0, 1.0]).view(1, 2, 1, 1).expand(1, 2, 2, 2))
+    assert shared(norm, lambda: pytest.fail("outside, nothing is kept")) is None
+
+
+def test_attention_of_a_part_looks_at_the_positions_of_the_first_pass():
+    torch.manual_seed(0)
+    block = AttnBlock(8, 2).eval()
+    nn.init.normal_(block.proj_out.weight)
+    x = torch.randn(1, 8, 12, 10)
+    with torch.no_grad(), sharing():
+        whole = block(x)
+        torch.testing.assert_close(block(x[..., 3:7]), whole[..., 3:7])
+        torch.testing.assert_close(block(x.flip(0).repeat(3, 1, 1, 1)), whole.repeat(3, 1, 1, 1))
+    with torch.no_grad():
+        torch.testing.assert_close(block(x), whole, rtol=1e-4, atol=1e-5)  # few positions: all of them
+        assert not torch.allclose(block(x[..., 3:7]), whole[..., 3:7], atol=1e-3)
+
+
+def test_positions_are_spread_over_all_maps():
+    """Of 2 x 64 x 128 positions every second row and column: KEYS of them. Of few positions all."""
+    x = torch.arange(2 * 3 * 64 * 128.0).view(2, 3, 64, 128)
+    assert torch.equal(spread(x), torch.cat([m[:, ::2, ::2].flatten(1) for m in x], 1)[None, :, None])
+    assert spread(x).shape == (1, 3, 1, KEYS)
+    assert torch.equal(spread(x[:1, :, :5, :7]), x[:1, :, :5, :7].flatten(2)[:, :, None])
+    assert 0 < spread(torch.zeros(1, 2, 1, 100_000)).shape[-1] <= KEYS
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("network", ["E", "D"])
+def test_tiles_agree_with_the_whole_where_one_crop_is_the_whole(codec, monkeypatch, network):
+    """Then statistics and keys are those of the whole, and a margin as wide as convolutions reach leaves rounding."""
+    monkeypatch.setattr(tiles, "MARGIN", 14)
+    image = to_signed(picture(48, 16 * CROP))[None]
+    small, x = Tiles(48, 16 * CROP, 32), codec.to_latent(image)
+    assert len(small.crops()) == 1 and len(list(small.tiles())) == 2 * CROP // 2
+    f, whole = (codec.to_latent, image) if network == "E" else (codec.autoencoder.decode, x)
+    expected = f(whole)
+    torch.testing.assert_close(small.run(f, whole), expected, rtol=0, atol=1e-4 * expected.std().item())
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_a_file_of_tiles_is_one_of_one_grid(codec, whole, size):
+    """One index per cell, so as many bytes as without tiles, and no network of pixels sees more than a tile or the crops."""
+    image, seen = picture(*size), []
+    parts = codec.autoencoder.encoder, codec.autoencoder.decoder
+    hooks = [part.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])) for part in parts]
+    data = codec.compress(image)
+    decoded = codec.decompress(data)
+    for hook in hooks:
+        hook.remove()
+    pixels = [len(x) * x.shape[2] * x.shape[3] * (256 if x.shape[1] == 8 else 1) for x in seen]
+    assert max(pixels) <= 256 * codec.tiles(*size).most and len(pixels) > 20
+    assert decoded.shape == image.shape and torch.equal(codec.decompress(data), decoded)
+    whole()
+    assert len(codec.compress(image)) == len(data)
+    assert not torch.equal(codec.decompress(data), decoded)
+
+
+def test_the_smallest_pictures_above_the_limit(codec):
+    assert codec.tiles(SIDE, 3 * SIDE // 2).small
+    for size in ((SIDE, 3 * SIDE // 2 + 1), (16, 865)):
+        assert not codec.tiles(*size).small
+        assert codec.decompress(codec.compress(picture(*size))).shape == (3, *size)
