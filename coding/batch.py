@@ -67,7 +67,8 @@ def _carried_out(work: "Run", jobs: list[Job], table: Table | None) -> "Tally":
     from utils.distributed import gather_objects, is_main
 
     args = work.args
-    with table or nullcontext(), StopRequest() as stop:
+    stop = StopRequest()
+    with table or nullcontext(), stop if len(jobs) > 1 else nullcontext():  # a single picture is given up at once
         work.earlier.table = table
         left = [job for job in jobs if not (args.skip_existing and work.earlier.stands(job))]
         gather_objects(len(left))  # every rank has seen what is there, and has the same jobs, before one writes

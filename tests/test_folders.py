@@ -265,17 +265,18 @@ def test_two_processes_share_a_folder_and_write_one_table(pictures, weights, tmp
 
 @pytest.mark.slow
 def test_memory_stays_the_same_over_many_pictures(weights, tmp_path, capsys):
-    """As much for 4,000 pictures as for 400, but for rows of a kilobyte or two."""
+    """As much for 2,000 pictures as for 200, but for their rows, of a kilobyte or two."""
     peaks = []
-    for count in (400, 4000):
-        photograph(tmp_path / str(count) / "0.png", 96, 96)
+    for count in (200, 2000):
+        photograph(tmp_path / str(count) / "0.png", 128, 128)
         for number in range(1, count):
             os.link(tmp_path / str(count) / "0.png", tmp_path / str(count) / f"{number}.png")
         program = "import resource, sys, inference; inference.main(sys.argv[1:]); "
         program += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-        told = command("-c", program, "-i", tmp_path / str(count), "-o", tmp_path / f"out{count}", *weights).stdout
+        args = ["-i", tmp_path / str(count), "-o", tmp_path / f"out{count}", *weights]
+        told = command("-c", program, *args, timeout=1500).stdout
         peaks.append(int(told.split()[-1]) / 1024)  # MiB
-    assert peaks[1] - peaks[0] < 40
+    assert peaks[1] - peaks[0] < 50  # decoded pictures would be 88
 
 
 def _calls(monkeypatch, owner, name) -> list[int]:
