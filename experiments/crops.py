@@ -112,7 +112,7 @@ def band(coding: Coding, crop: Crop, rows: Sequence[Row], side: int) -> Band:
             cells.append(Cell(None, [label, "no file so small:", f"at least {row['floor_bytes']:,} bytes"]))
             continue
         decoded = read_image(coding.decoded(row["codec"], row["label"], crop.picture))
-        lines = [label + (", half size" if row["scale"] != 1 else ""), f"{row['bytes']:,} bytes"]
+        lines = [label, f"{row['bytes']:,} bytes" + (", at half size" if row["scale"] != 1 else "")]
         lines += [score_line(name, row[name]) for name in coding.evaluator.names if row.get(name) is not None]
         cells.append(Cell(crop.of(decoded, side), lines))
     name, first = Path(crop.picture).with_suffix(""), rows[0]
@@ -129,7 +129,7 @@ def notes(names: Sequence[str], by: str) -> list[str]:
     within = "without their containers " if by == "payload" else ""
     ways = [f"{SCORES[name].heading}: {'less' if SCORES[name].lower_is_better else 'more'} is better" for name in names]
     return [
-        f"Pixel by pixel. The other codecs have their largest files {within}within the bytes of the first one's. Half size: "
+        f"Pixel by pixel. The other codecs have their largest files {within}within the bytes of the first one's. At half size: "
         "coded at half the width and height, and enlarged.",
         f"Bytes and scores are of whole pictures. {'; '.join(ways)}{'.' if ways else ''}",
     ]

@@ -8,15 +8,15 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-MARGIN, GAP = 20, 8  # pixels around the sheet and between its parts
+MARGIN, GAP = 20, 10  # pixels around the sheet and between its parts
 SIZE = 14  # of the letters
 LINE = 19  # pixels from one line to the next
-BACKGROUND, INK, SOFT, EMPTY = "white", "black", "#555555", "#dddddd"
+BACKGROUND, INK, SOFT, EMPTY = "white", "black", "#444444", "#dddddd"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A picture, uint8 (3, S, S), or None where there is none, and the lines below it; the first one is bold."""
+    """A picture, uint8 (3, S, S), or None where there is none, and the lines below it; the first one is its name."""
 
     picture: Tensor | None
     lines: Sequence[str]
@@ -36,9 +36,9 @@ def sheet(bands: Sequence[Band], notes: Sequence[str], side: int) -> Tensor:
     Args:
         notes: lines at the foot, broken where they are wider than the sheet. side: S of all pictures.
     """
-    plain, bold = ImageFont.load_default(SIZE), ImageFont.load_default(SIZE + 1)
+    plain, larger = ImageFont.load_default(SIZE), ImageFont.load_default(SIZE + 2)
     lines = [line for band in bands for cell in band.cells for line in cell.lines]
-    width = max(side, *(round(bold.getlength(line)) for line in lines))  # of a column
+    width = max([side, *(round(larger.getlength(line)) for line in lines)])  # of a column
     whole = max(len(band.cells) for band in bands) * (width + GAP) - GAP
     foot = [line for note in notes for line in _broken(note, plain, whole)]
     tall = [2 * GAP + LINE + side + LINE * max(len(cell.lines) for cell in band.cells) for band in bands]
@@ -48,7 +48,7 @@ def sheet(bands: Sequence[Band], notes: Sequence[str], side: int) -> Tensor:
     for band, step in zip(bands, tall, strict=True):
         draw.text((MARGIN, top), band.heading, SOFT, plain)
         for column, cell in enumerate(band.cells):
-            _place(image, draw, cell, (MARGIN + column * (width + GAP), top + LINE + GAP), side, (bold, plain))
+            _place(image, draw, cell, (MARGIN + column * (width + GAP), top + LINE + GAP), side, (larger, plain))
         top += step + GAP
     for i, line in enumerate(foot):
         draw.text((MARGIN, top + LINE * i), line, SOFT, plain)
@@ -61,10 +61,10 @@ def _place(image: Image.Image, draw: ImageDraw.ImageDraw, cell: Cell, at: tuple[
         draw.rectangle((left, top, left + side - 1, top + side - 1), EMPTY)
     else:
         image.paste(Image.fromarray(cell.picture.permute(1, 2, 0).contiguous().numpy()), at)
-    bold, plain = fonts
+    larger, plain = fonts
     for i, line in enumerate(cell.lines):
         place = (left, top + side + GAP // 2 + LINE * i)
-        draw.text(place, line, INK, plain if i else bold, stroke_width=0 if i else 0.4)
+        draw.text(place, line, SOFT if i else INK, plain if i else larger)
 
 
 def _broken(text: str, font: ImageFont.FreeTypeFont, width: int) -> Iterable[str]:
