@@ -47,7 +47,7 @@ class Sizes:
 
 
 TINY = Sizes(
-    "tests/nano.yaml", "tests/nano.yaml", "48x64", 64, 1, 2, 2, 1, ("gt.batch_size=1", "codec.batch_size=1")
+    "tests/nano.yaml", "tests/nano.yaml", "48x64", 64, 1, 2, 1, 1, ("gt.batch_size=1", "codec.batch_size=1")
 )  # for the tests: the same code
 
 
