@@ -43,12 +43,22 @@ class Sizes:
     batch: int = 16
     repeats: int = 7
     steps: int = 6  # of a round of training, of which there are three
+    residual: str = "{}"  # sizes of the residual codec, other than the published ones
     overrides: tuple[str, ...] = ()
 
 
-TINY = Sizes(
-    "tests/nano.yaml", "tests/nano.yaml", "48x64", 64, 1, 2, 2, 1, ("gt.batch_size=1", "codec.batch_size=1")
-)  # for the tests: the same code
+TINY = Sizes(  # for the tests: the same code
+    config="tests/nano.yaml",
+    small="tests/nano.yaml",
+    picture="48x64",
+    large=64,
+    photographs=1,
+    batch=2,
+    repeats=1,
+    steps=1,
+    residual="{channels: 6, width: 8, blocks: 1, hyper_channels: 3, scale_width: 6, code_width: 4, levels: 3}",
+    overrides=("gt.batch_size=1", "codec.batch_size=1"),
+)
 
 
 @dataclass(frozen=True)
@@ -85,7 +95,7 @@ class Bench:
     @cached_property
     def codec(self) -> Codec:
         """The published sizes, random weights in every branch, flat tables."""
-        codec = new_codec(load_config(self.sizes.config, ["networks.residual={}"]))
+        codec = new_codec(load_config(self.sizes.config, [f"networks.residual={self.sizes.residual}"]))
         for module in codec.modules():
             if isinstance(module, nn.Conv2d) and not module.weight.any():
                 nn.init.kaiming_normal_(module.weight, nonlinearity="linear")

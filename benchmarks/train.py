@@ -94,6 +94,8 @@ def measured(
     step, batches = prepared(config, name, device, untrained)
     params, times = step.stage.params, []
     progress = Progress(params)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     for _ in range(1 + rounds):  # the first warms up
         began = seconds(device)
         for _ in range(steps):

@@ -2,6 +2,8 @@
 
 import time
 
+import pytest
+
 from benchmarks import cuda
 from experiments import timing
 from experiments.stopwatch import NETWORKS
@@ -14,6 +16,7 @@ def test_without_cuda_one_line_says_so(tmp_path, capsys):
     assert said.err.count("\n") == 1 and "needs a GPU" in said.err and not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_every_part_measures_its_figures(tmp_path, monkeypatch, capsys):
     """All but torch.compile, which takes a minute of any processor."""
     monkeypatch.setattr(timing, "PEAK_SIDE", {"cpu": 64})

@@ -100,12 +100,12 @@ class Tf32(TorchFunctionMode):
 
 
 def test_tf32_moves_a_distance_by_less_than_half_a_percent(pair):
-    """Of clearly and of hardly different pictures: why `perceptual: auto` is TF32 on CUDA."""
+    """Of clearly different pictures and of nearly equal ones: why `perceptual: auto` is TF32 on CUDA."""
     assert Tf32.rounded(torch.tensor([1 + 2**-10, 1 + 2**-12])).tolist() == [1 + 2**-10, 1.0]
     noisy, clean = (image[..., :48, :48] for image in pair)
     term = StLpips()
     with torch.no_grad():
-        for image in (noisy, clean + 0.03 * (noisy - clean)):
+        for image in (noisy, clean + 0.1 * (noisy - clean)):  # distances of 0.04 and 0.0006
             exact = term(image, clean).item()
             with Tf32():
                 assert 0 < abs(term(image, clean).item() / exact - 1) < 5e-3
@@ -123,7 +123,7 @@ def test_a_term_in_tf32_has_its_gradient_as_often_as_it_is_asked(pair):
     assert value.item() == pytest.approx(plain(image, clean).item(), rel=1e-6)
     for _ in range(2):
         (gradient,) = torch.autograd.grad(3 * value, image, retain_graph=True)
-        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-9)
+        assert (gradient - expected).abs().max() < 1e-4 * expected.abs().max()
     assert torch.backends.cudnn.allow_tf32 == before
     with torch.no_grad():  # validation
         assert term(image, clean).item() == plain(image, clean).item()
