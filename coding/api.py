@@ -19,6 +19,7 @@ from torch import Tensor
 from coding import budget, ledger
 from models.bitstream import VERSION, unpack
 from models.codec import Codec
+from models.fast import Precision, prepare
 from models.released import SMALL, load_release
 from utils.distributed import local_device
 from utils.errors import BitstreamError, DiffoError, PictureError
@@ -38,6 +39,7 @@ def load_codec(
     weights: str | os.PathLike[str] | None = None,
     device: str | torch.device = "cpu",
     max_pixels: int = MAX_PIXELS,
+    precision: Precision = "auto",
 ) -> "ImageCodec":
     """The codec of a release.
 
@@ -45,12 +47,14 @@ def load_codec(
         weights: release folder (`python -m release` makes one); None for the small one that ships.
         device: `cpu`, `cuda`, `cuda:N`, or `auto`, which takes CUDA where it is.
         max_pixels: pictures that have more, and files that claim more, are refused.
+        precision: of the networks: `float32`, `bfloat16`, or `auto`, which takes bfloat16 where a CPU computes in it and
+            it pays. Files read with either are the same integers.
     Raises:
         CheckpointError: no release there, a damaged one, or files of several. DiffoError: no such device.
     """
     model = load_release(Path(weights or SMALL), local_device(str(device), "device"))
     model.max_pixels = max_pixels
-    return ImageCodec(model)
+    return ImageCodec(prepare(model, precision))
 
 
 class ImageCodec:

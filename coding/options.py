@@ -73,7 +73,8 @@ def _add_coding(parser: argparse.ArgumentParser) -> None:
     add("--scale", type=int, choices=[1], default=1, help="kept for the published command; a codec does not enlarge")
     add("--chop_size", type=positive, default=2048, metavar="PX", help="largest side (default %(default)s)")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
-    add("--precision", choices=["float32", "bfloat16"], default="float32", help="of the networks")
+    told = "of the networks; auto (the default): bfloat16 where a CPU computes in it and it pays, else float32"
+    add("--precision", choices=["auto", "float32", "bfloat16"], default="auto", help=told)
 
 
 def _mistakes(args: argparse.Namespace) -> list[tuple[bool, str]]:

@@ -17,12 +17,14 @@ from measuring.metrics import colour_shift, ms_ssim, psnr
 from measuring.scores import SCORES
 from models.bitstream import unpack
 from models.codec import Codec
+from models.fast import precision_of, prepare
 from models.records import Analysed, Sampling
 from models.released import SMALL, Triple, load_release, load_triple, release_of
 from utils.distributed import local_device
 from utils.errors import BitstreamError, DiffoError, PictureError, out_of_memory
 from utils.files import atomic_write
 from utils.images import read_image, write_image
+from utils.memory import keep_freed_memory
 
 LARGEST_BPP = 2  # ten times what the largest files have
 MIN_LIMIT = 1 << 20  # bytes; small pictures may take more than that per pixel
@@ -36,6 +38,8 @@ class Weights:
         self.named = bool(args.ckpt or args.weights)
         self.fixed = self.named or args.mode in ("roundtrip", "compress")
         self.codecs: dict[bytes | None, Codec] = {}
+        if self.device.type == "cpu":
+            keep_freed_memory()
 
     def codec(self, fingerprint: bytes | None = None) -> Codec:
         """The weights named on the command line, the small ones that ship, or the release that a file needs.
@@ -57,7 +61,7 @@ class Weights:
         if (args.infer_steps or 1) > trained:
             raise DiffoError(f"--infer_steps {args.infer_steps}: the schedule of these weights has {trained} steps")
         codec.max_pixels = args.max_pixels
-        self.codecs[key] = codec
+        self.codecs[key] = prepare(codec, args.precision)
         return codec
 
 
@@ -146,8 +150,7 @@ class Run:
         sync()
         began = time.perf_counter()
         try:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bfloat16"):
-                result = work()
+            result = work()
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
@@ -181,7 +184,7 @@ class Run:
             "weights": [codec.fingerprint.hex() for codec in self.weights.codecs.values()],
             "sampler": None if args.mode == "compress" else sampler,
             "device": str(self.device),
-            "precision": args.precision,
+            "precision": [precision_of(codec) for codec in self.weights.codecs.values()],
             "threads": torch.get_num_threads(),
             "command": args.command,
         }
