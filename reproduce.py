@@ -159,11 +159,12 @@ def beside(add) -> None:
 
 def clock(add) -> None:
     add("--repeats", type=positive, default=5, metavar="N", help="rounds after one of warm-up (default 5)")
-    add("--precision", choices=["float32", "bfloat16"], default="float32", help="of the networks")
+    add("--precision", choices=["auto", "float32", "bfloat16"], default="auto", help="of the networks (default: auto)")
 
 
 def timed(add) -> None:
     add("--data", type=Path, metavar="PATH", help="its first picture is timed (default: one of scikit-image)")
+    add("--config", type=Path, metavar="YAML", help="time random weights of this configuration's sizes, not releases")
 
 
 def sizes(add) -> None:

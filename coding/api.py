@@ -20,7 +20,7 @@ from coding import budget, ledger
 from coding.options import DECODERS
 from models.bitstream import VERSION, unpack
 from models.codec import Codec
-from models.fast import prepare
+from models.fast import Precision, prepare
 from models.released import SMALL, load_release
 from utils.distributed import local_device
 from utils.errors import BitstreamError, DiffoError, PictureError
@@ -41,6 +41,7 @@ def load_codec(
     device: str | torch.device = "cpu",
     max_pixels: int = MAX_PIXELS,
     decoder: str = "full",
+    precision: Precision = "auto",
 ) -> "ImageCodec":
     """The codec of a release.
 
@@ -49,6 +50,8 @@ def load_codec(
         device: `cpu`, `cuda`, `cuda:N`, or `auto`, which takes CUDA where it is.
         max_pixels: pictures that have more, and files that claim more, are refused.
         decoder: `full`, D, or `light`, the light decoder of a release that has one; files are the same.
+        precision: of the networks: `float32`, `bfloat16`, or `auto`, which takes bfloat16 where a CPU computes in it and
+            it pays. Files read with either are the same integers.
     Raises:
         CheckpointError: no release there, a damaged one, files of several, or no light decoder. DiffoError: no such
         device. ValueError: no such decoder.
@@ -57,7 +60,7 @@ def load_codec(
         raise ValueError(f"decoder {decoder!r}: {' or '.join(DECODERS)}")
     model = load_release(Path(weights or SMALL), local_device(str(device), "device"), decoder)
     model.max_pixels = max_pixels
-    return ImageCodec(prepare(model, "float32"))
+    return ImageCodec(prepare(model, precision))
 
 
 class ImageCodec:

@@ -81,7 +81,8 @@ def _add_coding(parser: argparse.ArgumentParser) -> None:
     told = "so many pictures of one size at once (default: by their size; 1: one picture after the other)"
     add("--batch", type=positive, metavar="N", help=told)
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
-    add("--precision", choices=["float32", "bfloat16"], default="float32", help="of the networks")
+    told = "of the networks; auto (the default): bfloat16 where a CPU computes in it and it pays, else float32"
+    add("--precision", choices=["auto", "float32", "bfloat16"], default="auto", help=told)
     told = f"CUDA: fast paths to leave out, of {', '.join(FAST_PATHS)}"
     add("--without", nargs="+", choices=FAST_PATHS, default=(), metavar="NAME", help=told)
 

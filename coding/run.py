@@ -16,6 +16,7 @@ from coding.steps import Item, Steps, alike
 from coding.weights import Weights
 from measuring.charts import contact_sheet
 from measuring.evaluator import Evaluator
+from models.fast import precision_of
 from utils.errors import DiffoError
 from utils.images import read_image
 from utils.picture_files import strict_pillow
@@ -133,7 +134,7 @@ class Run:
             "sampler": None if args.mode == "compress" else sampler,
             "decoder": None if args.mode == "compress" else args.decoder,
             "device": str(self.device),
-            "precision": args.precision,
+            "precision": [precision_of(codec) for codec in self.weights.codecs.values()],
             "threads": self.steps.threads,
             "side_by_side": self.lanes,
             "command": args.command,

@@ -205,8 +205,7 @@ class Steps:
         sync()
         began = time.perf_counter()
         try:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bfloat16"):
-                result = work()
+            result = work()
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise

@@ -9,6 +9,7 @@ from models.fast import prepare
 from models.released import SMALL, Triple, load_release, load_triple, release_of
 from utils.distributed import local_device
 from utils.errors import BitstreamError, DiffoError
+from utils.memory import keep_freed_memory
 
 LARGEST_BPP = 2  # ten times what the largest files have
 MIN_LIMIT = 1 << 20  # bytes; small pictures may take more than that per pixel
@@ -23,6 +24,8 @@ class Weights:
         self.fixed = self.named or args.mode in ("roundtrip", "compress")
         self.codecs: dict[bytes | None, Codec] = {}
         self._lock = Lock()
+        if self.device.type == "cpu":
+            keep_freed_memory()
 
     def codec(self, fingerprint: bytes | None = None) -> Codec:
         """The weights named on the command line, the small ones that ship, or the release that a file needs.
@@ -49,7 +52,7 @@ class Weights:
         if (args.infer_steps or 1) > trained:
             raise DiffoError(f"--infer_steps {args.infer_steps}: the schedule of these weights has {trained} steps")
         codec.max_pixels, codec.tile_side = args.max_pixels, args.chop_size
-        return prepare(codec, "float32", args.without)  # bfloat16 is autocast's, in `coding.run`
+        return prepare(codec, args.precision, args.without)
 
 
 def read_bytes(path: Path, max_pixels: int) -> bytes:

@@ -76,7 +76,7 @@ def commands(args: argparse.Namespace) -> Iterator[tuple[ModuleType, dict, str |
         photographs(args.fit)
     for module in (ceiling, artefacts):
         yield module, {}, None
-    yield timing, {"data": next(iter(pictures.values()))}, None
+    yield timing, {"data": next(iter(pictures.values())), "config": None}, None
     if args.against:
         equal_bytes.rivals_of(args, next(iter(releases.values())))
     yield equal_bytes, {"weights": first}, None if args.against else "needs --against"

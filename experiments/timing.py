@@ -1,13 +1,19 @@
 """Milliseconds and floating-point operations of every part of coding a picture, at fixed sizes.
 
 Protocol: a picture is read, coded, written, read back, decoded with one step and written as PNG. After one round of
-warm-up, medians and quartiles over --repeats; on CUDA every part waits for the device. Operations count a
-multiplication and an addition as two, of matrix products and convolutions; the peak is that of a large matrix product
-in the same precision, measured here.
+warm-up, medians and quartiles over --repeats; on CUDA every part waits for the device. Each round is followed by one of
+the same networks in plain float32, as they were loaded and with the allocator left to itself, so that what else the
+machine does hits both alike. Operations count a multiplication and an addition as two, of matrix products and
+convolutions as they are computed; the peak is the faster of a large matrix product and a 3x3 convolution of 256 channels,
+measured here in the precision of the networks.
 """
 
 import argparse
+import copy
+import json
+import math
 import tempfile
+import zlib
 from collections.abc import Callable
 from functools import partial
 from itertools import chain
@@ -15,7 +21,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -26,15 +34,21 @@ from experiments.coded import at_quality, table_of
 from experiments.inputs import about, checksum, photographs, releases_of, weights_of
 from experiments.stopwatch import READ, REST, WRITE, Stopwatch, seconds
 from experiments.summary import draw_bars, write_summary
+from measuring.metrics import psnr
 from models.codec import Codec
-from utils.distributed import is_main
+from models.fast import precision_of, prepare
+from models.records import CodecParams
+from utils.config import build, load_mapping, to_mapping
+from utils.distributed import is_main, local_device
 from utils.files import atomic_write
 from utils.images import read_image, write_image
+from utils.memory import keep_freed_memory
 
 KEY = ("codec", "size", "way", "part")
 WAYS = ("encode", "decode")
 TOTAL = "all parts together"
-PEAK_SIDE = {"cpu": 1024, "cuda": 8192}  # of the square matrices whose product measures the peak
+PEAK_SIDE = {"cpu": 1024, "cuda": 8192}  # of the square matrices whose product measures the peak; maps have an eighth
+PEAK_CHANNELS = 256
 PEAK_REPEATS = 7
 
 Counts = dict[str, dict[str, float]]  # way -> part -> what it took
@@ -46,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         DiffoError: an option is wrong, before anything is timed.
     """
-    releases = releases_of(args, args.decoder)
+    releases = untrained(args) if args.config else releases_of(args, args.decoder)
     for name, codec in releases.items():
         at_quality(name, codec, args.quality)
     picture = (photographs(args.data) if args.data else demo_photographs())[0]
@@ -69,6 +83,27 @@ def run(args: argparse.Namespace) -> None:
             draw_bars(of_way, args.out_path, ["ms"], ["part"], title, f"{name}-{size}-{way}-")
 
 
+def untrained(args: argparse.Namespace) -> dict[str, Codec]:
+    """A codec of a configuration's sizes by its name: random weights in every layer, indices at fixed length.
+
+    Raises:
+        ConfigError: no such file, or a wrong one.
+    """
+    config = load_mapping(args.config)
+    params = build(CodecParams, config.get("networks", {}), f"{args.config}: networks")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        codec = Codec(params)
+        for module in codec.modules():
+            if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):  # those that training starts at zero, too
+                module.reset_parameters()
+    if codec.residual:
+        codec.residual.freeze(None)
+    codec.fingerprint = zlib.crc32(json.dumps(to_mapping(params), sort_keys=True).encode()).to_bytes(4, "big")
+    name = f"{config.get('name', args.config.stem)}, random weights"
+    return {name: codec.eval().requires_grad_(False).to(local_device(args.device))}
+
+
 def made_from(codec: Codec, picture: Path, args: argparse.Namespace) -> str:
     """All that times hang on, but for the machine."""
     made = f"{weights_of(codec)}, quality {args.quality:g}, {args.precision}, {args.repeats} repeats, "
@@ -88,22 +123,34 @@ def timed(table: Table, name: str, codec: Codec, picture: Path, size: str, args:
 
 
 def measure(codec: Codec, picture: Path, size: str, args: argparse.Namespace) -> list[Row]:
-    """Rows of both ways: milliseconds (median, quartiles), share of their sum, GFLOP and share of the peak.
+    """Rows of both ways: milliseconds (median, quartiles), how many times faster than plain float32, GFLOP and shares.
 
     Args:
-        picture: cropped and scaled to `size`, HEIGHTxWIDTH. args: quality, precision and repeats.
+        codec: as it was loaded. picture: cropped and scaled to `size`, HEIGHTxWIDTH.
+        args: quality, precision and repeats.
     """
     device, level = codec.device, codec.level_code(args.quality)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bfloat16")
-    with tempfile.TemporaryDirectory() as folder, autocast:
+    fast = prepare(copy.deepcopy(codec), args.precision)
+    rounds = {True: [], False: []}  # of the fast codec, of the plain one
+    with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "source.png"
         write_image(source, fitted(picture, size))
-        once = partial(code, codec, source, level)
-        rounds = [once(partial(seconds, device)) for _ in tqdm(range(args.repeats + 1), desc=size, leave=False)][1:]
+        for _ in tqdm(range(args.repeats + 1), desc=size, leave=False):
+            for is_fast, found in rounds.items():
+                if device.type == "cpu":
+                    keep_freed_memory(is_fast)
+                found.append(code(fast if is_fast else codec, source, level, partial(seconds, device)))
         with FlopCounterMode(display=False) as counter:
-            flops = once(counter.get_total_flops)
-    peak = matrix_peak(device, args.precision)
-    return [row for way in WAYS for row in rows_of(way, [each[way] for each in rounds], flops[way], peak)]
+            flops = code(fast, source, level, counter.get_total_flops)
+        data = source.with_suffix(".dfo").read_bytes()
+    precision = precision_of(fast)
+    peak, rows = highest_rate(device, getattr(torch, precision)), []
+    for way in WAYS:
+        of_way, plain = ([each[way] for each in found[1:]] for found in (rounds[True], rounds[False]))
+        rows += rows_of(way, of_way, plain, flops[way], peak)
+    apart = psnr(codec.decode(data).image, fast.decode(data).image)
+    rows[-1] |= {"precision": precision, "PSNR to float32, dB": apart if math.isfinite(apart) else None}
+    return rows
 
 
 def fitted(picture: Path, size: str) -> torch.Tensor:
@@ -135,33 +182,51 @@ def code(codec: Codec, source: Path, level: int, clock: Callable[[], float]) -> 
     return found
 
 
-def rows_of(way: str, rounds: list[dict[str, float]], flops: dict[str, float], peak: float) -> list[Row]:
+def rows_of(
+    way: str, rounds: list[dict[str, float]], plain: list[dict[str, float]], flops: dict[str, float], peak: float
+) -> list[Row]:
     """A row for every part of one way, in the order of their first calls, and one for all together.
 
     Args:
-        rounds: seconds by part of every repeat. peak: operations a second.
+        rounds, plain: seconds by part of every repeat, and of the plain one that followed it.
+        flops: by part. peak: operations a second.
     """
     parts = sorted(dict.fromkeys(part for each in rounds for part in each), key=lambda part: part == REST)
-    times = {part: [each.get(part, 0.0) for each in rounds] for part in parts}
-    times[TOTAL] = [sum(each.values()) for each in rounds]
+    times, plain_times = (
+        {part: [each.get(part, 0.0) for each in found] for part in parts} for found in (rounds, plain)
+    )
+    times[TOTAL], plain_times[TOTAL] = ([sum(each.values()) for each in found] for found in (rounds, plain))
     flops = flops | {TOTAL: sum(flops.values())}
     whole = float(np.median(times[TOTAL]))
     rows = []
     for part, values in times.items():
         low, median, high = map(float, np.percentile(values, (25, 50, 75)))
         row = {"way": way, "part": part, "ms": 1e3 * median, "first quartile": 1e3 * low, "third quartile": 1e3 * high}
+        slower = float(np.median(plain_times[part]))
+        ratios = [b / a for a, b in zip(values, plain_times[part], strict=True) if a]
+        row |= {"plain float32, ms": 1e3 * slower, "times as fast": float(np.median(ratios)) if ratios else None}
         row |= {"share of the way, %": 100 * median / whole, "GFLOP": flops.get(part, 0) / 1e9}
         rows.append(row | {"share of the peak, %": 100 * flops.get(part, 0) / (peak * median) if median else None})
     return rows
 
 
-def matrix_peak(device: torch.device, precision: str) -> float:
-    """Operations a second of a large matrix product, the fastest of some."""
-    side = PEAK_SIDE[device.type]
-    matrix = torch.randn(side, side, device=device, dtype=getattr(torch, precision))
+def highest_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of a large matrix product or of a 3x3 convolution of NHWC maps, whichever is faster."""
+    side, channels = PEAK_SIDE[device.type], PEAK_CHANNELS
+    matrix = torch.randn(side, side, device=device, dtype=dtype)
+    maps, kernels = (
+        torch.randn(n, channels, w, w, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+        for n, w in ((1, side // 8), (channels, 3))
+    )
+    convolution = 2 * 9 * channels * maps.numel() / shortest(lambda: F.conv2d(maps, kernels, padding=1), device)
+    return max(2 * side**3 / shortest(lambda: matrix @ matrix, device), convolution)
+
+
+def shortest(work: Callable[[], Tensor], device: torch.device) -> float:
+    """Seconds of the fastest of some calls."""
     times = []
     for _ in range(PEAK_REPEATS + 1):
         began = seconds(device)
-        matrix @ matrix
+        work()
         times.append(seconds(device) - began)
-    return 2 * side**3 / min(times[1:])
+    return min(times[1:])

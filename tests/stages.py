@@ -42,7 +42,7 @@ def new_stage(
         z = codec.vq_base(codec.to_latent(pictures(8, seed=9))).z
         codec.vq_base.quantize.revive(z.permute(0, 2, 3, 1).flatten(0, 2), everything=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("training.stage.perceptual_terms", lambda factors: nn.ModuleDict(perceptual or {}))
+        patch.setattr("training.stage.perceptual_terms", lambda factors, **_: nn.ModuleDict(perceptual or {}))
         return STAGES[name](config, codec, torch.device("cpu"))
 
 

@@ -6,7 +6,8 @@ import torch
 from experiments import timing
 from experiments.stopwatch import NETWORKS, NOISE, Stopwatch
 from models.released import load_release
-from tests.commands import photograph
+from reproduce import parse
+from tests.commands import NANO, photograph
 from tests.small_releases import reproduce, told_in, two_layers
 
 
@@ -19,10 +20,13 @@ def test_a_call_inside_another_counts_for_its_own_part_alone():
 
 def test_medians_quartiles_shares_and_the_peak():
     rounds = [{"E": seconds, "D": 0.010} for seconds in (0.010, 0.020, 0.030, 0.050, 0.040)]
-    e, d, together = timing.rows_of("encode", rounds, {"E": 6e9}, 1e12)
+    plain = [{"E": factor * each["E"], "D": each["D"]} for factor, each in zip((2, 2, 2, 9, 3), rounds, strict=True)]
+    e, d, together = timing.rows_of("encode", rounds, plain, {"E": 6e9}, 1e12)
     assert (e["ms"], e["first quartile"], e["third quartile"]) == pytest.approx((30, 20, 40))
     assert e["share of the way, %"] == pytest.approx(75) and d["share of the way, %"] == pytest.approx(25)
     assert e["GFLOP"] == 6 and e["share of the peak, %"] == pytest.approx(100 * 6 / 30)  # of 1 GFLOP in a millisecond
+    assert e["plain float32, ms"] == pytest.approx(60) and e["times as fast"] == pytest.approx(2)  # of each round
+    assert (d["times as fast"], together["times as fast"]) == pytest.approx((1, 7 / 4))  # 70 ms for 40
     assert d["GFLOP"] == 0 and together["ms"] == pytest.approx(40) and together["GFLOP"] == 6
 
 
@@ -30,7 +34,19 @@ def test_every_part_is_timed_and_its_operations_counted(tmp_path, monkeypatch):
     release = two_layers(tmp_path / "nano")
     photograph(tmp_path / "two" / "a.png", 96, 80)
     monkeypatch.setattr(timing, "PEAK_SIDE", {"cpu": 64})
-    command = ["timing", "--weights", release, "--data", tmp_path / "two", "-o", tmp_path / "out", "--quality", 60]
+    command = [
+        "timing",
+        "--precision",
+        "bfloat16",
+        "--weights",
+        release,
+        "--data",
+        tmp_path / "two",
+        "-o",
+        tmp_path / "out",
+        "--quality",
+        60,
+    ]
     command += ["--sizes", "48x64", "--repeats", 2]
     assert reproduce(*command) == 0
     rows = told_in(tmp_path / "out" / "timing.json")["rows"]
@@ -44,8 +60,21 @@ def test_every_part_is_timed_and_its_operations_counted(tmp_path, monkeypatch):
     channels = load_release(release).params.autoencoder.ch
     assert parts[NETWORKS[0][2]]["GFLOP"] > 2 * 27 * channels * 48 * 64 / 1e9
     assert parts[NOISE]["GFLOP"] == 0 and parts[NOISE]["ms"] > 0
+    decoding = parts[timing.TOTAL]
+    assert decoding["precision"] == "bfloat16" and 30 < decoding["PSNR to float32, dB"] < 90
+    assert all(row["plain float32, ms"] > 0 for row in rows)
     monkeypatch.setattr(timing, "measure", lambda *_: pytest.fail("timed again"))
     assert reproduce(*command) == 0
+
+
+def test_networks_of_a_configuration_are_timed_without_a_release(tmp_path, monkeypatch):
+    monkeypatch.setattr(timing, "PEAK_SIDE", {"cpu": 64})
+    command = ["timing", "--config", NANO, "--sizes", "48x64", "--repeats", 1, "--precision", "float32"]
+    assert reproduce(*command, "-o", tmp_path) == 0
+    rows = told_in(tmp_path / "timing.json")["rows"]
+    assert rows[-1]["PSNR to float32, dB"] is None and rows[-1]["precision"] == "float32"  # the very same picture
+    codec = next(iter(timing.untrained(parse([*map(str, command)])).values()))
+    assert all(p.any() for name, p in codec.named_parameters() if name.endswith("conv2.weight"))
 
 
 def test_watching_leaves_the_codec_as_it_was(tmp_path):

@@ -6,7 +6,6 @@ network gives its result in the precision of its input. Networks of perceptual t
 that are nearly alike, whose differences bfloat16 would round away, and TF32 does not.
 """
 
-import ctypes
 import platform
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -21,10 +20,9 @@ from models.autoencoder import Autoencoder
 from models.blocks import AttnBlock, ResnetBlock
 from models.codec import Codec
 from models.unet import Stage
+from utils.memory import keep_freed_memory
 
 Switch = Literal["auto", True, False]
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
-_NEVER = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -83,14 +81,11 @@ class Speed:
         self.keep_memory = _decided(params.keep_memory, not cuda) and platform.libc_ver()[0] == "glibc"
 
     def settle(self) -> None:
-        """Set what belongs to the process: TF32, and glibc's allocator, whose large blocks are mapped and returned at
-        every use: clearing their pages again costs as much as computing with them."""
+        """Set what belongs to the process: TF32, and what becomes of freed memory."""
         torch.set_float32_matmul_precision("high" if self.params.tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = self.params.tf32
         if self.keep_memory:
-            mallopt = ctypes.CDLL(None).mallopt
-            mallopt(M_MMAP_MAX, 0)
-            mallopt(M_TRIM_THRESHOLD, _NEVER)
+            keep_freed_memory()
 
     def prepare(self, network: nn.Module) -> None:
         """Apply layout, checkpointing and compilation to a network, in place; once more changes nothing."""
