@@ -4,7 +4,8 @@ import hashlib
 import json
 from pathlib import Path
 
-from models.released import ABOUT, Triple, load_release, stored_params
+from models.released import ABOUT, Triple, load_release
+from models.stated import stored_params
 from models.released_light import save_light
 from release.making import halved
 from utils import checkpoints
