@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 
 from models.released import ABOUT, Triple, load_release
-from models.stated import stored_params
 from models.released_light import save_light
+from models.stated import stored_params
 from release.making import halved
 from utils import checkpoints
 from utils.errors import CheckpointError, DiffoError
