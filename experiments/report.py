@@ -32,6 +32,7 @@ TABLES = {
     "ablation": ("ablation",),
     "ceiling": ("ceiling",),
     "artefacts": ("artefacts",),
+    "crops": ("crops",),
     "timing": ("timing",),
     "equal_bytes": ("equal_bytes",),
 }

@@ -193,7 +193,7 @@ def test_what_is_wrong_is_said_in_a_line(folder, tmp_path, capsys):
 
 
 def test_the_demo_codes_its_pictures_and_reports_on_them(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("experiments.report.demo_photographs", lambda: [folder / "pictures" / "large.png"])
+    monkeypatch.setattr("experiments.inputs.demo_photographs", lambda: [folder / "pictures" / "large.png"])
     monkeypatch.setitem(DEMO, "metrics", ("psnr",))
     monkeypatch.setitem(DEMO, "codecs", ("webp",))
     assert command("report", "--demo", "-o", tmp_path, "--device", "cpu") == 0
