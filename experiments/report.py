@@ -40,6 +40,7 @@ DEMO = {
     "qualities": (0.0, 20.0, 100.0),
     "metrics": ("psnr", "ms_ssim", "stlpips-alex", "nlpd"),
     "codecs": ("jpeg2000", "webp", "avif", "heic", "jxl"),
+    "decoder": ("full",),
 }
 PICTURES = 24  # on the page where no --limit is given: of Kodak, under 25 MB
 PAGE = Path(__file__).with_name("page")  # its parts
