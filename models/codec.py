@@ -45,7 +45,7 @@ class Codec(nn.Module):
         residual: the residual codec, or None.
         light: decodes pictures in D's place; None where D does.
         max_pixels: files that claim more are refused before anything is allocated.
-        tile_side: of the tiles that large pictures are coded in, in pixels, a multiple of 16 (models.tiles).
+        tile_side: of the tiles that large pictures are coded in, in pixels, a multiple of 64 (models.tiles).
         base_table: integer frequency table of the base indices, int32 (K,), learnt at release; None before.
         index_model: codes the base indices in passes, fitted at release; None without one.
         fingerprint: 4 bytes that name the weights; None while they are being trained.

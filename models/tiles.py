@@ -19,8 +19,7 @@ from models.bitstream import CELL
 from models.sharing import sharing
 
 SIDE = 1024  # of a tile, in pixels
-SIDE_UNIT = 64  # COARSE times this is a multiple of the pixels that windows of the denoiser span
-MARGIN, CROP = 8, 24  # latent positions
+MARGIN, CROP, WINDOW = 8, 24, 16  # latent positions; WINDOW: that the denoiser's windows span, of all resolutions
 CROPS = 9
 COARSE = 4
 
@@ -105,11 +104,20 @@ class Tiles:
 
     def tiles(self) -> Iterator[tuple[Rectangle, Rectangle]]:
         """What a tile sees and what is kept of it, in latent positions; row by row."""
-        step, margin = self.scale * self.side // CELL, self.scale * MARGIN
+        step = self.scale * self.side // CELL
         for top in range(0, self.size[0], step):
             for left in range(0, self.size[1], step):
                 kept = slice(top, min(top + step, self.size[0])), slice(left, min(left + step, self.size[1]))
-                yield tuple(slice(max(0, k.start - margin), k.stop + margin) for k in kept), kept
+                yield tuple(self._seen(k, size) for k, size in zip(kept, self.size, strict=True)), kept
+
+    def _seen(self, kept: slice, size: int) -> slice:
+        """A margin on both sides; at the picture's ends more on the inner one, so that tiles are all of one shape.
+
+        Memory that one tile frees then fits the next. Tiles of the latent start where windows of the denoiser do.
+        """
+        length, unit = self.scale * (self.side // CELL + 2 * MARGIN), WINDOW if self.scale > 1 else 1
+        start = max(0, min(kept.start - self.scale * MARGIN, size - length)) // unit * unit
+        return slice(start, max(start + length, min(size, kept.stop + self.scale * MARGIN)))
 
     def crops(self) -> list[Rectangle]:
         """The crops that speak for the whole, in latent positions: 3 x 3, or fewer one way and more the other."""

@@ -47,9 +47,21 @@ def test_every_position_is_kept_once_and_seen_with_a_margin(size):
     for seen, kept in Tiles(*size, SIDE).tiles():
         count[kept] += 1
         for s, k, end in zip(seen, kept, (h, w), strict=True):
-            assert s.start == max(0, k.start - MARGIN) and min(s.stop, end) == min(k.stop + MARGIN, end)
+            assert s.start <= max(0, k.start - MARGIN) and s.stop >= min(k.stop + MARGIN, end)
+            assert min(s.stop, end) - s.start == min(SIDE // 16 + 2 * MARGIN, end)  # of one shape
             assert 0 < k.stop - k.start <= SIDE // 16
     assert (count == 1).all()
+
+
+@pytest.mark.parametrize("size", [(8192, 8192), (6000, 5001)], ids=str)
+def test_tiles_of_the_latent_start_where_windows_do(size):
+    latent = Tiles(*size).latent
+    assert not latent.whole
+    for seen, kept in latent.tiles():
+        for s, k, end in zip(seen, kept, latent.size, strict=True):
+            assert s.start % 16 == 0 and k.stop - k.start <= 256
+            assert s.start <= max(0, k.start - 32) and s.stop >= min(k.stop + 32, end)
+            assert min(s.stop, end) - s.start < 256 + 64 + 16
 
 
 @pytest.mark.parametrize("size", [(2048, 2048), (3024, 4032), (16, 100_000), (5000, 400)], ids=str)
