@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import bitstream, diffusion, entropy_coding
+from models import bitstream, diffusion, entropy_coding, memory
 from models.autoencoder import Autoencoder
 from models.bitstream import CELL, CodedPicture, CodedResidual
 from models.diffusion import Denoiser, Schedule
@@ -80,14 +80,8 @@ class Codec(nn.Module):
         return math.log2(self.params.vq_base.codebook_size) / CELL**2
 
     def memory(self, height: int, width: int) -> int:
-        """Bytes that coding a whole picture of this size takes, about: weights, and feature maps at full resolution.
-
-        Six maps of the outermost resolution (1/patch of the picture's) are alive at the widest moment, and three copies
-        of the picture. Measured peaks are up to 15 % above this (0.53 GB for 0.49: two megapixels, tiny.yaml).
-        """
-        weights = sum(p.numel() for p in self.parameters())
-        ae = self.params.autoencoder
-        return 4 * (weights + height * width * (6 * ae.ch // ae.patch**2 + 9))
+        """Bytes that coding or decoding a picture of this size takes, about (models.memory)."""
+        return memory.peak(self.params, sum(p.numel() for p in self.parameters()), self.tiles(height, width))
 
     # Steps shared by training, coding and decoding ------------------------------------------------------------------
 

@@ -164,13 +164,6 @@ def test_a_patch_is_a_power_of_two():
         AutoencoderParams(patch=3)
 
 
-def test_memory_follows_the_resolution_of_the_widest_maps():
-    sizes = ["networks.autoencoder.ch=8", "networks.autoencoder.ch_mult=[1,2,4]", "networks.autoencoder.patch=4"]
-    codec = Codec(load_config(str(NANO), sizes).networks)
-    weights = sum(p.numel() for p in codec.parameters())
-    assert codec.memory(160, 320) == 4 * (weights + 160 * 320 * (6 * 8 // 16 + 9))
-
-
 def blocks_of_known_variance():
     """Pictures 2 x 3 x 128 x 128 whose 16x16 blocks vary along nine orthonormal directions with deviations 0.9 to 0.1.
 
