@@ -16,7 +16,10 @@ def keep_freed_memory(kept: bool = True) -> None:
     """
     if platform.libc_ver()[0] != "glibc":
         return
-    mallopt = ctypes.CDLL(None).mallopt
+    library = ctypes.CDLL(None)
+    mallopt = library.mallopt
     mallopt(_MMAP_MAX, 0 if kept else 1 << 16)
     mallopt(_MMAP_THRESHOLD, _LARGE)
     mallopt(_TRIM_THRESHOLD, _NEVER if kept else 2 * _LARGE)
+    if not kept:
+        library.malloc_trim(0)  # what was kept would go on being used instead of mapped
