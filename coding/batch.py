@@ -232,7 +232,7 @@ def _inspection(args: argparse.Namespace) -> Callable[[Job], None]:
         coded = "range coder, in passes" if file.in_passes else "range coder"
         facts["base_coding"] = "fixed length" if file.fixed_length else coded
         facts |= {"weights": file.fingerprint.hex(), "release": release}
-        told = facts | {"release": release or "none of those that ship"}
+        told = facts | {"bpp": f"{facts['bpp']:.4f}", "release": release or "none of those that ship"}
         lines = [f"{name:22} {value}" for name, value in told.items()]
         print(json.dumps(facts) if args.json else "\n".join([*lines, ""]))
 

@@ -131,7 +131,9 @@ def test_skip_existing_leaves_what_is_whole_and_does_the_rest(pictures, weights,
     found = rows_of(out)
     for name, row in rows.items():
         assert all(found[name][key] == row[key] for key in ("bytes", "estimated_bits"))
-        assert float(found[name]["psnr"]) == pytest.approx(float(row["psnr"]), abs=0.01)  # another batch rounds otherwise
+        assert float(found[name]["psnr"]) == pytest.approx(
+            float(row["psnr"]), abs=0.01
+        )  # another batch rounds otherwise
 
 
 def test_skip_existing_adds_a_score_without_decoding_again(pictures, weights, tmp_path, capsys, monkeypatch):
