@@ -1,7 +1,7 @@
 """Milliseconds and floating-point operations of every part of coding a picture, at fixed sizes.
 
 Protocol: a picture is read, coded, written, read back, decoded with one step and written as PNG. After one round of
-warm-up, medians and quartiles over --repeats; on CUDA every part waits for the device. Each round is followed by one of
+warm-up, medians and quartiles over --repeats; on CUDA every part waits for the device. Each is followed by one of
 the same networks in plain float32, as they were loaded and with the allocator left to itself, so that what else the
 machine does hits both alike. Operations count a multiplication and an addition as two, of matrix products and
 convolutions as they are computed; the peak is the faster of a large matrix product and a 3x3 convolution of 256 channels,
@@ -14,7 +14,7 @@ import json
 import math
 import tempfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -131,22 +131,20 @@ def measure(codec: Codec, picture: Path, size: str, args: argparse.Namespace) ->
     """
     device, level = codec.device, codec.level_code(args.quality)
     fast = prepare(copy.deepcopy(codec), args.precision)
-    rounds = {True: [], False: []}  # of the fast codec, of the plain one
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "source.png"
         write_image(source, fitted(picture, size))
-        for _ in tqdm(range(args.repeats + 1), desc=size, leave=False):
-            for is_fast, found in rounds.items():
-                if device.type == "cpu":
-                    keep_freed_memory(is_fast)
-                found.append(code(fast if is_fast else codec, source, level, partial(seconds, device)))
+        once = partial(code, source=source, level=level, clock=partial(seconds, device))
+        rounds = turns(
+            lambda: once(fast), lambda: once(codec), device, tqdm(range(args.repeats), desc=size, leave=False)
+        )
         with FlopCounterMode(display=False) as counter:
             flops = code(fast, source, level, counter.get_total_flops)
         data = source.with_suffix(".dfo").read_bytes()
     precision = precision_of(fast)
     peak, rows = highest_rate(device, getattr(torch, precision)), []
     for way in WAYS:
-        of_way, plain = ([each[way] for each in found[1:]] for found in (rounds[True], rounds[False]))
+        of_way, plain = ([each[way] for each in found] for found in rounds)
         rows += rows_of(way, of_way, plain, flops[way], peak)
     apart = psnr(codec.decode(data).image, fast.decode(data).image)
     rows[-1] |= {"precision": precision, "PSNR to float32, dB": apart if math.isfinite(apart) else None}
@@ -158,6 +156,25 @@ def fitted(picture: Path, size: str) -> torch.Tensor:
     height, width = map(int, size.split("x"))
     image = ImageOps.fit(Image.fromarray(read_image(picture).permute(1, 2, 0).numpy()), (width, height))
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def turns(
+    fast: Callable[[], Counts], plain: Callable[[], Counts], device: torch.device, repeats: Iterable
+) -> tuple[list[Counts], list[Counts]]:
+    """What either gives in rounds of both.
+
+    The allocator is the plain one's before anything is kept: what networks keep for good would else lie above the memory
+    that is given back for it. So is the fast one's first pass of a round, in which memory comes again, not counted.
+    """
+    found: tuple[list[Counts], list[Counts]] = [], []
+    fast(), plain()
+    for _ in repeats:
+        keep_freed_memory(device.type == "cpu")
+        fast()
+        found[0].append(fast())
+        keep_freed_memory(False)
+        found[1].append(plain())
+    return found
 
 
 def code(codec: Codec, source: Path, level: int, clock: Callable[[], float]) -> Counts:
