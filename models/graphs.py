@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from models.kept import Kept, holding
+from models.sharing import is_sharing
 
 SIZES = 4  # of inputs whose graphs are kept, each network's own
 SEEN = 64  # sizes that are remembered as seen once
@@ -46,6 +47,8 @@ class Recorder:
 
     def fits(self, inputs: tuple[Tensor, ...]) -> bool:
         """Whether inputs are for a graph: on CUDA, in inference mode, and not inside another graph."""
+        if is_sharing():  # a graph would keep what one picture's first pass found
+            return False
         there = all(part.is_cuda and part.numel() <= MOST for part in inputs)
         return there and torch.is_inference_mode_enabled() and not torch.cuda.is_current_stream_capturing()
 

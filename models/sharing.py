@@ -24,6 +24,11 @@ def sharing() -> Iterator[None]:
         _kept.reset(token)
 
 
+def is_sharing() -> bool:
+    """Whether networks take what another pass found."""
+    return _kept.get() is not None
+
+
 def shared(layer: nn.Module, find: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor] | None:
     """What `find` gave in the layer's first pass inside `sharing`; None outside it."""
     kept = _kept.get()
