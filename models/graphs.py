@@ -47,8 +47,6 @@ class Recorder:
 
     def fits(self, inputs: tuple[Tensor, ...]) -> bool:
         """Whether inputs are for a graph: on CUDA, in inference mode, and not inside another graph."""
-        if is_sharing():  # a graph would keep what one picture's first pass found
-            return False
         there = all(part.is_cuda and part.numel() <= MOST for part in inputs)
         return there and torch.is_inference_mode_enabled() and not torch.cuda.is_current_stream_capturing()
 
@@ -92,7 +90,8 @@ class Graphed:
         self.seen, self.graphs = Kept(SEEN), Kept(SIZES)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        if self.recorder.failed or not self.recorder.fits(inputs):
+        # In tiles a graph would keep what the first pass over one picture found.
+        if self.recorder.failed or is_sharing() or not self.recorder.fits(inputs):
             return self.work(*inputs)
         key = self._key(inputs)
         if key not in self.graphs and key not in self.seen:

@@ -9,6 +9,7 @@ from coding import options
 from models import fused_norm, graphs
 from models.fast import FAST_PATHS, prepare
 from models.graphs import GRAPHED, Graphed, Recorder, leave_graphs, use_graphs
+from models.sharing import sharing
 from tests.residual import new_codec, picture
 
 
@@ -61,6 +62,21 @@ def test_the_second_call_of_a_size_records_and_later_ones_replay():
     replayed = recorder.replayed
     ours(torch.ones(3)).sum().backward()  # with gradients, the function itself
     assert network.weight.grad.item() == 3 and recorder.replayed == replayed
+
+
+def test_tiles_are_neither_recorded_nor_replayed():
+    """Their layers take what was found in one picture; in a graph the next picture would get it."""
+    network, recorder = Twice(), Fixed()
+    ours = Graphed(network.forward, network, recorder)
+    with torch.inference_mode():
+        with sharing():
+            ours(torch.ones(3)), ours(torch.ones(3))
+        assert network.calls == 2 and not recorder.recorded
+        ours(torch.ones(3)), ours(torch.ones(3))
+        assert recorder.replayed == 1
+        with sharing():
+            ours(torch.ones(3))
+        assert recorder.replayed == 1
 
 
 def test_few_sizes_are_kept():

@@ -266,3 +266,13 @@ def test_inference_writes_budgets_and_previews(release, tmp_path, capsys):
     assert status == 1 and "its smallest file has" in err and not (tmp_path / "y").exists()
     status, _, err = call(capsys, *decode, "--preview", "--overwrite", "--max_pixels", 1000)
     assert status == 1 and "--max_pixels" in err
+
+
+def test_files_of_several_levels_are_decoded_together_as_each_alone(codec):
+    """Pictures of one size: the base alone between two levels, each with its own residual, noise and noise level."""
+    files = [codec.compress(picture(48, 64, seed), quality) for seed, quality in ((0, 90), (1, 0), (2, 20))]
+    together = codec.render_all([codec.read(data) for data in files])
+    for data, ours in zip(files, together, strict=True):
+        alone = codec.decode(data)
+        assert ours.eta == alone.eta
+        assert (ours.image.int() - alone.image.int()).abs().max() <= 1  # batches round otherwise
