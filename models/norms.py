@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+in_place = True  # the option: outside training, SiLU writes over what it takes; the same bits, and a feature map less
+
 
 class GroupNorm(nn.GroupNorm):
     """a(GN(x) (1 + scale) + shift), with a = SiLU or nothing. Parameters and keys are those of `nn.GroupNorm`.
@@ -24,4 +26,4 @@ class GroupNorm(nn.GroupNorm):
         h = super().forward(x)
         if scale is not None:
             h = h * (1 + scale) + shift
-        return F.silu(h, inplace=not torch.is_grad_enabled()) if self.silu else h
+        return F.silu(h, inplace=in_place and not torch.is_grad_enabled()) if self.silu else h
