@@ -2,7 +2,7 @@
 
 Protocol: a picture is read, coded, written, read back, decoded with one step and written as PNG. After one round of
 warm-up, medians and quartiles over --repeats; on CUDA every part waits for the device. Each is followed by one of
-the same networks in plain float32, as they were loaded and with the allocator left to itself, so that what else the
+the same networks in plain float32, without fast paths and with the allocator left to itself, so that what else the
 machine does hits both alike. Operations count a multiplication and an addition as two, of matrix products and
 convolutions as they are computed; the peak is the faster of a large matrix product and a 3x3 convolution of 256 channels,
 measured here in the precision of the networks.
@@ -36,7 +36,7 @@ from experiments.stopwatch import READ, REST, WRITE, Stopwatch, seconds
 from experiments.summary import draw_bars, write_summary
 from measuring.metrics import psnr
 from models.codec import Codec
-from models.fast import precision_of, prepare
+from models.fast import precision_of, prepare, without_fast_paths
 from models.records import CodecParams
 from utils.config import build, load_mapping, to_mapping
 from utils.distributed import is_main, local_device
@@ -173,7 +173,8 @@ def turns(
         fast()
         found[0].append(fast())
         keep_freed_memory(False)
-        found[1].append(plain())
+        with without_fast_paths():
+            found[1].append(plain())
     return found
 
 

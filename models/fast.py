@@ -4,14 +4,15 @@ Entropy models, integer networks, the residual codec, VQ distances, the shortcut
 the diffusion stay in float32: what a file holds decodes to the same integers in every precision.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import fused_norm
+from models import fused_norm, norms
 from models.codec import Codec
 from models.graphs import leave_graphs, use_graphs
 
@@ -56,6 +57,16 @@ def prepare(codec: Codec, precision: Precision = "auto", without: Sequence[str] 
 def precision_of(codec: Codec) -> str:
     """What `prepare` came to: bfloat16 if any network computes in it."""
     return "bfloat16" if any(p.dtype == torch.bfloat16 for p in codec.parameters()) else "float32"
+
+
+@contextmanager
+def without_fast_paths() -> Iterator[None]:
+    """Inside it, networks in float32 compute as PyTorch has their layers, one after the other: to compare with."""
+    before, norms.in_place = norms.in_place, False
+    try:
+        yield
+    finally:
+        norms.in_place = before
 
 
 def _cast(network: nn.Module) -> None:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from models import fused_norm
 from models.sharing import shared
 
+in_place = True  # the option: outside training, SiLU writes over what it takes; the same bits, and a feature map less
+
 
 class GroupNorm(nn.GroupNorm):
     """a(GN(x) (1 + scale) + shift), with a = SiLU or nothing. Parameters and keys are those of `nn.GroupNorm`.
@@ -33,7 +35,7 @@ class GroupNorm(nn.GroupNorm):
         h = super().forward(x) if moments is None else self._with(moments, x)
         if scale is not None:
             h = h * (1 + scale) + shift
-        return F.silu(h, inplace=not torch.is_grad_enabled()) if self.silu else h
+        return F.silu(h, inplace=in_place and not torch.is_grad_enabled()) if self.silu else h
 
     def _moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance of every channel's group over all samples: (C,) each, float32 at least."""

@@ -14,7 +14,7 @@ from models import fast
 from models.attention import attention
 from models.blocks import doubling
 from models.codec import Codec
-from models.fast import DoublingConv, precision_of, prepare
+from models.fast import DoublingConv, precision_of, prepare, without_fast_paths
 from models.released import SMALL, load_release
 from tests.commands import ROOT
 from tests.networks import off_zero
@@ -85,6 +85,14 @@ def test_bfloat16_is_not_seen_in_the_small_release(small):
     assert psnr(small.decompress(data), bfloat16.decompress(data)) > 50
     theirs = small.decompress(bfloat16.compress(image, 40))
     assert abs(psnr(image, theirs) - psnr(image, small.decompress(data))) < 0.2  # codes that were nearly as near
+
+
+def test_float32_is_the_same_bits_without_fast_paths(plain):
+    image = picture(70, 90)
+    with without_fast_paths():
+        data = plain.compress(image, 60)
+        decoded = plain.decompress(data)
+    assert plain.compress(image, 60) == data and torch.equal(plain.decompress(data), decoded)
 
 
 def test_the_functions_take_a_precision(monkeypatch):
