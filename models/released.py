@@ -256,18 +256,25 @@ def _fill(codec: Codec, states: States, files: Mapping[str, Path]) -> None:
 def start_from_release(folder: str | Path, codec: Codec) -> list[str]:
     """Load a release's parameters into a codec that is to be trained, in place; lines that tell what was taken.
 
-    Schedule and rate rule stay the codec's own. Densities that the release does not have start around its medians.
+    Schedule and rate rule stay the codec's own. Densities that the release does not have start around its medians, and a
+    linear shortcut of the VQ base, which it lacks, at zero: so that the codec begins as the release is.
 
     Raises:
         CheckpointError: no release there, a damaged one, or one of other sizes; names keys that differ.
     """
     triple = Triple.in_folder(folder)
     released = load_triple(triple, densities=True)
-    require_same(
-        replace(codec.params, diffusion=released.params.diffusion), released.params, f"{folder}: of other networks"
-    )
+    asked = replace(codec.params, diffusion=released.params.diffusion)
+    grows = codec.vq_base.shortcut is not None and released.vq_base.shortcut is None
+    if grows:
+        asked = replace(asked, vq_base=replace(asked.vq_base, shortcut="none"))
+    require_same(asked, released.params, f"{folder}: of other networks")
     states = states_of(released)
     told = [f"{', '.join(states)} from {folder}"]
+    if grows:
+        zeros = {f"shortcut.{key}": torch.zeros_like(v) for key, v in codec.vq_base.shortcut.state_dict().items()}
+        states["vq_base"] |= zeros
+        told.append(f"{folder} has no linear shortcut of the VQ base: it starts at zero")
     anew = codec.residual and "residual" in states and not parted(states["residual"])[1]
     if anew:
         states["residual"] |= parted(codec.residual.state_dict())[1]

@@ -1,11 +1,17 @@
 """Latent -> indices -> structural base y: the vector-quantised base code of the codec (VQ-E, code book, VQ-D).
 
+    VQ-E(x) = quant_conv(f(x))               VQ-D(z) = g(post_quant_conv(z))               as published
+    VQ-E(x) = quant_conv(f(x)) + A x         VQ-D(z) = g(post_quant_conv(z)) + B z         shortcut: linear
+
+f and g are the networks of `blocks`, A and B linear maps of each position, with a bias. f and g normalise over the whole map
+as their last act, so that what is the same everywhere in it, the level of a flat picture, can pass only beside them.
 The code book moves by exponential averages, not by gradients. The forward pass only reports what it saw (counts and
 sums per code); whoever trains adds these over micro-batches and ranks and applies them once per optimiser step.
 Axes: N batch, d latent channels, h and w latent rows and columns, K codes, M = N*h*w positions.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +19,17 @@ from torch import Tensor, nn
 
 from models.blocks import Decoder, Encoder, nearest_codes, start_linear
 from utils.config import require, require_from
+from utils.precision import without_autocast
 
 
 @dataclass(frozen=True)
 class VQBaseParams:
-    """Size of the VQ base. The defaults are the published ones."""
+    """Size of the VQ base. The defaults are the published ones.
+
+    Attributes:
+        shortcut: `linear` adds a linear map beside VQ-E and VQ-D, which start as that alone: A takes the latent's first
+            d_q channels, the largest where `gt.latent_scale` is `common`, and B puts them back.
+    """
 
     ch: int = 128
     ch_mult: tuple[int, ...] = (4,)  # a single resolution: one index per latent position
@@ -30,6 +42,7 @@ class VQBaseParams:
     decay: float = 0.99
     epsilon: float = 1e-5
     revive_below: float = 0.01  # a code whose average count per step falls below this is started anew
+    shortcut: Literal["none", "linear"] = "none"
 
     def __post_init__(self):
         k = self.codebook_size
@@ -108,6 +121,30 @@ class Codebook(nn.Module):
         return slots
 
 
+class LinearChannels(nn.Module):
+    """A and B: linear maps between the d channels of the latent and the d_q of a code, at every position."""
+
+    def __init__(self, channels: int, code_channels: int):
+        super().__init__()
+        self.analysis = nn.Conv2d(channels, code_channels, 1)
+        self.synthesis = nn.Conv2d(code_channels, channels, 1)
+
+    @torch.no_grad()
+    def start_as_choice(self) -> None:
+        """A: the first d_q channels (with zeros, if there are fewer); B: back."""
+        for conv in (self.analysis, self.synthesis):
+            conv.weight.copy_(torch.eye(*conv.weight.shape[:2])[..., None, None])
+            conv.bias.zero_()
+
+    def encode(self, x: Tensor) -> Tensor:  # N d h w -> N d_q h w
+        with without_autocast(x.device):
+            return self.analysis(x)
+
+    def decode(self, z_q: Tensor) -> Tensor:  # N d_q h w -> N d h w
+        with without_autocast(z_q.device):
+            return self.synthesis(z_q)
+
+
 class VQBase(nn.Module):
     """x -> k -> y. One index per latent position; the decoder needs the indices alone."""
 
@@ -120,11 +157,18 @@ class VQBase(nn.Module):
         self.quantize = Codebook(params)
         self.quant_conv = nn.Conv2d(params.z_channels, params.embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(params.embed_dim, params.z_channels, 1)
+        self.shortcut = LinearChannels(params.in_channels, params.embed_dim) if params.shortcut == "linear" else None
         start_linear(self)
+        if self.shortcut:
+            self.shortcut.start_as_choice()
+            nn.init.zeros_(self.encoder.conv_out.weight)
+            nn.init.zeros_(self.decoder.conv_out.weight)
 
     def forward(self, x: Tensor) -> BaseCode:  # N d h w
         """VQ-E, nearest codes, and what the code-book update needs."""
         z = self.quant_conv(self.encoder(x)).to(x.dtype)  # N d_q h w; distances and averages keep the precision of x
+        if self.shortcut:
+            z = z + self.shortcut.encode(x)
         vectors = z.permute(0, 2, 3, 1).flatten(0, 2)  # M d_q
         k = nearest_codes(vectors, self.quantize.embedding.weight)  # M
         counts, sums = self._statistics(vectors.detach(), k)
@@ -149,7 +193,8 @@ class VQBase(nn.Module):
 
     def reconstruct(self, z_q: Tensor) -> Tensor:
         """y = VQ-D(z_q): N x d_q x h x w -> N x d x h x w."""
-        return self.decoder(self.post_quant_conv(z_q)).to(z_q.dtype)
+        y = self.decoder(self.post_quant_conv(z_q)).to(z_q.dtype)
+        return y + self.shortcut.decode(z_q) if self.shortcut else y
 
 
 def perplexity(counts: Tensor) -> Tensor:
