@@ -198,6 +198,20 @@ def test_densities_that_a_release_lacks_start_around_its_medians(tmp_path, round
     assert shared.residual.rate_model.median.tolist() == [0.5, 1.5, 2.5]
 
 
+def test_a_shortcut_that_a_release_lacks_changes_nothing_at_first(folder, rounded, tmp_path):
+    grown = replace(rounded.params, vq_base=replace(rounded.params.vq_base, shortcut="linear"))
+    codec = fresh(grown)
+    assert start_from_release(folder, codec)[1:] == [f"{folder} has no linear shortcut of the VQ base: it starts at zero"]
+    x = torch.randn(1, grown.vq_base.in_channels, 4, 4)
+    with torch.no_grad():
+        ours, theirs = codec.vq_base.eval()(x), rounded.vq_base(x)
+        assert torch.equal(ours.z, theirs.z)
+        assert torch.equal(codec.vq_base.reconstruct(ours.z_q), rounded.vq_base.reconstruct(theirs.z_q))
+    save_triple(Triple.of(tmp_path, 7), states_of(codec), codec.params)
+    with pytest.raises(CheckpointError, match="of other networks: vq_base.shortcut None for linear"):
+        start_from_release(tmp_path, fresh(rounded.params))
+
+
 def test_a_release_of_other_sizes_is_refused_with_its_keys(folder, rounded):
     wider = replace(rounded.params, unet=replace(rounded.params.unet, condition_width=4))
     with pytest.raises(CheckpointError, match="of other networks: unet.condition_width 4 for 8"):

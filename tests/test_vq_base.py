@@ -1,7 +1,10 @@
 """The VQ base: nearest codes, the straight-through gradient, and a code book that moves by averages."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch import nn
 
 from models.blocks import nearest_codes
 from models.vq_base import Codebook, VQBase, VQBaseParams, perplexity
@@ -172,3 +175,39 @@ def test_perplexity():
     assert perplexity(torch.full((16,), 3.0)).item() == pytest.approx(16, rel=1e-4)
     assert perplexity(torch.tensor([0.0, 7.0, 0.0])).item() == pytest.approx(1, abs=1e-4)
     assert perplexity(torch.tensor([1.0, 1.0, 0.0, 0.0])).item() == pytest.approx(2, rel=1e-4)
+
+
+# The linear shortcut --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_with_a_shortcut_the_base_starts_as_a_choice_of_channels():
+    torch.manual_seed(0)
+    base = VQBase(replace(PARAMS, shortcut="linear"))
+    x = latent()  # of 6 channels, where codes have 5
+    z = base(x).z
+    assert torch.equal(z, x[:, :5])
+    y = base.reconstruct(z)
+    assert torch.equal(y[:, :5], z) and not y[:, 5].any()
+
+
+@torch.no_grad()
+def test_a_shortcut_carries_the_level_that_normalisation_loses():
+    """A map that is the same everywhere, and one of three times its level: f's last normalisation hardly tells them apart."""
+    torch.manual_seed(0)
+    plain, linear = VQBase(PARAMS), VQBase(replace(PARAMS, shortcut="linear"))
+    flat = torch.randn(1, PARAMS.in_channels, 1, 1).expand(-1, -1, 16, 16)
+    ratios = [(base(3 * flat).z[..., 8, 8].norm() / base(flat).z[..., 8, 8].norm()).item() for base in (plain, linear)]
+    assert ratios[0] < 1.2 and ratios[1] == pytest.approx(3)
+
+
+@torch.no_grad()
+def test_the_shortcut_adds_its_linear_map_in_full_precision():
+    torch.manual_seed(0)
+    base = VQBase(replace(PARAMS, shortcut="linear"))
+    nn.init.constant_(base.shortcut.analysis.weight, 0.5)
+    base.shortcut.analysis.bias.copy_(torch.arange(5.0))
+    x = 1 + latent() / 512  # bfloat16 would round it to multiples of 1/128
+    expected = 0.5 * x.sum(1, keepdim=True) + torch.arange(5.0).view(1, 5, 1, 1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(base(x).z, expected, rtol=1e-6, atol=1e-6)
