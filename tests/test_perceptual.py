@@ -46,6 +46,17 @@ def test_a_distance_is_zero_for_equal_pictures_and_pulls_towards_the_target(term
     assert gradient.isfinite().all() and distance(image - 1e-3 * gradient.sign(), clean) < before
 
 
+def test_vgg_sees_the_window_in_the_middle_and_the_other_terms_see_all(pair):
+    terms = perceptual_terms({"stlpips": 1.0, "features": 1.0}, window=48)
+    noisy, clean = (image[..., 8:56, 16:64] for image in pair)  # of 64 x 80
+    expected = {"stlpips": StLpips()(noisy, clean), "features": FeatureDistance()(*pair)}
+    for name, term in terms.items():
+        assert term(*pair).item() == pytest.approx(expected[name].item(), rel=1e-6), name
+    image = pair[0].clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(terms["stlpips"](image, pair[1]), image)
+    assert gradient[..., 8:56, 16:64].any() and not gradient[..., :8, :].any() and not gradient[..., 64:].any()
+
+
 def test_features_that_are_all_0_have_a_slope():
     nothing = torch.zeros(1, 2, 1, 1, requires_grad=True)
     unit(nothing).sum().backward()

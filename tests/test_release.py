@@ -201,7 +201,9 @@ def test_densities_that_a_release_lacks_start_around_its_medians(tmp_path, round
 def test_a_shortcut_that_a_release_lacks_changes_nothing_at_first(folder, rounded, tmp_path):
     grown = replace(rounded.params, vq_base=replace(rounded.params.vq_base, shortcut="linear"))
     codec = fresh(grown)
-    assert start_from_release(folder, codec)[1:] == [f"{folder} has no linear shortcut of the VQ base: it starts at zero"]
+    assert start_from_release(folder, codec)[1:] == [
+        f"{folder} has no linear shortcut of the VQ base: it starts at zero"
+    ]
     x = torch.randn(1, grown.vq_base.in_channels, 4, 4)
     with torch.no_grad():
         ours, theirs = codec.vq_base.eval()(x), rounded.vq_base(x)

@@ -49,6 +49,9 @@ class StageParams:
         perceptual: perceptual terms with their factors in the loss: `lpips` (LPIPS-vgg), `stlpips` (ST-LPIPS-vgg),
             `features` (of EfficientNet-Lite0) and `ms_ssim` (1 - MS-SSIM, crops above 160 pixels). A file's replaces the
             default wholly.
+        vgg_window: side in pixels of the square in the middle of a crop that `lpips` and `stlpips` see; None shows them
+            whole crops. Crops lie anywhere in their pictures, so their middles do too. On a CPU, VGG costs several times
+            what a small model does.
         adversary: a discriminator of the stage's pictures.
     """
 
@@ -59,6 +62,7 @@ class StageParams:
     crop_size: int = 256
     ema: float = 0.999
     perceptual: Factors = field(default_factory=dict)
+    vgg_window: int | None = None
     adversary: AdversaryParams = field(default_factory=AdversaryParams)
 
     def __post_init__(self):
@@ -69,6 +73,8 @@ class StageParams:
         require(0 <= self.ema < 1, f"ema {self.ema}: in [0, 1)")
         for name, factor in self.perceptual.items():
             require(factor >= 0, f"perceptual.{name} {factor}: from 0 up")
+        good = self.vgg_window is None or self.vgg_window >= 32
+        require(good, f"vgg_window {self.vgg_window}: at least 32 pixels, or null")
         small = self.perceptual.get("ms_ssim") and self.crop_size <= 160
         require(not small, f"crop_size {self.crop_size}: perceptual.ms_ssim needs crops above 160 pixels")
         least = DISCRIMINATOR_MIN[self.adversary.kind] if self.adversary.weight > 0 else 0

@@ -32,9 +32,9 @@ def dry_run(config: TrainConfig) -> str:
         codec = new_codec(config).to(META)
     for name in config.stages:
         with META:
-            plain = replace(config, **{name: replace(getattr(config, name), perceptual={})})
-            step = Step(STAGES[name](plain, codec, META))
-            step.stage.perceptual = perceptual_terms(getattr(config, name).perceptual, untrained=True)
+            params = getattr(config, name)
+            step = Step(STAGES[name](replace(config, **{name: replace(params, perceptual={})}), codec, META))
+            step.stage.perceptual = perceptual_terms(params.perceptual, untrained=True, window=params.vgg_window)
         sections.append(f"stage {name}\n{counts(codec, step)}\n\n{memory(step)}\n")
     missing = [n for n in config.stages if getattr(config, n).perceptual.get("lpips") and not VGG16.path.is_file()]
     if missing:

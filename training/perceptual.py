@@ -12,20 +12,27 @@ from training.perceptual_networks import PACKAGED, FeatureDistance, StLpips, pac
 from utils.errors import ConfigError
 from utils.imports import quiet
 
+VGG = ("lpips", "stlpips")  # terms that look through it
 
-def perceptual_terms(factors: Mapping[str, float], untrained: bool = False, tf32: bool = False) -> nn.ModuleDict:
+
+def perceptual_terms(
+    factors: Mapping[str, float], untrained: bool = False, tf32: bool = False, window: int | None = None
+) -> nn.ModuleDict:
     """The terms by name, each (image, target) -> scalar of pictures N x 3 x H x W in [-1, 1]; those of factor 0 are left out.
 
     Args:
         factors: by name: `lpips` (LPIPS-vgg, the paper's), `stlpips` (ST-LPIPS-vgg), `features` (of EfficientNet-Lite0),
             `ms_ssim` (1 - MS-SSIM of the luma, sides from 161 pixels).
-        tf32: their networks compute in it while training.
         untrained: LPIPS with random weights, for its shapes alone; none are needed on disk.
+        tf32: their networks compute in it while training.
+        window: side, in pixels, of the square in the middle that terms of VGG see; None shows them all.
     Raises:
         ConfigError: lpips without VGG weights on disk, or a package that is not installed. Nothing is downloaded here.
     """
     makers = {"lpips": lambda: Lpips(untrained), "stlpips": StLpips, "features": FeatureDistance, "ms_ssim": MsSsim}
     terms = {name: makers[name]() for name, factor in factors.items() if factor}
+    if window:
+        terms |= {name: Middle(terms[name], window) for name in VGG if name in terms}
     if tf32:
         terms = {name: term if name == "ms_ssim" else InTf32(term) for name, term in terms.items()}
     return nn.ModuleDict(terms)
@@ -66,6 +73,19 @@ class MsSsim(nn.Module):
 
     def forward(self, image: Tensor, target: Tensor) -> Tensor:
         return ms_ssim_loss(image, target)
+
+
+class Middle(nn.Module):
+    """A term of the middle of the pictures, a square of so many pixels; of smaller pictures whole."""
+
+    def __init__(self, term: nn.Module, side: int):
+        super().__init__()
+        self.term, self.side = term, side
+
+    def forward(self, image: Tensor, target: Tensor) -> Tensor:
+        top, left = (max(0, (length - self.side) // 2) for length in image.shape[2:])
+        rows, columns = slice(top, top + self.side), slice(left, left + self.side)
+        return self.term(image[..., rows, columns], target[..., rows, columns])
 
 
 class InTf32(nn.Module):

@@ -69,7 +69,9 @@ class Stage(ABC):
     def __init__(self, config: TrainConfig, codec: Codec, device: torch.device):
         self.params, self.seed, self.device, self.codec = getattr(config, self.name), config.seed, device, codec
         self.speed = Speed(config.speed, device)
-        self.perceptual = perceptual_terms(self.params.perceptual, tf32=self.speed.perceptual_tf32)
+        self.perceptual = perceptual_terms(
+            self.params.perceptual, tf32=self.speed.perceptual_tf32, window=self.params.vgg_window
+        )
         self.speed.prepare(self.perceptual)
 
     def shared_factors(self) -> dict[str, float]:
