@@ -257,18 +257,21 @@ def start_from_release(folder: str | Path, codec: Codec) -> list[str]:
     """Load a release's parameters into a codec that is to be trained, in place; lines that tell what was taken.
 
     Schedule and rate rule stay the codec's own. Densities that the release does not have start around its medians, and a
-    linear shortcut of the VQ base, which it lacks, at zero: so that the codec begins as the release is.
+    linear shortcut of the VQ base, which it lacks, at zero: so that the codec begins as the release is. `least_side` of the VQ
+    base is the codec's own, too.
 
     Raises:
         CheckpointError: no release there, a damaged one, or one of other sizes; names keys that differ.
     """
     triple = Triple.in_folder(folder)
     released = load_triple(triple, densities=True)
-    asked = replace(codec.params, diffusion=released.params.diffusion)
+    theirs = released.params
+    asked = replace(codec.params, diffusion=theirs.diffusion)
+    asked = replace(asked, vq_base=replace(asked.vq_base, least_side=theirs.vq_base.least_side))
     grows = codec.vq_base.shortcut is not None and released.vq_base.shortcut is None
     if grows:
         asked = replace(asked, vq_base=replace(asked.vq_base, shortcut="none"))
-    require_same(asked, released.params, f"{folder}: of other networks")
+    require_same(asked, theirs, f"{folder}: of other networks")
     states = states_of(released)
     told = [f"{', '.join(states)} from {folder}"]
     if grows:

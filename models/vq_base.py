@@ -29,6 +29,8 @@ class VQBaseParams:
     Attributes:
         shortcut: `linear` adds a linear map beside VQ-E and VQ-D, which start as that alone: A takes the latent's first
             d_q channels, the largest where `gt.latent_scale` is `common`, and B puts them back.
+        least_side: of the maps that VQ-E and VQ-D run on, in positions: smaller ones are mirrored to it, and the result
+            is cut. What they normalise over, and how much of it touches their padding, is then as in training.
     """
 
     ch: int = 128
@@ -43,11 +45,12 @@ class VQBaseParams:
     epsilon: float = 1e-5
     revive_below: float = 0.01  # a code whose average count per step falls below this is started anew
     shortcut: Literal["none", "linear"] = "none"
+    least_side: int = 1
 
     def __post_init__(self):
         k = self.codebook_size
         require(2 <= k <= 8192 and k.bit_count() == 1, f"codebook_size {k}: a power of two from 2 to 8192")
-        require_from(1, self, "ch", "ch_mult", "num_res_blocks", "z_channels", "embed_dim", "groups")
+        require_from(1, self, "ch", "ch_mult", "num_res_blocks", "z_channels", "embed_dim", "groups", "least_side")
         require_from(0, self, "revive_below")
         require(self.ch % self.groups == 0, f"ch {self.ch}: a multiple of groups, {self.groups}")
         require(0 <= self.decay < 1, f"decay {self.decay}: in [0, 1)")
@@ -121,6 +124,16 @@ class Codebook(nn.Module):
         return slots
 
 
+def mirrored(x: Tensor, least: int) -> Tensor:
+    """N C h w, whose sides below `least` become that: the map, then its mirror image with the edge repeated, and so on."""
+    for dim in (2, 3):
+        side = x.shape[dim]
+        if side < least:
+            place = torch.arange(least, device=x.device) % (2 * side)
+            x = x.index_select(dim, torch.minimum(place, 2 * side - 1 - place))
+    return x
+
+
 class LinearChannels(nn.Module):
     """A and B: linear maps between the d channels of the latent and the d_q of a code, at every position."""
 
@@ -166,9 +179,7 @@ class VQBase(nn.Module):
 
     def forward(self, x: Tensor) -> BaseCode:  # N d h w
         """VQ-E, nearest codes, and what the code-book update needs."""
-        z = self.quant_conv(self.encoder(x)).to(x.dtype)  # N d_q h w; distances and averages keep the precision of x
-        if self.shortcut:
-            z = z + self.shortcut.encode(x)
+        z = self._encoded(x)
         vectors = z.permute(0, 2, 3, 1).flatten(0, 2)  # M d_q
         k = nearest_codes(vectors, self.quantize.embedding.weight)  # M
         counts, sums = self._statistics(vectors.detach(), k)
@@ -176,6 +187,12 @@ class VQBase(nn.Module):
         indices = k.view(n, h, w)
         z_q = z + (self.rows(indices) - z).detach()  # straight-through; as the reference computes it
         return BaseCode(z, z_q, indices, counts, sums)
+
+    def _encoded(self, x: Tensor) -> Tensor:  # N d h w -> N d_q h w
+        h, w = x.shape[2:]
+        z = self.quant_conv(self.encoder(mirrored(x, self.params.least_side)))[..., :h, :w]
+        z = z.to(x.dtype)  # distances and averages keep the precision of x
+        return z + self.shortcut.encode(x) if self.shortcut else z
 
     def _statistics(self, vectors: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         codebook = self.quantize.embedding.weight
@@ -193,7 +210,8 @@ class VQBase(nn.Module):
 
     def reconstruct(self, z_q: Tensor) -> Tensor:
         """y = VQ-D(z_q): N x d_q x h x w -> N x d x h x w."""
-        y = self.decoder(self.post_quant_conv(z_q)).to(z_q.dtype)
+        h, w = z_q.shape[2:]
+        y = self.decoder(self.post_quant_conv(mirrored(z_q, self.params.least_side)))[..., :h, :w].to(z_q.dtype)
         return y + self.shortcut.decode(z_q) if self.shortcut else y
 
 

@@ -199,7 +199,7 @@ def test_densities_that_a_release_lacks_start_around_its_medians(tmp_path, round
 
 
 def test_a_shortcut_that_a_release_lacks_changes_nothing_at_first(folder, rounded, tmp_path):
-    grown = replace(rounded.params, vq_base=replace(rounded.params.vq_base, shortcut="linear"))
+    grown = replace(rounded.params, vq_base=replace(rounded.params.vq_base, shortcut="linear", least_side=3))
     codec = fresh(grown)
     assert start_from_release(folder, codec)[1:] == [
         f"{folder} has no linear shortcut of the VQ base: it starts at zero"

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from models.blocks import nearest_codes
-from models.vq_base import Codebook, VQBase, VQBaseParams, perplexity
+from models.vq_base import Codebook, VQBase, VQBaseParams, mirrored, perplexity
 
 PARAMS = VQBaseParams(
     ch=8, ch_mult=(2,), num_res_blocks=1, z_channels=8, embed_dim=5, in_channels=6, codebook_size=16, groups=4
@@ -175,6 +175,31 @@ def test_perplexity():
     assert perplexity(torch.full((16,), 3.0)).item() == pytest.approx(16, rel=1e-4)
     assert perplexity(torch.tensor([0.0, 7.0, 0.0])).item() == pytest.approx(1, abs=1e-4)
     assert perplexity(torch.tensor([1.0, 1.0, 0.0, 0.0])).item() == pytest.approx(2, rel=1e-4)
+
+
+# Small maps -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_small_map_is_mirrored_with_its_edge_repeated():
+    x = torch.tensor([[1.0, 2.0, 3.0]]).view(1, 1, 1, 3)
+    assert mirrored(x, 8).tolist() == [[[[1.0, 2.0, 3.0, 3.0, 2.0, 1.0, 1.0, 2.0]] * 8]]
+    assert mirrored(x, 1) is x
+
+
+@torch.no_grad()
+def test_small_maps_are_coded_as_part_of_one_of_the_least_side(base):
+    """As the same network codes the larger map, cut; a map that is large enough is coded as ever."""
+    least = VQBase(replace(PARAMS, least_side=8))
+    least.load_state_dict(base.state_dict())
+    x = latent(2, 3, 11)
+    larger = torch.cat([x, x.flip(2), x[:, :, :2]], dim=2)  # 3 rows become 8, 11 columns stay
+    ours, theirs = least(x), base(larger)
+    torch.testing.assert_close(ours.z, theirs.z[:, :, :3])
+    assert ours.counts.sum() == 2 * 3 * 11  # what the mirror adds is no position of the picture
+    y = base.reconstruct(torch.cat([ours.z_q, ours.z_q.flip(2), ours.z_q[:, :, :2]], dim=2))
+    torch.testing.assert_close(least.reconstruct(ours.z_q), y[:, :, :3])
+    large = latent(1, 8, 9)
+    assert torch.equal(least(large).z, base(large).z)
 
 
 # The linear shortcut --------------------------------------------------------------------------------------------------
