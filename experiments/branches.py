@@ -3,6 +3,9 @@
 The base branch is the denoiser's condition, from z_q; the residual branch is y^, which x~ starts from. A release that
 was trained with one of them is decoded with that one. One that was trained with both is decoded three times: what a
 branch adds to it then is not what a network that never had it would do without.
+
+A release whose denoiser corrects y^ (prediction: correction) has no such branches. It is decoded with the correction and
+without, D(y^).
 """
 
 import argparse
@@ -37,12 +40,16 @@ def run(args: argparse.Namespace) -> None:
 
 
 def variants_of(name: str, codec: Codec, quality: float) -> list[Variant]:
-    """The codec as it was trained; one with both branches also with either switched off. Errors as `run`."""
+    """The codec as it was trained; one with both branches also with either switched off, one that corrects y^ also
+    without the correction. Errors as `run`."""
     params = codec.params
-    if params.adapter != "published" or params.prediction != "latent":
-        raise DiffoError(
-            f"{name}: these branches are parts of adapter published with prediction latent, and it has others"
-        )
+    if params.prediction == "correction":
+        at_quality(name, codec, quality)
+        silent = copy.deepcopy(codec)
+        silent.unet.start_silent()
+        return [Variant(name, "y^ alone", silent, quality), Variant(name, "corrected by U", codec, quality)]
+    if params.adapter != "published":
+        raise DiffoError(f"{name}: these branches are parts of adapter published, and it has another")
     at_quality(name, codec, quality)
     trained = params.detail_branch, params.perceptual_branch
     if trained != BRANCHES["both"]:
