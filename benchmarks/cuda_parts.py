@@ -19,10 +19,10 @@ from experiments.timing import fitted, measure
 from measuring.metrics import psnr
 from models.codec import Codec
 from models.entropy_coding import frequency_table
-from models.fast import FAST_PATHS, prepare
-from models.graphs import use_graphs
 from models.records import Contents
 from models.released import SMALL, load_release
+from models.speed.fast import FAST_PATHS, prepare
+from models.speed.graphs import use_graphs
 from release.tables import Counts
 from training.config import load_config
 from training.start import new_codec

@@ -20,8 +20,8 @@ from coding import budget, ledger
 from coding.options import DECODERS
 from models.bitstream import VERSION, unpack
 from models.codec import Codec
-from models.fast import Precision, prepare
 from models.released import SMALL, load_release
+from models.speed.fast import Precision, prepare
 from utils.distributed import local_device
 from utils.errors import BitstreamError, DiffoError, PictureError
 from utils.images import from_pillow, read_image

@@ -7,7 +7,7 @@ from utils.commandline import command_line, command_parser, number, positive
 from utils.limits import MAX_PIXELS
 
 DECODERS = ("full", "light")
-FAST_PATHS = ("fused_norm", "graphs")  # those of models.fast, which takes seconds to import
+FAST_PATHS = ("fused_norm", "graphs")  # those of models.speed.fast, which takes seconds to import
 MODES = ("roundtrip", "compress", "decompress", "inspect")
 
 quality = number(float, lambda value: 0 <= value <= 100, "in 0 to 100")

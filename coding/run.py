@@ -16,7 +16,7 @@ from coding.steps import Item, Steps, alike
 from coding.weights import Weights
 from measuring.charts import contact_sheet
 from measuring.evaluator import Evaluator
-from models.fast import precision_of
+from models.speed.fast import precision_of
 from utils.errors import DiffoError
 from utils.images import read_image
 from utils.picture_files import strict_pillow

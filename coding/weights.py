@@ -5,8 +5,8 @@ from pathlib import Path
 from threading import Lock
 
 from models.codec import Codec
-from models.fast import prepare
 from models.released import SMALL, Triple, load_release, load_triple, release_of
+from models.speed.fast import prepare
 from utils.distributed import local_device
 from utils.errors import BitstreamError, DiffoError
 from utils.memory import keep_freed_memory

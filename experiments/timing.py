@@ -36,8 +36,8 @@ from experiments.stopwatch import READ, REST, WRITE, Stopwatch, seconds
 from experiments.summary import draw_bars, write_summary
 from measuring.metrics import psnr
 from models.codec import Codec
-from models.fast import precision_of, prepare, without_fast_paths
 from models.records import CodecParams
+from models.speed.fast import precision_of, prepare, without_fast_paths
 from utils.config import build, load_mapping, to_mapping
 from utils.distributed import is_main, local_device
 from utils.files import atomic_write

@@ -9,9 +9,9 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
-from models.attention import attention
-from models.norms import GroupNorm
-from models.sharing import shared, spread
+from models.layers.attention import attention
+from models.layers.norms import GroupNorm
+from models.layers.sharing import shared, spread
 from utils.precision import without_autocast
 
 AUTOENCODER_NORM_EPS = 1e-6  # the UNet's normalisation uses 1e-5

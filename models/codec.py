@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import bitstream, diffusion, entropy_coding, memory
+from models import bitstream, diffusion, entropy_coding
 from models.autoencoder import Autoencoder
 from models.bitstream import CELL, CodedPicture, CodedResidual
 from models.diffusion import Denoiser, Schedule
@@ -29,7 +29,8 @@ from models.noise import portable_noise
 from models.records import ONE_STEP, Analysed, CodecOutput, CodecParams, Contents, Decoded, Draws, Sampling
 from models.residual_hyperprior import LEVEL_CODES, ResidualHyperprior, Symbols
 from models.residual_networks import hyper_size
-from models.tiles import SIDE, Tiles, direct
+from models.sizes import memory
+from models.sizes.tiles import SIDE, Tiles, direct
 from models.unet import UNet
 from models.vq_base import VQBase
 from utils.errors import BitstreamError, CheckpointError
@@ -45,7 +46,7 @@ class Codec(nn.Module):
         residual: the residual codec, or None.
         light: decodes pictures in D's place; None where D does.
         max_pixels: files that claim more are refused before anything is allocated.
-        tile_side: of the tiles that large pictures are coded in, in pixels, a multiple of 64 (models.tiles).
+        tile_side: of the tiles that large pictures are coded in, in pixels, a multiple of 64 (models.sizes.tiles).
         base_table: integer frequency table of the base indices, int32 (K,), learnt at release; None before.
         index_model: codes the base indices in passes, fitted at release; None without one.
         fingerprint: 4 bytes that name the weights; None while they are being trained.
@@ -80,7 +81,7 @@ class Codec(nn.Module):
         return math.log2(self.params.vq_base.codebook_size) / CELL**2
 
     def memory(self, height: int, width: int) -> int:
-        """Bytes that coding or decoding a picture of this size takes, about (models.memory)."""
+        """Bytes that coding or decoding a picture of this size takes, about (models.sizes.memory)."""
         return memory.peak(self.params, sum(p.numel() for p in self.parameters()), self.tiles(height, width))
 
     # Steps shared by training, coding and decoding ------------------------------------------------------------------

@@ -9,9 +9,9 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
-from models.attention import attention
-from models.kept import Kept
-from models.norms import GroupNorm
+from models.layers.attention import attention
+from models.layers.kept import Kept
+from models.layers.norms import GroupNorm
 
 SEPARATED = -100.0  # added to the logit of two tokens that must not see each other
 SIZES = 4  # of feature maps whose masks and biases are kept between calls

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.blocks import doubling
-from models.norms import GroupNorm
+from models.layers.norms import GroupNorm
 from models.swin import SwinLayer
 from utils.config import require, require_from
 

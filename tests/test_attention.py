@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from models import swin
-from models.attention import attention, kernel_width
-from models.kept import Kept, holding
+from models.layers.attention import attention, kernel_width
+from models.layers.kept import Kept, holding
 from models.swin import SwinLayer
 
 

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 
 from coding.api import load_codec
 from measuring.metrics import psnr
-from models import fast
-from models.attention import attention
 from models.blocks import doubling
 from models.codec import Codec
-from models.fast import DoublingConv, precision_of, prepare, without_fast_paths
+from models.layers.attention import attention
 from models.released import SMALL, load_release
+from models.speed import fast
+from models.speed.fast import DoublingConv, precision_of, prepare, without_fast_paths
 from tests.commands import ROOT
 from tests.networks import off_zero
 from tests.residual import new_codec, picture
@@ -115,7 +115,7 @@ def test_a_doubling_convolution_is_the_convolution_of_the_doubled_map(size):
 @torch.no_grad()
 def test_attention_in_bfloat16_is_attention(monkeypatch):
     """Against float64, no further off than bfloat16's 8 bits; in parts of rows that do not divide their number."""
-    monkeypatch.setattr("models.attention.ROWS", 7)
+    monkeypatch.setattr("models.layers.attention.ROWS", 7)
     q, k, v = torch.randn(3, 2, 1, 30, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
     exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
     found = attention(q, k, v)

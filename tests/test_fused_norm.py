@@ -21,8 +21,8 @@ CASES = [
 COMPARE = """
 import json, sys
 import torch
-from models import fused_norm
-from models.norms import GroupNorm
+from models.layers import fused_norm
+from models.layers.norms import GroupNorm
 from tests.networks import off_zero
 from tests.small_codec import PARAMS
 from models.codec import Codec
@@ -95,7 +95,7 @@ COMPILE = """
 import re, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from models import fused_norm_kernels as kernels
+from models.layers import fused_norm_kernels as kernels
 
 SIZES = {"ROWS": 128, "WIDE": 32, "PARTS": 64, "MODULATED": True, "SILU": True}
 for name in ("moments", "merged", "apply", "gradient_sums", "gradient"):

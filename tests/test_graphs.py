@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from coding import options
-from models import fused_norm, graphs
-from models.fast import FAST_PATHS, prepare
-from models.graphs import GRAPHED, Graphed, Recorder, leave_graphs, use_graphs
-from models.sharing import sharing
+from models.layers import fused_norm
+from models.layers.sharing import sharing
+from models.speed import graphs
+from models.speed.fast import FAST_PATHS, prepare
+from models.speed.graphs import GRAPHED, Graphed, Recorder, leave_graphs, use_graphs
 from tests.residual import new_codec, picture
 
 

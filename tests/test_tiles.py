@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models import tiles
 from models.blocks import AttnBlock
 from models.codec import Codec
-from models.norms import GroupNorm
+from models.layers.norms import GroupNorm
+from models.layers.sharing import KEYS, shared, sharing, spread
 from models.released import SMALL, load_release
-from models.sharing import KEYS, shared, sharing, spread
-from models.tiles import CROP, CROPS, MARGIN, Tiles
+from models.sizes import tiles
+from models.sizes.tiles import CROP, CROPS, MARGIN, Tiles
 from tests.commands import NANO, run
 from tests.residual import picture
 from tests.small_codec import new_codec

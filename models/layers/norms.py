@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import fused_norm
-from models.sharing import shared
+from models.layers import fused_norm
+from models.layers.sharing import shared
 
 in_place = True  # the option: outside training, SiLU writes over what it takes; the same bits, and a feature map less
 

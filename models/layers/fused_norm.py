@@ -48,7 +48,7 @@ def _runs(device: torch.device) -> bool:
 @cache
 def _kernels() -> ModuleType:
     """The programs; Triton takes a while to import, and only CUDA needs it."""
-    from models import fused_norm_kernels
+    from models.layers import fused_norm_kernels
 
     return fused_norm_kernels
 

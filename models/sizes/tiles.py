@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from models.bitstream import CELL
-from models.sharing import sharing
+from models.layers.sharing import sharing
 
 SIDE = 1024  # of a tile, in pixels
 MARGIN, CROP, WINDOW = 8, 24, 16  # latent positions; WINDOW: that the denoiser's windows span, of all resolutions

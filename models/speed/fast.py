@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import fused_norm, norms
 from models.codec import Codec
-from models.graphs import leave_graphs, use_graphs
+from models.layers import fused_norm, norms
+from models.speed.graphs import leave_graphs, use_graphs
 
 Precision = Literal["auto", "float32", "bfloat16"]
 FAST_PATHS = ("fused_norm", "graphs")  # of CUDA; where one cannot run, it says so in a line, and the rest goes on

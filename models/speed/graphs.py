@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.kept import Kept, holding
-from models.sharing import is_sharing
+from models.layers.kept import Kept, holding
+from models.layers.sharing import is_sharing
 
 SIZES = 4  # of inputs whose graphs are kept, each network's own
 SEEN = 64  # sizes that are remembered as seen once

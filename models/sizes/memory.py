@@ -4,7 +4,7 @@ import math
 
 from models.bitstream import CELL
 from models.records import CodecParams
-from models.tiles import Tiles
+from models.sizes.tiles import Tiles
 
 # Floats that are alive at the widest moment, measured on a CPU in float32.
 MAPS, COPIES = 6, 20  # per pixel that E or D works on: maps of the outermost resolution, and others

@@ -1,0 +1,1 @@
+"""How a loaded codec is made to run fast, which changes no symbol: precision, layouts, CUDA graphs."""
