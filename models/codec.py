@@ -123,11 +123,12 @@ class Codec(nn.Module):
 
     # Training -------------------------------------------------------------------------------------------------------
 
-    def forward(self, image: Tensor, draws: Draws, decode: bool = True) -> CodecOutput:
+    def forward(self, image: Tensor, draws: Draws, decode: bool = True, twice: bool = False) -> CodecOutput:
         """One training pass (DiffO, section 3): N x 3 x H x W in [-1, 1], sides multiples of 16.
 
         Args:
             decode: compute D(x^), nearly all of the work; a loss of the latent alone needs no picture.
+            twice: and once more from the noise of the sample before, which is as good.
         """
         with torch.no_grad():  # E is frozen in this stage
             x = self.to_latent(image)  # x = E(X)
@@ -135,12 +136,17 @@ class Codec(nn.Module):
         y = self.vq_base.reconstruct(base.z_q)  # y = VQ-D(z_q)
         y_hat, residual_bpp = self.with_residual(x, y, base.indices, draws)  # y^ = y + r^
         known, lq, centre = self.denoiser_inputs(y_hat, base.z_q)
-        x_t, eta = self.noisy_input(x, known, residual_bpp.detach(), draws)
-        x_hat = diffusion.one_step(self.denoiser(y_hat), x_t, lq, eta, self.params.diffusion, centre)
+
+        def denoised(draws: Draws) -> Tensor:
+            x_t, eta = self.noisy_input(x, known, residual_bpp.detach(), draws)
+            return diffusion.one_step(self.denoiser(y_hat), x_t, lq, eta, self.params.diffusion, centre)
+
+        x_hat = denoised(draws)
         with without_autocast(x.device):
             auxiliary = self.residual.rate_model.auxiliary_loss() if self.residual else None
         decoded = self.autoencoder.decode(x_hat) if decode else None
-        return CodecOutput(x, y_hat, x_hat, decoded, base, residual_bpp, auxiliary)
+        other = self.autoencoder.decode(denoised(replace(draws, noise=draws.noise.roll(1, 0)))) if twice else None
+        return CodecOutput(x, y_hat, x_hat, decoded, base, residual_bpp, auxiliary, other)
 
     def with_residual(self, x: Tensor, y: Tensor, k: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         """y^ and the residual's rate. Computed for every sample and masked at level 0: all parameters take part."""

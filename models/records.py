@@ -79,6 +79,7 @@ class CodecOutput:
         base: indices, codes and code-book statistics.
         residual_bpp: rate of the residual per sample, in bits per pixel, (N,); 0 at level 0 and without a residual.
         auxiliary: CompressAI's loss of the quantiles, a scalar; None without a residual codec.
+        other: the picture from other noise, as `image`; None where it was not asked for.
     """
 
     x: Tensor
@@ -88,6 +89,7 @@ class CodecOutput:
     base: BaseCode
     residual_bpp: Tensor
     auxiliary: Tensor | None
+    other: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from models.records import CodecOutput, Draws
 from models.vq_base import perplexity
 from training.coded_stage import CodedStage
 from training.config import CodecStageParams, TrainConfig
+from training.perceptual_networks import EnergyScore
 from utils import distributed
 from utils.ema import Ema
 
@@ -74,18 +75,25 @@ class CodecStage(CodedStage):
         self.factors = (self.shared_factors() if p.decodes else {}) | {"commitment": p.commitment}
         if p.latent_weight:
             self.factors["latent"] = p.latent_weight
+        self.energy = EnergyScore() if p.energy_weight else None
+        if self.energy:
+            self.speed.prepare(self.energy)
+            self.factors["energy"] = p.energy_weight
         if codec.residual:
             self.trained["residual"] = codec.residual
             self.factors["rate"] = 1.0  # lambda_g is inside, one for each sample
         self.fresh_book = config.vq_base is None and config.release is None  # otherwise there are codes worth keeping
 
     def forward(self, model: nn.Module, batch: Batch) -> CodecOutput:
-        return model(batch.image, Draws(**batch.draws, shift=self.params.shift), self.params.decodes)
+        draws = Draws(**batch.draws, shift=self.params.shift)
+        return model(batch.image, draws, self.params.decodes, self.energy is not None)
 
     def terms(self, out: CodecOutput, batch: Batch) -> dict[str, Tensor]:
         terms = {"commitment": commitment(out.base.z, out.base.z_q)}
         if self.params.decodes:
             terms |= {"distortion": distortion(out.image, batch.image)} | self.shared_terms(out.image, batch.image)
+        if self.energy:  # of one picture, as in validation, it is the distance
+            terms["energy"] = self.energy(out.image, out.image if out.other is None else out.other, batch.image)
         if self.params.latent_weight:
             terms["latent"] = distortion(out.x_hat, out.x)
         if out.auxiliary is not None:

@@ -150,6 +150,8 @@ class CodecStageParams(StageParams):
         rate_weights: lambda_g at the first and the last level of the residual, geometric in between.
         base_only_share: of samples that are trained at level 0.
         distortion_weight, commitment: w_d and beta. chroma_weight: as in stage `gt`.
+        energy_weight: of the energy score of two pictures that are decoded from the same code and other noise, in features
+            of EfficientNet-Lite0: a loss for which noise is of use. A step takes twice as long.
         latent_weight: of |x - x^|^2, the squared error of the latent (ResShift's loss, Yue et al. 2023). Without any
             term of the picture D is not run, and a step takes a third of the time: a cheap start.
         train_decoder: D goes on learning, at this share of the learning rate; 0 freezes it. E is always frozen.
@@ -164,6 +166,7 @@ class CodecStageParams(StageParams):
     distortion_weight: float = 0.8
     chroma_weight: float = 0.0
     commitment: float = 0.25
+    energy_weight: float = 0.0
     latent_weight: float = 0.0
     train_decoder: float = 0.0
     rate_weights: tuple[float, ...] = (1.0, 0.05)
@@ -176,16 +179,24 @@ class CodecStageParams(StageParams):
         require(0 <= self.base_only_share < 1, f"base_only_share {self.base_only_share}: in [0, 1)")
         share = self.last_step_share
         require(share is None or 0 <= share <= 1, f"last_step_share {share}: in [0, 1], or null")
-        require_from(0, self, "distortion_weight", "chroma_weight", "commitment", "latent_weight", "train_decoder")
+        factors = ("distortion_weight", "chroma_weight", "commitment", "energy_weight", "latent_weight")
+        require_from(0, self, *factors, "train_decoder")
+        draws = min(self.batch_size, self.microbatch or self.batch_size)
+        require(
+            not self.energy_weight or draws > 1, "energy_weight: batch_size and microbatch are at least 2 (other noise)"
+        )
         learns = self.decodes or self.latent_weight > 0
-        require(learns, "distortion_weight, chroma_weight, perceptual, adversary.weight and latent_weight are all 0")
+        require(
+            learns,
+            "distortion_weight, chroma_weight, perceptual, adversary.weight, energy_weight and latent_weight are all 0",
+        )
         require(self.decodes or not self.train_decoder, "train_decoder: D learns from terms of the picture; none is on")
 
     @property
     def decodes(self) -> bool:
         """Whether some term is of the decoded picture."""
-        factors = (self.distortion_weight, self.chroma_weight, self.adversary.weight, *self.perceptual.values())
-        return any(factors)
+        factors = (self.distortion_weight, self.chroma_weight, self.adversary.weight, self.energy_weight)
+        return any((*factors, *self.perceptual.values()))
 
 
 @dataclass(frozen=True)

@@ -137,3 +137,33 @@ class FeatureDistance(nn.Module):
             wanted = [unit(f) for f in self.network(target)]
         pairs = zip(self.network(image), wanted, strict=True)
         return torch.stack([(unit(f) - theirs).square().sum(1).mean() for f, theirs in pairs]).mean()
+
+
+class EnergyScore(nn.Module):
+    """Energy score of two draws X1, X2 of the decoder (Gneiting and Raftery 2007, Eq. 21), a mean over the batch.
+
+        S = (d(X1, X) + d(X2, X)) / 2 - d(X1, X2) / 2,    d = mean_l mean_hw |f_l(X^) - f_l(X)|
+
+    f_l as in `FeatureDistance`; the distance is not squared, so that the score is proper: in expectation it is least where the draws
+    are distributed as the originals of a file are. A distance alone is least for one picture in their middle.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.network = Lite0()
+
+    def forward(self, image: Tensor, other: Tensor, target: Tensor) -> Tensor:
+        self.to(image)
+        with torch.no_grad():
+            wanted = self.network(target)
+        triples = zip(self.network(image), self.network(other), wanted, strict=True)
+        return torch.stack([self.of(*map(unit, features)) for features in triples]).mean()
+
+    @staticmethod
+    def of(first: Tensor, second: Tensor, target: Tensor) -> Tensor:
+        """S in one space of features, N x C x h x w."""
+
+        def distance(a: Tensor, b: Tensor) -> Tensor:
+            return ((a - b).square().sum(1) + EPSILON).sqrt().mean()
+
+        return (distance(first, target) + distance(second, target) - distance(first, second)) / 2
