@@ -22,6 +22,7 @@ from measuring.scores import SCORES
 from models.bitstream import CodedPicture, unpack
 from models.codec import Codec
 from models.records import Analysed, Contents, Sampling
+from models.sizes.memory import Way
 from utils.errors import PictureError, out_of_memory
 from utils.files import atomic_write, make_folder
 from utils.images import read_image, write_image
@@ -107,7 +108,7 @@ class Steps:
         codec = self.weights.codec()
         codec.require_allowed(*items[0].size)
         images = torch.stack([item.image for item in items])
-        (k, y, s), seconds = self._by_networks(codec, items, lambda: codec.signals(images))
+        (k, y, s), seconds = self._by_networks(codec, items, "encode", lambda: codec.signals(images))
         for i, item in enumerate(items):
             item.signals = k[i : i + 1], y[i : i + 1], None if s is None else s[i : i + 1]
             item.row["encode_s"] = seconds
@@ -144,7 +145,7 @@ class Steps:
         steps = None if args.one_step else args.infer_steps
         sampling = Sampling(steps, not args.ancestral, args.eta, args.seed)
         contents = [item.contents for item in items]
-        pictures, seconds = self._by_networks(codec, items, lambda: codec.render_all(contents, sampling))
+        pictures, seconds = self._by_networks(codec, items, "decode", lambda: codec.render_all(contents, sampling))
         for item, decoded in zip(items, pictures, strict=True):
             item.decoded = decoded.image
             item.row |= {"eta": decoded.eta, "steps": steps or 1, "decode_s": item.row["read_s"] + seconds}
@@ -181,9 +182,9 @@ class Steps:
         code = codec.level_code(args.quality)
         return budget.Fitted(codec.write(analysed, code), code)
 
-    def _by_networks(self, codec: Codec, items: Sequence[Item], work: Callable):
+    def _by_networks(self, codec: Codec, items: Sequence[Item], way: Way, work: Callable):
         """The result of work(), in turn with other lanes where the networks need it, and seconds for each item."""
-        maps = len(items) * (codec.memory(*items[0].size) - codec.memory(MIN_SIDE, MIN_SIDE))
+        maps = len(items) * (codec.memory(*items[0].size, way) - codec.memory(MIN_SIDE, MIN_SIDE, way))
         with self._alone() if self.device.type == "cuda" or maps > SIDE_BY_SIDE else nullcontext():
             result, seconds = self._timed(work)
         return result, seconds / len(items)

@@ -124,6 +124,12 @@ class Autoencoder(nn.Module):
             x = x + noise * x.detach().std(None if common else (0, 2, 3), keepdim=True)
         return self.decode(x)
 
+    def forget_decoder(self) -> None:
+        """Leave E alone, in place: what makes up D takes no memory then, and `decode` is no more."""
+        self.post_quant_conv = self.decoder = None
+        if self.shortcut:
+            self.shortcut.synthesis = None
+
     def decoding(self) -> list[nn.Module]:
         """The parts that make up D."""
         return [self.post_quant_conv, self.decoder, *([self.shortcut.synthesis] if self.shortcut else [])]

@@ -80,9 +80,10 @@ class Codec(nn.Module):
         """Rate of the base at fixed length, in bits per pixel."""
         return math.log2(self.params.vq_base.codebook_size) / CELL**2
 
-    def memory(self, height: int, width: int) -> int:
-        """Bytes that coding or decoding a picture of this size takes, about (models.sizes.memory)."""
-        return memory.peak(self.params, sum(p.numel() for p in self.parameters()), self.tiles(height, width))
+    def memory(self, height: int, width: int, way: memory.Way | None = None) -> int:
+        """Bytes that one way of a picture of this size takes, or the larger of both, about (models.sizes.memory)."""
+        weights = sum(p.nbytes for p in self.parameters())
+        return memory.peak(self.params, weights, self.tiles(height, width), self.light and self.light.params, way)
 
     # Steps shared by training, coding and decoding ------------------------------------------------------------------
 

@@ -45,7 +45,7 @@ class LightParams:
 class LightDecoder(nn.Module):
     """N x d x h x w -> N x 3 x 16h x 16w, about [-1, 1], unclamped, in the latent's precision.
 
-    The linear map computes in its own precision whatever the autocast: it carries the picture.
+    The linear map computes in its own precision, whatever that of the blocks or the autocast: it carries the picture.
 
     Attributes:
         sha256: of the file that it was loaded from; None while it is being trained.
@@ -54,6 +54,7 @@ class LightDecoder(nn.Module):
     def __init__(self, params: LightParams, channels: int):
         super().__init__()
         (coarse, fine), groups = params.ch, params.groups
+        self.params = params
         self.conv_in = nn.Conv2d(channels, coarse, 3, padding=1)
         self.coarse = nn.Sequential(*(ResnetBlock(coarse, coarse, groups) for _ in range(params.num_res_blocks[0])))
         self.expand = nn.Conv2d(coarse, fine * (CELL // FINE) ** 2, 1)
@@ -66,11 +67,17 @@ class LightDecoder(nn.Module):
         nn.init.zeros_(self.conv_out.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.coarse(self.conv_in(x))  # N C h w
-        h = self.fine(F.pixel_shuffle(self.expand(h), CELL // FINE))  # N C' 4h 4w
+        h = self.coarse(self.conv_in(x.to(self.conv_in.weight.dtype)))  # N C h w
+        h = self.fine(_shuffled(self.expand(h), CELL // FINE))  # N C' 4h 4w
         h = F.pixel_shuffle(self.conv_out(self.norm_out(h)), FINE)  # N 3 16h 16w
         with without_autocast(x.device):
-            return h.to(x.dtype) + F.pixel_shuffle(self.linear(x), CELL)
+            return F.pixel_shuffle(self.linear(x), CELL) + h.to(x.dtype)
+
+
+def _shuffled(x: Tensor, factor: int) -> Tensor:
+    """A pixel shuffle that leaves maps as they lie, NHWC too: on CUDA PyTorch's gives NCHW."""
+    layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
+    return F.pixel_shuffle(x, factor).contiguous(memory_format=layout)
 
 
 @torch.no_grad()

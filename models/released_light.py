@@ -32,7 +32,7 @@ def save_light(path: Path, state: Mapping[str, Tensor], params: LightParams, aut
 
 
 def load_light(path: Path, codec: Codec, about: Path) -> None:
-    """Give a released codec its light decoder, in place.
+    """Give a released codec its light decoder in D's place, whose weights are let go.
 
     Args:
         about: the release's release.json.
@@ -54,4 +54,5 @@ def load_light(path: Path, codec: Codec, about: Path) -> None:
     light = LightDecoder(params, codec.params.autoencoder.embed_dim)
     checkpoints.load_strictly(light, content["state_dict"], path)
     light.sha256 = sha256
+    codec.autoencoder.forget_decoder()
     codec.light = light.eval().requires_grad_(False).to(codec.device)

@@ -1,16 +1,15 @@
 """A run of stage `light` -> the fourth file of the release that it was distilled from."""
 
 import hashlib
-import json
 from pathlib import Path
 
 from models.released import ABOUT, Triple, load_release
 from models.released_light import save_light
 from models.stated import stored_params
-from release.making import halved
+from release.making import halved, write_about
 from utils import checkpoints
 from utils.errors import CheckpointError, DiffoError
-from utils.files import atomic_write, require_writable
+from utils.files import require_writable
 
 
 def add_light(out: Path, iteration: int, source: Path) -> dict:
@@ -37,6 +36,6 @@ def add_light(out: Path, iteration: int, source: Path) -> dict:
     about["sha256"][path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
     about["bytes"][path.name] = path.stat().st_size
     about["light"] = {"iteration": iteration}
-    atomic_write(out / ABOUT, (json.dumps(about, indent=1) + "\n").encode())
+    write_about(out, about)
     load_release(out, decoder="light")
     return about

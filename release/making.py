@@ -91,7 +91,7 @@ def write_release(
         "bytes": {p.name: p.stat().st_size for p in vars(triple).values()},
     }
     about |= notes
-    atomic_write(out / ABOUT, (json.dumps(about, indent=1) + "\n").encode())
+    write_about(out, about)
     kept = to_mapping(config) if isinstance(config, TrainConfig) else config
     # Where pictures and earlier weights lay on the training machine means nothing elsewhere.
     kept |= {name: Path(path).name for name in STARTS if (path := kept.get(name))}
@@ -101,10 +101,15 @@ def write_release(
     return about
 
 
+def write_about(out: Path, about: dict) -> None:
+    """Write the release.json of a release."""
+    atomic_write(out / ABOUT, (json.dumps(about, indent=1) + "\n").encode())
+
+
 def with_rate(source: Path, rate: RateParams, out: Path) -> dict:
     """The release in `source` once more, with another rule for the noise level; the entries of its release.json.
 
-    Its fingerprint differs: decoded pictures do. Precision, densities and the notes on training stay.
+    Its fingerprint differs: decoded pictures do. Precision, densities, the notes on training and a light decoder stay.
     """
     require_empty(out)
     told = json.loads((source / ABOUT).read_text())
@@ -113,4 +118,12 @@ def with_rate(source: Path, rate: RateParams, out: Path) -> dict:
     codec.params = replace(codec.params, rate=rate)
     config = load_mapping(source / RUN_CONFIG)
     config["networks"]["rate"] = to_mapping(rate)
-    return write_release(out, told["iteration"], codec, config, **notes)
+    about = write_release(out, told["iteration"], codec, config, **notes)
+    name = Triple.in_folder(source).light.name
+    if (source / name).is_file() and name in told["sha256"]:
+        atomic_write(out / name, (source / name).read_bytes())
+        for entry in ("sha256", "bytes"):  # as they were stated: a file that was damaged is refused as before
+            about[entry][name] = told[entry][name]
+        about["light"] = told["light"]
+        write_about(out, about)
+    return about

@@ -3,24 +3,34 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
 import torch
+from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from coding.api import load_codec
 from datapipe.pictures import Batch
 from main_diffusion_train_vq import main
 from models.autoencoder import Autoencoder
+from models.codec import Codec
+from models.layers.norms import GroupNorm
 from models.light import LightDecoder, LightParams, fit_linear
 from models.records import ONE_STEP, CodecParams, Draws
 from models.released import Triple, load_release
 from models.released_light import save_light
+from models.speed import fast
+from models.speed.fast import prepare
+from models.speed.graphs import Graphed, use_graphs
 from models.stated import meaning
 from release.__main__ import main as release
+from release.making import with_rate
 from tests.commands import NANO, ROOT, call, photograph
+from tests.networks import off_zero
 from tests.residual import SMALL, picture
 from tests.small_releases import reproduce, rows_in, two_layers
 from tests.small_runs import LIGHT, lines
@@ -268,6 +278,35 @@ def test_a_damaged_or_foreign_fourth_file_is_refused_in_one_line(four, tmp_path)
     assert load_release(folder).light is None  # what has nothing to do with it is not refused
 
 
+def test_a_cut_fourth_file_is_refused_in_one_line_by_the_command(four, tmp_path, capsys):
+    folder = changed(four, tmp_path)
+    path = folder / "light_model_3.pth"
+    path.write_bytes(path.read_bytes()[:-1000])
+    photograph(tmp_path / "a.png", 64, 48)
+    given = ("-i", tmp_path / "a.png", "--weights", folder, "--device", "cpu")
+    status, _, told = call(capsys, *given, "-o", tmp_path / "out", "--decoder", "light")
+    assert status == 1 and told.count("\n") == 1 and "light_model_3.pth: damaged" in told
+    assert not (tmp_path / "out").exists()
+    assert call(capsys, *given, "-o", tmp_path / "full")[0] == 0
+
+
+def test_another_rate_rule_takes_the_fourth_file_along(four, tmp_path):
+    """With its digest: what was whole is read, and what was damaged is refused."""
+    rate = replace(load_release(four).params.rate, c=0.03)
+    about = with_rate(four, rate, tmp_path / "new")
+    assert about == json.loads((tmp_path / "new" / "release.json").read_text())
+    old, new = (load_release(folder, decoder="light") for folder in (four, tmp_path / "new"))
+    assert new.fingerprint != old.fingerprint and new.rate == rate
+    assert new.light.sha256 == old.light.sha256 and about["light"] == {"iteration": 4}
+    folder = changed(four, tmp_path)
+    (folder / "light_model_3.pth").write_bytes(b"cut")
+    with_rate(folder, rate, tmp_path / "damaged")
+    with pytest.raises(CheckpointError, match="light_model_3.pth: damaged"):
+        load_release(tmp_path / "damaged", decoder="light")
+    (folder / "light_model_3.pth").unlink()
+    assert "light" not in with_rate(folder, rate, tmp_path / "without")
+
+
 def test_a_run_gives_its_decoder_to_its_own_release_and_once(four, run, tmp_path, capsys):
     assert release([str(run), str(four)]) == 1
     assert "light_model_3.pth: is there already; remove it" in capsys.readouterr().err
@@ -281,6 +320,76 @@ def test_a_run_gives_its_decoder_to_its_own_release_and_once(four, run, tmp_path
     assert not (folder / "light_model_3.pth").exists()
     assert release([str(run), str(tmp_path / "nothing")]) == 1
     assert "no release there" in capsys.readouterr().err
+
+
+# In D's place ---------------------------------------------------------------------------------------------------------
+
+
+def test_d_takes_no_memory_beside_it(four):
+    full, light = load_release(four), load_release(four, decoder="light")
+    of_d = sum(p.numel() for part in full.autoencoder.decoding() for p in part.parameters())
+    own = sum(p.numel() for p in light.light.parameters())
+    assert of_d > 0 and numbers_of(light) == numbers_of(full) - of_d + own
+    assert torch.equal(light.signals(picture(40, 72)[None])[0], full.signals(picture(40, 72)[None])[0])
+
+
+def numbers_of(codec: Codec) -> int:
+    return sum(p.numel() for p in codec.parameters())
+
+
+def most_alive(work: Callable[[], object]) -> int:
+    """Bytes that were allocated and not yet freed, at the moment of most, by PyTorch's profiler."""
+    with profile(profile_memory=True) as told:
+        work()
+    events = [event for event in told.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+
+
+def test_memory_is_that_of_its_maps_and_not_of_ds():
+    """16 floats a pixel at 1/4 of the resolution, of which 6 maps are alive; D's 8 at full resolution."""
+    sizes = ["networks.autoencoder.ch=8", "networks.autoencoder.ch_mult=[1,1,2,2,2]", "networks.residual=null"]
+    params = load_config(str(NANO), sizes).networks
+    codec = Codec(replace(params, light=LightParams((64, 256), (1, 1), 8))).eval().requires_grad_(False)
+    side = 256
+    x = torch.randn(1, params.autoencoder.embed_dim, side // 16, side // 16)
+    beside = codec.memory(16, 16, "decode") - 16**2 * (3 + 4 * (6 * 16 + 10))
+    assert beside == 4 * numbers_of(codec)
+    with torch.inference_mode():
+        taken = most_alive(lambda: codec.to_picture(x))
+    assert taken == pytest.approx(codec.memory(side, side, "decode") - beside, rel=0.25)
+    assert codec.memory(side, side, "encode") - beside == side**2 * (3 + 4 * (6 * 8 + 20))
+    assert codec.memory(side, side) == codec.memory(side, side, "decode")  # the larger
+
+
+@pytest.mark.parametrize("precision, width, casts", [("bfloat16", 32, True), ("auto", 64, True), ("auto", 32, False)])
+def test_bfloat16_is_by_the_rule_that_d_has(precision, width, casts, monkeypatch):
+    """By the width of its maps of most positions; the linear map stays float32."""
+    monkeypatch.setattr(fast, "computes_bfloat16", lambda device: True)
+    params = load_config(str(NANO), ["networks.residual=null"]).networks
+    codec = Codec(replace(params, light=LightParams((64, width), (1, 1), 8))).eval().requires_grad_(False)
+    off_zero(codec.light)
+    torch.nn.init.normal_(codec.light.conv_out.weight, std=0.1)
+    x = torch.randn(1, params.autoencoder.embed_dim, 5, 7)
+    exact = codec.picture(x)
+    prepare(codec, precision)
+    kinds = {name: next(part.parameters()).dtype for name, part in codec.light.named_children()}
+    assert kinds.pop("linear") == torch.float32
+    assert set(kinds.values()) == {torch.bfloat16 if casts else torch.float32}
+    given = codec.picture(x)
+    assert given.dtype == torch.float32 and given.is_contiguous() and torch.equal(given, exact) != casts
+    assert (given - exact).square().mean() < 1e-3 * exact.var()  # 30 dB
+
+
+def test_it_has_graphs_of_its_own_and_maps_that_lie_nhwc_stay_so():
+    codec = Codec(replace(load_config(str(NANO)).networks, light=LightParams((16, 8), (1, 1), 8)))
+    use_graphs(codec)
+    assert isinstance(vars(codec.light)["forward"], Graphed)
+    light, seen = codec.light.to(memory_format=torch.channels_last), []
+    for norm in light.modules():
+        if isinstance(norm, GroupNorm):
+            norm.register_forward_pre_hook(lambda _, maps: seen.append(maps[0]))
+    light(torch.randn(1, codec.params.autoencoder.embed_dim, 3, 5))
+    assert len(seen) == 5 and all(x.is_contiguous(memory_format=torch.channels_last) for x in seen)
 
 
 # Commands -------------------------------------------------------------------------------------------------------------

@@ -1,1 +1,1 @@
-"""What networks are made of, below any of them: attention, normalisation, and what layers keep or share between calls."""
+"""What networks are made of: attention, normalisation, and what layers keep or share between calls."""

@@ -1,7 +1,7 @@
 """A loaded codec made ready to code: which of its networks compute in bfloat16, and how their feature maps lie.
 
-Entropy models, integer networks, the residual codec, VQ distances, the shortcut of the image autoencoder and the steps of
-the diffusion stay in float32: what a file holds decodes to the same integers in every precision.
+Entropy models, integer networks, the residual codec, VQ distances, the linear maps of the image autoencoder and of the light
+decoder and the steps of the diffusion stay in float32: what a file holds decodes to the same integers in every precision.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from models.codec import Codec
 from models.layers import fused_norm, norms
+from models.light import LightDecoder
 from models.speed.graphs import leave_graphs, use_graphs
 
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -28,7 +29,7 @@ def computes_bfloat16(device: torch.device) -> bool:
 
 
 def prepare(codec: Codec, precision: Precision = "auto", without: Sequence[str] = ()) -> Codec:
-    """Set how E, D, VQ-E, VQ-D and U compute, in place, once; float32 leaves weights and bits as they were loaded.
+    """Set how E, D or the light decoder, VQ-E, VQ-D and U compute, in place, once; float32 leaves all as it was loaded.
 
     Args:
         precision: `bfloat16` casts the weights of all of them, and their feature maps lie NHWC; `auto` casts those of
@@ -47,8 +48,10 @@ def prepare(codec: Codec, precision: Precision = "auto", without: Sequence[str] 
     widths = {codec.autoencoder: p.autoencoder.ch, codec.vq_base: p.vq_base.ch}
     parts = [(part, width) for owner, width in widths.items() for part in (owner.encoder, owner.decoder)]
     for network, width in parts:
-        if not automatic or width >= WIDE:
+        if network and (not automatic or width >= WIDE):
             _cast(network)
+    if codec.light and (not automatic or codec.light.params.ch[-1] >= WIDE):
+        _cast_blocks(codec.light)
     if not automatic or p.unet.model_channels >= WIDE:
         _cast_layers(codec.unet)
     return codec
@@ -77,6 +80,13 @@ def _cast(network: nn.Module) -> None:
                 setattr(parent, name, DoublingConv(child.conv))
     network.to(torch.bfloat16).to(memory_format=torch.channels_last)
     _between(network, torch.bfloat16, torch.channels_last, torch.contiguous_format)
+
+
+def _cast_blocks(light: LightDecoder) -> None:
+    """Weights in bfloat16, NHWC, but for the linear map's; the decoder casts what enters and leaves its blocks itself."""
+    for name, part in light.named_children():
+        if name != "linear":
+            part.to(torch.bfloat16).to(memory_format=torch.channels_last)
 
 
 def _cast_layers(network: nn.Module) -> None:

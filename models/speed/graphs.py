@@ -29,6 +29,7 @@ GRAPHED = (
     ("residual.mean_network", "forward"),
     ("residual.synthesis", "forward"),
     ("autoencoder", "decode"),
+    ("light", "forward"),
 )
 
 Replay = Callable[..., Tensor]
