@@ -98,7 +98,7 @@ def test_rates_of_two_releases_and_another_codec_at_the_first_ones_bytes(release
     assert words == ["python", "reproduce.py", *map(str, command), "--device", "cpu"]
     assert means["about"]["weights"]["nano"] == load_release(release).fingerprint.hex()
     assert {path.name for path in out.glob("psnr.*")} == {"psnr.png", "psnr.pdf"}
-    assert (out / "bd_rate.md").read_text().startswith("# BD-rate against webp")
+    assert (out / "bd_rate.md").read_text().startswith("# BD-rate against WebP")
 
 
 def test_by_payload_the_containers_of_other_codecs_do_not_count(release, pictures, tmp_path, monkeypatch):
