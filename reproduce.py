@@ -6,7 +6,7 @@ python reproduce.py table1 --data data/kodak           BD-rate, parameters, seco
 python reproduce.py table2 --data data/kodak --weights STEPS-1 STEPS-2 ...    releases by number of steps
 python reproduce.py branches --data data/kodak --weights RELEASE              base branch, residual branch, both (Fig. 4)
 python reproduce.py eta --data VALIDATION --held_out data/kodak               noise level by rate, c fitted (Fig. 5)
-python reproduce.py variance --data data/kodak         variances in the latent by rate (Fig. 9a)
+python reproduce.py variance --data data/kodak         how much the rate varies from picture to picture (Fig. 9a)
 python reproduce.py ablation --data data/kodak --releases FOLDER              finished ablations in one table (Fig. 10)
 python reproduce.py ceiling --data data/kodak --fit TRAINING    the image autoencoder alone, beside principal components
 python reproduce.py artefacts --data data/kodak        patterns, borders, colour casts and flat areas, by number
@@ -34,6 +34,7 @@ CODECS = ("jpeg2000", "webp", "avif", "heic", "jxl")
 RESULTS = Path("results")
 SIZES = ("512x768", "768x768")
 OTHERS, LABELS = ("avif", "heic", "jpeg2000"), ("ms_ssim", "stlpips-alex")  # of crops
+STEADY = ("webp", "avif", "heic", "jxl")  # of variance: JPEG 2000's setting is the number of bytes
 
 steps = number(int, lambda value: value >= 2, "2 or more")
 side = number(int, lambda value: 16 <= value <= 1024, "a number of pixels from 16 to 1024")
@@ -120,6 +121,11 @@ def by(add) -> None:
     add("--by", choices=["file", "payload"], default="file", help=told)
 
 
+def steady(add) -> None:
+    told = "other codecs, each at one setting (default: " + " ".join(STEADY) + ")"
+    add("--codecs", nargs="*", default=STEADY, metavar="NAME", help=told)
+
+
 def sweep(add) -> None:
     add("--points", type=steps, default=12, metavar="N", help="noise levels in the sweep (default 12)")
     add("--metric", default="lpips-vgg", metavar="NAME", help="to fit by (default %(default)s)")
@@ -204,7 +210,7 @@ COMMANDS = {
     "table2": ("releases by number of steps", [releases, pictures, scores, one_quality]),
     "branches": ("base branch, residual branch, both (Fig. 4)", [releases, pictures, scores, one_quality]),
     "eta": ("noise level by rate (Fig. 5)", [pictures, held_out, sweep]),
-    "variance": ("variances in the latent (Fig. 9a)", [releases, pictures, qualities]),
+    "variance": ("variation of the rate over pictures (Fig. 9a)", [releases, pictures, one_quality, steady]),
     "ablation": ("finished ablations (Fig. 10)", [folders, reference, pictures, scores, one_quality]),
     "ceiling": ("the image autoencoder alone, D(E(X))", [releases, decoders, pictures, scores, fitted]),
     "artefacts": (

@@ -19,7 +19,7 @@ from experiments import (
     timing,
     variance,
 )
-from experiments.coded import evaluator_of
+from experiments.coded import at_quality, evaluator_of
 from experiments.inputs import named_photographs, photographs, releases_of
 from measuring.scores import unavailable
 from utils.distributed import is_main
@@ -69,7 +69,9 @@ def commands(args: argparse.Namespace) -> Iterator[tuple[ModuleType, dict, str |
     if args.held_out:
         photographs(args.held_out, args.limit)
     yield eta, {"weights": first and first[0], "store": None}, lacks
-    yield variance, {"weights": first}, None
+    for name, codec in releases.items():
+        at_quality(name, codec, args.quality)
+    yield variance, {}, None
     reference = None if args.reference in found else f"needs a release of {args.reference} in --releases (--reference)"
     yield ablation, {}, reference
     if args.fit:

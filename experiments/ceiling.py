@@ -29,13 +29,13 @@ def run(args: argparse.Namespace) -> None:
         DiffoError: an option is wrong, before any picture is restored; a picture cannot be read.
     """
     releases, evaluator = releases_of(args, args.decoder), evaluator_of(args)
+    pictures = named_photographs(args.data, args.limit)
     ways = {(name, RESTORED): (codec.autoencoder, codec.picture) for name, codec in releases.items()}
     made_from = {(name, RESTORED): weights_of(codec) for name, codec in releases.items()}
     for channels in sorted({codec.params.autoencoder.embed_dim for codec in releases.values()}) if args.fit else ():
         point = (f"{channels} channels", COMPONENTS)
         network = components(photographs(args.fit), channels)
         ways[point], made_from[point] = (network, network.decode), f"{channels}, {args.fit}"
-    pictures = named_photographs(args.data, args.limit)
     with table_of(args, "pictures", releases) as table:
         for point, way in ways.items():
             jobs = []

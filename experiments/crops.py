@@ -13,7 +13,7 @@ from coding.report import Row
 from experiments.baselines import BASELINES
 from experiments.coded import COUNTED, Coding, Variant, at, baselines_of, curve_of, evaluator_of, table_of
 from experiments.inputs import about, demo_folder, named_photographs, releases_of, spread
-from experiments.summary import write_summary
+from experiments.summary import codec_label, write_summary
 from measuring.scores import SCORES
 from measuring.sheets import Band, Cell, sheet
 from utils.distributed import is_main
@@ -107,7 +107,7 @@ def band(coding: Coding, crop: Crop, rows: Sequence[Row], side: int) -> Band:
     original = crop.of(read_image(coding.pictures[crop.picture]), side)
     cells = [Cell(original, ["original"])]
     for row in rows:
-        label = BASELINES[row["codec"]].label if row["codec"] in BASELINES else row["codec"]
+        label = codec_label(row["codec"])
         if row["bytes"] is None:
             cells.append(Cell(None, [label, "no file so small:", f"at least {row['floor_bytes']:,} bytes"]))
             continue

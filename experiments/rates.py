@@ -8,7 +8,7 @@ from experiments.baselines import BASELINES, Baseline
 from experiments.coded import COUNTED, baselines_of, curve_of, measured
 from experiments.inputs import about, releases_of
 from experiments.published import published, records
-from experiments.summary import BD_RATE, SHOWN, write_summary
+from experiments.summary import BD_RATE, SHOWN, codec_label, write_summary
 from measuring.bd_rate import DOUBTFUL, bd_rate, overlap
 from measuring.charts import Curve, chart
 from models.codec import Codec
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
     if anchor := anchor_of(args):
         found, reasons = bd_rates(means, anchor)
         rows = [{"codec": codec} | row for codec, row in found.items()]
-        write_summary(rows, args.out_path, "bd_rate", told | reasons, f"BD-rate against {anchor}{by}")
+        write_summary(rows, args.out_path, "bd_rate", told | reasons, f"BD-rate against {codec_label(anchor)}{by}")
     draw(means, args)
 
 
@@ -81,26 +81,25 @@ def bd_rates(means: Sequence[Row], anchor: str) -> tuple[dict[str, Row], dict[st
             try:
                 found[codec][BD_RATE + score] = bd_rate(*pair, SHOWN[score].lower_is_better)
                 if (share := overlap(*pair)) < DOUBTFUL:
-                    told = f"doubtful: {share:.0%} of the scores of both curves lie within both"
-                    reasons[f"{codec}, {SHOWN[score].heading}"] = told
+                    told = f"doubtful: the two curves have {100 * share:.0f} % of their scores' range in common"
+                    reasons[f"{codec_label(codec)}, {SHOWN[score].heading}"] = told
             except DiffoError as error:
-                reasons[f"{codec}, {SHOWN[score].heading}"] = str(error)
+                reasons[f"{codec_label(codec)}, {SHOWN[score].heading}"] = str(error)
     return found, reasons
 
 
 def draw(means: Sequence[Row], args: argparse.Namespace) -> None:
     """`<score>.png` and `.pdf` for every score that has a mean, with the published points of set --published."""
-    labels = {name: baseline.label for name, baseline in BASELINES.items()}
     for name, score in SHOWN.items():
         curves = []
         for codec in dict.fromkeys(row["codec"] for row in means):
             if points := curve(means, codec, name):
-                curves.append(Curve(labels.get(codec, codec), *zip(*points, strict=True)))
+                curves.append(Curve(codec_label(codec), *zip(*points, strict=True)))
         if curves:
             curves += published_curves(args.published, name) if args.published else []
             title = f"{score.heading} by rate, mean over {args.data.name}"
             better = "lower" if score.lower_is_better else "higher"
-            unit = f"{score.heading}{', ' + score.unit if score.unit else ''} ({better} is better)"
+            unit = f"{', '.join(filter(None, (score.heading, score.unit)))}, {better} is better"
             chart(curves, args.out_path / f"{name}.png", f"bits per pixel ({COUNTED[args.by]})", unit, title)
 
 

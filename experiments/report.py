@@ -15,7 +15,8 @@ from experiments.eta import rate_label
 from experiments.inputs import demo_folder
 from experiments.published import published
 from experiments.rates import published_curves
-from experiments.summary import HIGH, LOW, heading, lines_of
+from experiments.summary import HIGH, LOW, codec_label, heading, label_words, lines_of
+from experiments.variance import FROM_MEAN, SHARE
 from measuring.scores import SCORES
 from utils.distributed import is_main
 from utils.errors import DiffoError
@@ -137,7 +138,7 @@ def caution(about: dict) -> str | None:
 
 
 def groups_of(tables: dict[str, dict[str, dict]]) -> Iterator[dict]:
-    """Charts that share a legend: every score by the rate, eta by rate, variances."""
+    """Charts that share a legend: every score by the rate, eta by rate, distributions of the rate."""
     if means := tables.get("rates", {}).get("means"):
         yield {"title": means["title"], "charts": list(score_charts(means["rows"], means["about"]))}
     if eta := tables.get("eta", {}).get("eta"):
@@ -148,12 +149,9 @@ def groups_of(tables: dict[str, dict[str, dict]]) -> Iterator[dict]:
         ]
         axes = {"title": SCORES[name].heading, "x": "noise level eta", "unit": "eta", "y": better(name), "log": True}
         yield {"title": eta["title"], "charts": [axes | {"curves": curves}]}
-    if variance := tables.get("variance", {}).get("variance"):
-        rows = variance["rows"]
-        curves = [
-            curve(told, ((row["bpp"], row[kind]) for row in rows)) for kind, told in variance["about"]["kinds"].items()
-        ]
-        axes = BY_RATE | {"title": "Variance", "y": "variance per value"}
+    if distributions := (variance := tables.get("variance", {}).get("variance", {})).get("distributions"):
+        curves = [curve(name, points) for name, points in distributions.items()]
+        axes = {"title": "Distribution of the rate", "x": FROM_MEAN, "unit": "% from the mean", "y": SHARE}
         yield {"title": variance["title"], "charts": [axes | {"curves": curves}]}
 
 
@@ -166,7 +164,7 @@ def score_charts(means: Sequence[Row], about: dict) -> Iterator[dict]:
             rows = [row for row in means if row["codec"] == codec and row.get(name) is not None and row["bpp"]]
             points = [(row["bpp"], row[name], described(row, name)) for row in sorted(rows, key=lambda row: row["bpp"])]
             if points:
-                curves.append(curve(BASELINES[codec].label if codec in BASELINES else codec, points))
+                curves.append(curve(codec_label(codec), points))
         if curves:
             drawn = published_curves(dataset, name) if dataset else []
             curves += [curve(each.label, zip(each.x, each.y, strict=True), measured=False) for each in drawn]
@@ -189,8 +187,7 @@ def described(row: Row, name: str) -> str:
     low, high = row.get(name + LOW), row.get(name + HIGH)
     decimals = SCORES[name].decimals
     interval = f"95 % interval {low:.{decimals}f} to {high:.{decimals}f}\n" if low is not None else ""
-    label = row["label"] if row["codec"] in BASELINES else f"quality {row['label']}"
-    return f"{interval}{row['bytes']:.0f} bytes, {label}"
+    return f"{interval}{row['bytes']:,.0f} bytes, {label_words(row['label'])}"
 
 
 def better(name: str) -> str:

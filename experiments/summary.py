@@ -1,11 +1,13 @@
 """What a command leaves beside its rows: their means with intervals as CSV, JSON, Markdown and on the terminal."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
 from coding.report import COLUMNS, Row, align
 from coding.table import write_json, write_rows
+from experiments.baselines import BASELINES
 from experiments.published import KINDS, published
 from measuring.charts import bars
 from measuring.intervals import Interval, bootstrap
@@ -20,7 +22,20 @@ KIND = "paper's kind"  # a key of experiments.published.KINDS
 PAPER = "paper_"  # begins the columns of what the paper printed
 BD_RATE, CHANGE = "bd-rate-", "change-of-"  # begin columns of a score's BD-rate, and of its change from a reference
 
-HEADINGS = {"reached": "pictures reached", "encode_s": "encode s", "decode_s": "decode s"}
+HEADINGS = {
+    "label": "variant",
+    "reached": "pictures reached",
+    "half_size": "of these at half size",
+    "floor_bytes": "smallest file where not reached, bytes",
+    "payload_bytes": "bytes without container",
+    "bpp": "bits per pixel",
+    "eta": "noise level eta",
+    "encode_s": "encode, s ↓",
+    "decode_s": "decode, s ↓",
+    "ms": "median, ms ↓",
+}
+DECIMALS = {"bpp": 4, "eta": 3}
+CODE = ("command", "commit", "weights")  # what a table says of these is code, the rest are words
 
 
 def mean_of(rows: Sequence[Row], scores: Sequence[str]) -> Row:
@@ -78,9 +93,20 @@ def heading(column: str) -> str:
         told = f"{score.heading} {score.unit}".strip() + (" ↓" if score.lower_is_better else " ↑")
     else:
         told = HEADINGS.get(name) or (COLUMNS.get(name) or (name.replace("_", " "),))[0]
-    told = f"BD-rate % of {score.heading}" if name.startswith(BD_RATE) else told
+    told = f"BD-rate by {score.heading}, % ↓" if name.startswith(BD_RATE) else told
     told = f"change of {told}" if name.startswith(CHANGE) else told
-    return f"{told}, paper" if column != name else told
+    return f"{told.replace(' (luma)', '')}, paper" if column != name else told  # papers do not say of which channels
+
+
+def codec_label(name: str) -> str:
+    """A codec's name for readers."""
+    return BASELINES[name].label if name in BASELINES else name
+
+
+def label_words(label: str) -> str:
+    """A row's label for readers: `40` is a quality, `at 40` stands for the bytes that were taken there."""
+    label = re.sub(r"^(at )?(?=[\d.]+( by payload)?$)", r"\1quality ", label)
+    return re.sub("^at ", "at the bytes of ", label)
 
 
 def write_summary(rows: Sequence[Row], folder: Path, name: str, about: dict, title: str, **more: object) -> None:
@@ -88,8 +114,9 @@ def write_summary(rows: Sequence[Row], folder: Path, name: str, about: dict, tit
     columns = filled(rows)
     write_rows(rows, folder / f"{name}.csv", columns)
     write_json({"title": title, "about": about, "rows": list(rows)} | more, folder / f"{name}.json")
-    told = [f"# {title}", "", *markdown(lines_of(rows)), "", *(f"- {key}: {_words(about[key])}" for key in about)]
-    if any(key.endswith(LOW) for row in rows for key in row):
+    told = [f"# {title}", "", *markdown(lines_of(rows)), ""]
+    told += [f"- {key}: {_words(value, code=key in CODE)}" for key, value in about.items() if value is not None]
+    if any(key.endswith(LOW) for key in columns):
         told.append("- in brackets: 95 % intervals, of means by bootstrap over pictures")
     told += [f"- {heading(key)}: {SHOWN[key].convention}" for key in columns if key in SHOWN]
     told += [f"- {kind}: {KINDS[kind]}" for kind in dict.fromkeys(row[KIND] for row in rows if KIND in row)]
@@ -115,7 +142,8 @@ def draw_bars(
     for key in (key for key in filled(rows) if key in columns):
         found = [row for row in rows if row.get(key) is not None]
         values = {
-            " ".join(str(r[n]) for n in names): Interval(r[key], r.get(key + LOW), r.get(key + HIGH)) for r in found
+            " ".join(_number(n, r[n]) for n in names): Interval(r[key], r.get(key + LOW), r.get(key + HIGH))
+            for r in found
         }
         bars(values, folder / f"{stem}{key}.png", heading(key), title)
 
@@ -140,16 +168,21 @@ def markdown(lines: Sequence[Sequence[str]]) -> list[str]:
 def _number(key: str, value: str | int | float | None) -> str:
     if value is None:
         return "-"
-    if not isinstance(value, float):
-        return str(value)
-    if key.removeprefix(PAPER).startswith(BD_RATE):
+    if isinstance(value, str):
+        words = {"label": label_words, "codec": codec_label}.get(key)
+        return words(value) if words else value
+    key = key.removeprefix(PAPER)
+    sign = "+" if key.startswith((BD_RATE, CHANGE)) else ""
+    if isinstance(value, int) or key.endswith("bytes"):
+        return f"{value:{sign},.0f}"
+    if key.startswith(BD_RATE):
         return f"{value:+.2f}"
-    if score := SHOWN.get(key.removeprefix(PAPER).removeprefix(CHANGE)):
-        return f"{value:.{score.decimals}f}"
-    return f"{value:.0f}" if key.endswith("bytes") else f"{value:.4g}"
+    if score := SHOWN.get(key.removeprefix(CHANGE)):
+        return f"{value:{sign}.{score.decimals}f}"
+    return f"{value:.{DECIMALS[key]}f}" if key in DECIMALS else f"{value:.4g}"
 
 
-def _words(value: object) -> str:
+def _words(value: object, code: bool = False) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{key} {_words(item)}" for key, item in value.items()) or "none"
-    return f"`{value}`" if isinstance(value, str) else str(value)
+        return ", ".join(f"{key} {_words(item, code)}" for key, item in value.items()) or "none"
+    return f"`{value}`" if code else str(value)

@@ -9,7 +9,7 @@ from experiments.coded import COUNTED, at_quality, table_of
 from experiments.inputs import about, releases_of
 from experiments.published import Published, published
 from experiments.rates import anchor_of, bd_rates, points
-from experiments.summary import BD_RATE, KIND, PAPER, draw_bars, origin, write_summary
+from experiments.summary import BD_RATE, KIND, PAPER, codec_label, draw_bars, origin, write_summary
 from experiments.timing import TOTAL, made_from, measure
 from models.codec import Codec
 from utils.distributed import is_main
@@ -55,7 +55,8 @@ def run(args: argparse.Namespace) -> None:
         bytes=COUNTED[args.by],
         paper=origin("paper-table1"),
     )
-    title = f"Table 1: {f'BD-rate against {anchor}, ' if anchor else ''}size and speed"
+    against = f"BD-rate against {codec_label(anchor)} (the paper's against CDC), " if anchor else ""
+    title = f"Table 1: {against}size and speed"
     write_summary(rows, args.out_path, "table1", told | reasons, title)
     draw_bars(rows, args.out_path, [BD_RATE + name for name in args.metrics], ("codec",), title)
 

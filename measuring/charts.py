@@ -18,7 +18,10 @@ if TYPE_CHECKING:  # it takes a second to import
 from utils.images import write_image
 
 COLUMN, MARGIN, CAPTION = 512, 24, 36  # pixels; pictures fit a square as wide as a column: portraits stay as large
-MARKERS, LINES = "os^vDPX<>*", ("-", "--", "-.")  # curves are told apart without colour
+# Curves are told apart without colour: neighbours differ by marker, dashes and lightness.
+MARKERS = "os^vDPX<>*"
+LINES = ("-", (0, (5, 1.5)), (0, (4, 1.5, 1, 1.5)), (0, (2, 1)), (0, (7, 1.5, 1, 1.5, 1, 1.5)))
+LIGHTEST = 0.8  # of viridis: yellow does not show on white
 
 Row = tuple[torch.Tensor, torch.Tensor, str, str]
 
@@ -27,7 +30,7 @@ Row = tuple[torch.Tensor, torch.Tensor, str, str]
 class Curve:
     """One line: its label, x and y, optionally the x of a point to mark on it, and whether it was measured here.
 
-    Those that were not are drawn hollow and dotted.
+    Those that were not are drawn hollow, dotted and thin, below the others and in shades of their own.
     """
 
     label: str
@@ -40,7 +43,7 @@ class Curve:
 def chart(
     curves: Sequence[Curve], path: str | os.PathLike[str], x: str, y: str, title: str, log_x: bool = False
 ) -> None:
-    """Draw the curves as a PNG file at `path`, and as a PDF file beside it; darker ones later, each with its own marker.
+    """Draw the curves as a PNG file at `path`, and as a PDF file beside it; the first is the darkest, and lies on top.
 
     Args:
         x, y: names of the axes, with units.
@@ -48,27 +51,29 @@ def chart(
         DiffoError: the folder of `path` cannot be written.
     """
     import matplotlib
-    import numpy as np
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.2, 4.6), dpi=150, layout="constrained")
     axes = figure.subplots()
-    shades = matplotlib.colormaps["viridis_r"](np.linspace(0.15 if len(curves) > 1 else 0.7, 1, len(curves)))
-    for i, (curve, shade) in enumerate(zip(curves, shades, strict=True)):
-        line = {"marker": MARKERS[i % len(MARKERS)], "linestyle": LINES[i // len(MARKERS) % len(LINES)]}
-        if not curve.measured:
-            line |= {"linestyle": ":", "markerfacecolor": "white"}
-        axes.plot(curve.x, curve.y, color=shade, label=curve.label, markersize=5, linewidth=1.6, **line)
-        if curve.mark is not None:
-            height = np.interp(curve.mark, curve.x, curve.y)
-            axes.plot([curve.mark], [height], "D", color=shade, markersize=9, markeredgecolor="black")
+    for measured in (True, False):
+        alike = [curve for curve in curves if curve.measured == measured]
+        shades = matplotlib.colormaps["viridis"](np.linspace(0, LIGHTEST, len(alike)))
+        for i, (curve, shade) in enumerate(zip(alike, shades, strict=True)):
+            look = {"marker": MARKERS[i % len(MARKERS)], "color": shade, "markersize": 6, "zorder": 3 - i / len(alike)}
+            look |= {"linestyle": LINES[i % len(LINES)], "linewidth": 1.8}
+            if not measured:
+                look |= {"linestyle": ":", "linewidth": 1, "markersize": 5, "markerfacecolor": "white", "zorder": 1}
+            axes.plot(curve.x, curve.y, label=curve.label, **look)
+            if curve.mark is not None:
+                height = np.interp(curve.mark, curve.x, curve.y)
+                axes.plot([curve.mark], [height], "D", color=shade, markersize=9, markeredgecolor="black", zorder=4)
     if log_x:
         axes.set_xscale("log")
     axes.set(xlabel=x, ylabel=y, title=title)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     if len(curves) > 1:
-        figure.legend(frameon=False, fontsize=9, loc="outside right upper")
+        figure.legend(frameon=False, fontsize=9, handlelength=3.6, loc="outside right upper")
     _save(figure, Path(path))
 
 

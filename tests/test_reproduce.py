@@ -2,6 +2,7 @@
 
 import math
 import shlex
+import statistics
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from experiments import all as everything
-from experiments import artefacts, branches
+from experiments import artefacts, branches, variance
 from experiments.baselines import BASELINES, Baseline
 from measuring.artefacts import smooth_blocks
 from measuring.patches import PatchDistances
@@ -98,7 +99,7 @@ def test_rates_of_two_releases_and_another_codec_at_the_first_ones_bytes(release
     assert words == ["python", "reproduce.py", *map(str, command), "--device", "cpu"]
     assert means["about"]["weights"]["nano"] == load_release(release).fingerprint.hex()
     assert {path.name for path in out.glob("psnr.*")} == {"psnr.png", "psnr.pdf"}
-    assert (out / "bd_rate.md").read_text().startswith("# BD-rate against webp")
+    assert (out / "bd_rate.md").read_text().startswith("# BD-rate against WebP")
 
 
 def test_by_payload_the_containers_of_other_codecs_do_not_count(release, pictures, tmp_path, monkeypatch):
@@ -236,18 +237,44 @@ def test_two_layers_against_a_base_alone_at_its_bytes(release, plain, pictures, 
     assert our_mean["won by GMSD"] == f"{won} of 2"
 
 
-def test_variances_in_the_latent(release, pictures, tmp_path):
-    command = ["variance", "--weights", release, "--data", pictures, "-o", tmp_path / "out", "--qualities", 0, 100]
+def test_the_rate_varies_with_the_content_unless_indices_are_at_fixed_length(release, tmp_path):
+    """Three pictures; a picture of 96x80 has 6 x 5 indices, and 16 bytes of header and check beside them."""
+    for i in range(3):
+        photograph(tmp_path / "three" / f"{i}.png", 96, 80, seed=i)
+    out, images = tmp_path / "out", [read_image(tmp_path / "three" / f"{i}.png") for i in range(3)]
+    command = ["variance", "--weights", release, "--data", tmp_path / "three", "-o", out, "--codecs", "webp"]
     assert reproduce(*command) == 0
-    low, high = told_in(tmp_path / "out" / "variance.json")["rows"]
-    assert low["lost"] == pytest.approx(low["base_lost"]) and high["lost"] != pytest.approx(high["base_lost"])
-    assert low["latent"] == pytest.approx(high["latent"]) and low["bpp"] < high["bpp"]
-    sizes = [len(load_release(release).compress(read_image(pictures / f"{i}.png"))) for i in range(2)]
-    assert low["bpp"] == pytest.approx(8 * sum(sizes) / 2 / (96 * 80))  # of whole files, as the chart says
     codec = load_release(release)
-    etas = [codec.decode(codec.compress(read_image(pictures / f"{i}.png"))).eta for i in range(2)]
-    assert low["noise"] == pytest.approx(codec.schedule.kappa**2 * sum(etas) / 2)
-    assert (tmp_path / "out" / "variance.pdf").is_file()
+    ours, fixed, webp = told_in(out / "variance.json")["rows"]
+    rates = [8 * len(codec.compress(image)) / (96 * 80) for image in images]
+    assert (ours["label"], ours["bpp"]) == ("0", pytest.approx(statistics.mean(rates)))
+    assert ours["standard deviation, bits per pixel"] == pytest.approx(statistics.stdev(rates)) and min(rates) < max(
+        rates
+    )
+    assert (ours["least, bits per pixel"], ours["largest, bits per pixel"]) == pytest.approx((min(rates), max(rates)))
+    size = 16 + math.ceil(30 * math.log2(codec.params.vq_base.codebook_size) / 8)
+    assert fixed["bpp"] == pytest.approx(8 * size / (96 * 80)) and fixed["of the mean, %"] == pytest.approx(0)
+    means = {q: statistics.mean(len(BASELINES["webp"].at(image, q).data) for image in images) for q in range(0, 101, 5)}
+    closest = min(abs(mean - ours["bpp"] * 96 * 80 / 8) for mean in means.values())
+    assert abs(webp["bpp"] - ours["bpp"]) * 96 * 80 / 8 <= closest + 1e-9 and webp["label"].startswith("quality ")
+    assert (out / "variance.pdf").is_file()
+
+
+def test_the_nearest_setting_is_found_on_either_side_of_the_bytes():
+    """Files of 10, 20, 40 and 80 bytes at settings 0 to 3, and where even the smallest is too large."""
+    sizes, codec = (10, 20, 40, 80), SimpleNamespace(name="a", setting="{}", settings=range(4))
+
+    def measure(name, label, made, size):
+        return [{"bytes": sizes[int(label)], "label": label}]
+
+    for aim, expected in ((28, "1"), (32, "2"), (40, "2"), (5, "0"), (500, "3")):
+        assert variance.nearest(measure, codec, aim)[0]["label"] == expected
+
+
+def test_a_distribution_is_about_its_mean():
+    assert variance.distribution([0.3, 0.1, 0.2, 0.2]) == [
+        (pytest.approx(x), y) for x, y in ((-50, 12.5), (0, 37.5), (0, 62.5), (50, 87.5))
+    ]
 
 
 def test_the_autoencoder_alone_beside_principal_components(release, pictures, tmp_path):
