@@ -50,9 +50,9 @@ class Run:
         self.weights = Weights(args)
         self.device = self.weights.device
         self.evaluator = Evaluator(args.metrics, self.device)  # unknown names stop here
-        if self.weights.fixed:
-            self.weights.codec()  # wrong ones are told before any picture is read
-        self.earlier = Earlier(args, self.evaluator.names)
+        # Wrong weights are told before any picture is read.
+        fingerprint = self.weights.codec().fingerprint if self.weights.fixed else None
+        self.earlier = Earlier(args, self.evaluator.names, fingerprint)
         self.steps = Steps(args, folder, self.weights, self.evaluator, self.earlier)
         self.lanes = 1
 
