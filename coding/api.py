@@ -9,7 +9,9 @@ From other folders `torch.hub.load(FOLDER, "diffo", source="local")` gives the s
 
 import math
 import os
+from numbers import Real
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
@@ -54,11 +56,12 @@ def load_codec(
             it pays. Files read with either are the same integers.
     Raises:
         CheckpointError: no release there, a damaged one, files of several, or no light decoder. DiffoError: no such
-        device. ValueError: no such decoder.
+        device. ValueError: no such decoder or precision.
     """
-    if decoder not in DECODERS:
-        raise ValueError(f"decoder {decoder!r}: {' or '.join(DECODERS)}")
-    model = load_release(Path(weights or SMALL), local_device(str(device), "device"), decoder)
+    for name, value, allowed in (("decoder", decoder, DECODERS), ("precision", precision, get_args(Precision))):
+        if value not in allowed:
+            raise ValueError(f"{name} {value!r}: {', '.join(allowed)}")
+    model = load_release(SMALL if weights is None else Path(weights), local_device(str(device), "device"), decoder)
     model.max_pixels = max_pixels
     return ImageCodec(prepare(model, precision))
 
@@ -95,14 +98,9 @@ class ImageCodec:
         Raises:
             PictureError: not a picture, too small or too large. BudgetError: below the smallest file of the picture.
             CheckpointError: weights that have no residual, with a quality above 0. ValueError: arguments that contradict
-            each other or are out of range.
+            each other or are out of range. TypeError: one that is no number.
         """
-        asked = {"quality": quality, "target_bpp": target_bpp, "max_bytes": max_bytes}
-        named = [name for name, value in asked.items() if value is not None]
-        if len(named) > 1:
-            raise ValueError(f"{' and '.join(named)} contradict each other: give one of them")
-        if target_bpp is not None and not 0 < target_bpp < math.inf:
-            raise ValueError(f"target_bpp {target_bpp}: bits per pixel, above 0")
+        _require_one(quality=quality, target_bpp=target_bpp, max_bytes=max_bytes)
         code = self.model.level_code(quality or 0)
         picture = as_picture(image, self.model.max_pixels)
         analysed = self.model.analyse(picture)
@@ -138,6 +136,20 @@ class ImageCodec:
         facts = {"version": VERSION, "weights": file.fingerprint.hex()} | ledger.ledger(file)
         own = file.fingerprint == self.model.fingerprint
         return facts | (ledger.beside(self.model, self.model.read(data)) if own else {})
+
+
+def _require_one(**asked: float | None) -> None:
+    """Raise ValueError or TypeError unless at most one size is asked for, and that is a number that can be."""
+    named = {name: value for name, value in asked.items() if value is not None}
+    if len(named) > 1:
+        raise ValueError(f"{' and '.join(named)} contradict each other: give one of them")
+    for name, value in named.items():
+        if not isinstance(value, Real):
+            raise TypeError(f"{name} {value!r}: a number is wanted")
+        if name == "target_bpp" and not 0 < value < math.inf:
+            raise ValueError(f"target_bpp {value}: bits per pixel, above 0")
+        if name == "max_bytes" and not 1 <= value < math.inf:
+            raise ValueError(f"max_bytes {value}: bytes of the file, from 1")
 
 
 def as_bytes(data: Bytes) -> bytes:

@@ -8,7 +8,7 @@ from coding.report import Row
 from coding.table import Table
 from coding.weights import read_bytes
 from models.bitstream import unpack
-from utils.errors import BitstreamError
+from utils.errors import BitstreamError, CheckpointError
 from utils.images import is_whole
 
 
@@ -17,12 +17,13 @@ class Earlier:
 
     Args:
         scores: names of those that rows must have, besides PSNR, where pictures are compared.
+        fingerprint: of the weights that files must be of; None where each file names its own.
     Attributes:
         table: has the rows; None where one file is written alone.
     """
 
-    def __init__(self, args: argparse.Namespace, scores: Sequence[str]):
-        self.max_pixels, self.scores = args.max_pixels, scores
+    def __init__(self, args: argparse.Namespace, scores: Sequence[str], fingerprint: bytes | None):
+        self.max_pixels, self.scores, self.fingerprint = args.max_pixels, scores, fingerprint
         self.encodes, self.decodes = args.mode != "decompress", args.mode != "compress"
         self.table: Table | None = None
 
@@ -30,15 +31,18 @@ class Earlier:
         return self.table.get(job.name) if self.table else None
 
     def stream(self, job: Job) -> bytes | None:
-        """The file that was written, if it is whole."""
+        """The file that was written, if it is whole. Raises CheckpointError if it is of other weights."""
         path = job.output(STREAM)
         if not (self.encodes and path.is_file()):
             return None
         try:
             data = read_bytes(path, self.max_pixels)
-            unpack(data)
+            theirs = unpack(data).fingerprint
         except BitstreamError:
             return None
+        if theirs != self.fingerprint:
+            told = f"{path} is there, of the weights {theirs.hex()}, where these are {self.fingerprint.hex()}"
+            raise CheckpointError(f"{told}; choose another -o, or replace it with --overwrite")
         return data
 
     def picture(self, job: Job) -> bool:

@@ -19,7 +19,6 @@ from measuring.evaluator import Evaluator
 from models.speed.fast import precision_of
 from utils.errors import DiffoError
 from utils.images import read_image
-from utils.picture_files import strict_pillow
 from utils.precision import full_precision
 
 BATCH = 16  # pictures that go through the networks at once, at most, unless --batch says so
@@ -51,9 +50,9 @@ class Run:
         self.weights = Weights(args)
         self.device = self.weights.device
         self.evaluator = Evaluator(args.metrics, self.device)  # unknown names stop here
-        if self.weights.fixed:
-            self.weights.codec()  # wrong ones are told before any picture is read
-        self.earlier = Earlier(args, self.evaluator.names)
+        # Wrong weights are told before any picture is read.
+        fingerprint = self.weights.codec().fingerprint if self.weights.fixed else None
+        self.earlier = Earlier(args, self.evaluator.names, fingerprint)
         self.steps = Steps(args, folder, self.weights, self.evaluator, self.earlier)
         self.lanes = 1
 
@@ -62,7 +61,7 @@ class Run:
         most = 1 if self.args.batch == 1 else CUDA_LANES if self.device.type == "cuda" else self.steps.threads + 1
         self.lanes = max(1, min(most, len(jobs)))
         try:
-            with full_precision(), strict_pillow():  # of the process: lanes would put them back under each other's feet
+            with full_precision():  # of the process: lanes would put it back under each other's feet
                 in_lanes(self._lane, jobs, self.lanes, take, stopped)
         finally:
             torch.set_num_threads(self.steps.threads)

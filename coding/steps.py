@@ -96,6 +96,8 @@ class Steps:
         if self.encodes and (self.decodes or item.data is None):
             item.image = read_image(job.source, args.max_pixels)
         item.original = read_image(job.reference, args.max_pixels) if job.reference else item.image
+        if item.image is not None:
+            require_comparable(item)
         if item.data is not None:
             self.parse(item)
             if args.skip_existing and self.earlier.picture(job):
@@ -125,12 +127,9 @@ class Steps:
 
     def parse(self, item: Item) -> None:
         """What is in the file: its ledger, its integers."""
-        args, original = self.args, item.original
+        args = self.args
         item.file = file = unpack(item.data, args.preview)
-        if original is not None and original.shape[1:] != item.size:
-            theirs, ours = f"{original.shape[2]}x{original.shape[1]}", f"{file.width}x{file.height}"
-            told = f"{item.job.reference or item.job.source}: {theirs} cannot be compared with the decoded {ours}"
-            raise PictureError(told)
+        require_comparable(item)
         item.codec = self.weights.codec(file.fingerprint)
         item.codec.require_allowed(*item.size)
         item.contents, seconds = self._timed(lambda: item.codec.read(item.data, args.preview))
@@ -213,6 +212,14 @@ class Steps:
             raise PictureError(f"not enough memory on {self.device} for a picture of this size") from error
         sync()
         return result, time.perf_counter() - began
+
+
+def require_comparable(item: Item) -> None:
+    """Raise PictureError if the original has another size than the item."""
+    if item.original is not None and item.original.shape[1:] != item.size:
+        (height, width), (_, rows, columns) = item.size, item.original.shape
+        name = item.job.reference or item.job.source
+        raise PictureError(f"{name}: {columns}x{rows} cannot be compared with {width}x{height}")
 
 
 def add_scores(row: Row, scores: dict[str, float | None]) -> None:

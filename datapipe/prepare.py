@@ -22,7 +22,7 @@ from datapipe.sources import read_list
 from datapipe.test_sets import CROP, SETS
 from utils.commandline import answer, command_parser, positive
 from utils.errors import DiffoError, PictureError
-from utils.files import PICTURES, atomic_write, make_folder, tell_left_out
+from utils.files import PICTURES, atomic_write, made_folder, tell_left_out
 from utils.images import find_pictures, read_image
 
 CHECKERS = min(4, os.cpu_count() or 1)  # processes that decode for --check
@@ -45,7 +45,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         sub.add_argument("pictures", nargs="+", metavar="PATH", help="folders (sub-folders included) or .txt lists")
         sub.add_argument("-o", "--out", type=Path, required=True, metavar=out)
         sub.add_argument("--check", action="store_true", help="decode every picture and leave unreadable ones out")
-    sub.add_argument("--name", default="pictures", help="of the shards: NAME-000000.tar (default: pictures)")
+    sub.add_argument(
+        "--name", default="pictures", type=file_name, help="of the shards: NAME-000000.tar (default: pictures)"
+    )
     sub.add_argument("--max_count", type=positive, default=10_000, metavar="N", help="pictures a shard (default 10000)")
     sub.add_argument("--max_mb", type=positive, default=1000, metavar="MB", help="size of a shard (default 1000)")
     sub = command(make_indexes, "index", "index existing WebDataset tar shards, so that training can read them")
@@ -57,6 +59,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def file_name(text: str) -> str:
+    """An argparse type: a name without folders."""
+    if not text or Path(text).name != text:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a name without folders")
+    return text
+
+
 def make_list(args: argparse.Namespace) -> None:
     """Paths below the list's folder are written relative to it: list and pictures may move together."""
     base = Path(os.path.realpath(args.out.parent))
@@ -65,7 +74,7 @@ def make_list(args: argparse.Namespace) -> None:
         absolute = Path(os.path.abspath(path))
         line = str(absolute.relative_to(base) if absolute.is_relative_to(base) else absolute)
         if line != line.strip() or len(line.splitlines()) != 1:
-            raise DiffoError(f"{path!r}: this name cannot stand in a list; rename the file")
+            raise DiffoError(f"{str(path)!r}: this name cannot stand in a list; rename the file")
         lines.append(line + "\n")
     atomic_write(args.out, "".join(lines).encode())
     print(f"{args.out}: {len(lines)} pictures")
@@ -78,9 +87,9 @@ def make_shards(args: argparse.Namespace) -> None:
     foreign = [path for path in paths if path.suffix.lower() not in PICTURES]
     if foreign:
         raise DiffoError(f"{foreign[0]}: no name of a picture, so readers of the shards would not find it")
-    make_folder(args.out)
     shown = tqdm(paths, desc="packing", disable=None)
-    write_shards(shown, args.out, args.name, args.max_count, args.max_mb * 10**6)
+    with made_folder(args.out):
+        write_shards(shown, args.out, args.name, args.max_count, args.max_mb * 10**6)
     print(f"{args.out}: {len(paths)} pictures in {len(find_shards([str(args.out)]))} shards, indexed")
 
 

@@ -132,18 +132,35 @@ def write_index(tar: Path) -> tuple[int, int]:
 def write_shards(paths: Iterable[Path], folder: Path, name: str, max_count: int, max_bytes: int) -> None:
     """Pack picture files, as they are and in this order, into `<folder>/<name>-<number>.tar`, then index the tars.
 
-    A key is the picture's number and name, its dots replaced: keys have none. The same files give the same bytes. A
-    file that cannot be read raises OSError; what is packed then has no index, and so is not read.
+    A key is the picture's number and name, its dots replaced: keys have none. The same files give the same bytes. If
+    it is broken off, by an interrupt too, its tars go.
+
+    Raises:
+        PictureError: a file that cannot be read.
     """
     from webdataset import ShardWriter
 
     pattern = str(folder / name).replace("%", "%%") + "-%06d.tar"
-    with ShardWriter(pattern, max_count, max_bytes, verbose=0, encoder=False, mtime=0) as writer:
-        for position, path in enumerate(paths):
-            key = f"{position:09d}_{path.stem.replace('.', '_')}"
-            writer.write({"__key__": key, path.suffix[1:].lower(): path.read_bytes()})
-    for tar in find_shards([str(folder)]):
-        write_index(tar)
+    try:
+        with ShardWriter(pattern, max_count, max_bytes, verbose=0, encoder=False, mtime=0) as writer:
+            for position, path in enumerate(paths):
+                key = f"{position:09d}_{path.stem.replace('.', '_')}"
+                writer.write({"__key__": key, path.suffix[1:].lower(): _content(path)})
+        for tar in find_shards([str(folder)]):
+            write_index(tar)
+    except BaseException:
+        for part in folder.iterdir():
+            if part.name.startswith(f"{name}-"):
+                part.unlink()
+        raise
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        told = f"{path}: cannot be read ({error.strerror}); --check leaves out what cannot be read"
+        raise PictureError(told) from error
 
 
 def _fingerprint(tar: Path) -> int:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from utils.download import fetch
 from utils.errors import DiffoError
 from utils.files import atomic_path, make_folder
-from utils.images import find_pictures
+from utils.images import find_pictures, read_image
 
 CROP = 768  # pixels; of CLIC2020 in the papers on diffusion codecs, DiffO (Section 4) among them
 
@@ -110,8 +110,9 @@ def crop(folder: Path, report: Callable[[str], None]) -> None:
     crops = make_folder(folder / str(CROP))
     pictures = find_pictures(folder / "full", recursive=True)
     for path in tqdm(pictures, desc=f"cropping to {CROP}x{CROP}", disable=None):
-        with Image.open(path) as picture, atomic_path(crops / path.name) as temporary:
-            square = ImageOps.fit(picture.convert("RGB"), (CROP, CROP), Image.Resampling.BICUBIC)
+        with atomic_path(crops / path.name) as temporary:
+            picture = Image.fromarray(read_image(path).permute(1, 2, 0).numpy())
+            square = ImageOps.fit(picture, (CROP, CROP), Image.Resampling.BICUBIC)
             square.save(temporary, "png")
     report(f"{crops}: {len(pictures)} crops, {CROP}x{CROP}")
 

@@ -138,6 +138,8 @@ def test_rates_are_those_that_are_asked_for(codec, path):
         ({"quality": 101}, "quality 101: from 0"),
         ({"target_bpp": float("nan")}, "target_bpp nan: bits per pixel, above 0"),
         ({"target_bpp": float("inf")}, "target_bpp inf"),
+        ({"max_bytes": 0}, "max_bytes 0: bytes of the file, from 1"),
+        ({"max_bytes": float("nan")}, "max_bytes nan"),
         ({"quality": 0, "max_bytes": 3000}, "quality and max_bytes contradict each other"),
     ],
     ids=str,
@@ -145,6 +147,13 @@ def test_rates_are_those_that_are_asked_for(codec, path):
 def test_arguments_that_cannot_be_are_value_errors(codec, path, asked, told):
     with pytest.raises(ValueError, match=told):
         codec.compress(path, **asked)
+
+
+def test_an_argument_that_is_no_number_is_a_type_error(codec, path):
+    for asked in ({"quality": "40"}, {"target_bpp": "0.06"}, {"max_bytes": [3000]}):
+        with pytest.raises(TypeError, match=f"^{next(iter(asked))} .*: a number is wanted$"):
+            codec.compress(path, **asked)
+    assert codec.compress(path, max_bytes=np.int64(300)) == codec.compress(path, max_bytes=300)
 
 
 def test_bytes_of_every_kind(codec, path, rgb):
@@ -196,6 +205,11 @@ def test_a_file_of_other_weights_has_its_sizes_and_no_picture(codec, path):
 def test_weights_and_devices_that_are_not_there(tmp_path):
     with pytest.raises(CheckpointError, match="no release there"):
         load_codec(tmp_path)
+    with pytest.raises(CheckpointError, match="no release there"):
+        load_codec("")  # of a variable that is not set, say
+    for wrong in ({"precision": "fp16"}, {"decoder": "small"}):
+        with pytest.raises(ValueError, match=".*: (auto, float32, bfloat16|full, light)$"):
+            load_codec(**wrong)
     with pytest.raises(DiffoError, match="device tpu: not one of auto, cpu"):
         load_codec(device="tpu")
     if not torch.cuda.is_available():

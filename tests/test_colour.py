@@ -118,6 +118,18 @@ def test_srgb_and_what_cannot_be_used_change_nothing_and_cost_nothing(tmp_path, 
     assert colour._conversion.cache_info().misses == before
 
 
+def test_the_profile_in_the_header_of_jpeg_2000_counts(tmp_path):
+    """Pillow leaves it there: the `colr` box has 3 bytes before it, the first one 2 for a profile."""
+    plain("RGB", COLOUR).save(tmp_path / "a.jp2")
+    head, named, rest = (tmp_path / "a.jp2").read_bytes().partition(struct.pack(">I", 15) + b"colr")
+    assert rest[:3] == b"\1\0\0"  # of 15 bytes, 8 are left for sRGB's number
+    box = struct.pack(">I4s3B", 11 + len(EXCHANGED), b"colr", 2, 0, 0) + EXCHANGED
+    outer = struct.pack(">I", 30 + len(box)) + b"jp2h"
+    (tmp_path / "a.jp2").write_bytes(head.replace(struct.pack(">I", 45) + b"jp2h", outer) + box + rest[7:])
+    picture = read_image(tmp_path / "a.jp2")
+    assert picture[:, 0, 0].tolist() == pytest.approx((60, 200, 120), abs=2)
+
+
 def test_lab_is_read(tmp_path):
     lab = ImageCms.profileToProfile(
         plain("RGB", COLOUR), ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB"

@@ -6,6 +6,7 @@ from typing import Literal
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from models.codec import Codec
 from tests.commands import ROOT
@@ -233,6 +234,16 @@ def test_what_cannot_train_is_refused_with_its_key_and_where_it_came_from(overri
         with pytest.raises(ConfigError) as error:
             load_config(str(path), overrides)
         assert str(error.value).startswith(f"{origin}: networks.{REFUSED[override]}")
+
+
+@pytest.mark.parametrize("key", ["fooo.bar", "networks.fooo", "networks.fooo.bar", "fooo"])
+def test_an_unknown_key_is_told_with_where_it_came_from(key, tmp_path):
+    above = tmp_path / "above.yaml"
+    above.write_text(f"base: {TINY}\n")
+    OmegaConf.save(OmegaConf.from_dotlist([f"{key}=1"]), tmp_path / "odd.yaml")
+    for path, overrides, origin in ((above, [f"{key}=1"], "command line"), (tmp_path / "odd.yaml", [], "odd.yaml")):
+        with pytest.raises(ConfigError, match=f"{origin}: (networks: )?unknown key fooo; "):
+            load_config(str(path), overrides)
 
 
 def test_the_small_model_needs_no_pretrained_weights():

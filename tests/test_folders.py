@@ -20,7 +20,7 @@ from models.bitstream import unpack
 from models.codec import Codec
 from tests.commands import ROOT, call, grey_values, photograph
 from tests.commands import run as command
-from tests.small_releases import two_layers
+from tests.small_releases import base_alone, two_layers
 from utils.errors import PictureError
 from utils.images import is_whole
 from utils.stopping import StopRequest
@@ -87,6 +87,7 @@ def test_what_fails_in_a_batch_fails_alone(pictures, weights, tmp_path, capsys, 
         return render(codec, contents, sampling)
 
     monkeypatch.setattr(Codec, "render_all", fail)
+    monkeypatch.setattr(running, "in_lanes", lambda work, jobs, _, *rest: in_lanes(work, jobs, 1, *rest))  # one batch
     files = tmp_path / "files"
     assert call(capsys, "--mode", "compress", "-i", pictures / "3.png", "-o", files, *weights)[0] == 0
     bad = unpack((files / "3.dfo").read_bytes()).base
@@ -160,6 +161,16 @@ def test_skip_existing_of_the_other_modes(pictures, weights, tmp_path, capsys):
         "",
         "1 of 1 are there already and stay (--skip_existing)\n",
     ]
+
+
+def test_skip_existing_takes_no_files_of_other_weights_for_its_own(pictures, weights, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert call(capsys, "-i", pictures / "0.png", "-o", out, *weights)[0] == 0
+    before, other = stamps(out), ["--weights", base_alone(tmp_path / "base")]
+    status, table, error = call(capsys, "-i", pictures, "-o", out, "--skip_existing", *other)
+    assert status == 1 and not table and error.startswith(f"error: {out / '0.dfo'} is there, of the weights ")
+    assert "choose another -o, or replace it with --overwrite" in error and stamps(out) == before
+    assert call(capsys, "-i", pictures, "-o", out, "--overwrite", *other)[0] == 0
 
 
 def test_skip_existing_leaves_pictures_of_others(pictures, weights, tmp_path, capsys):

@@ -91,8 +91,10 @@ def test_decoding_against_references(pictures, weights, tmp_path, capsys):
     photograph(tmp_path / "others" / "deep" / "b.png", 33, 70)
     other = ["--mode", "decompress", "-i", files, "-o", tmp_path / "other", "--recursive", *weights, *DENOISE]
     status, _, error = call(capsys, *other, "-r", tmp_path / "others")
-    assert status == 1 and "64x40 cannot be compared with the decoded 64x48" in error
+    assert status == 1 and "64x40 cannot be compared with 64x48" in error
     assert [p.name for p in sorted((tmp_path / "other").rglob("*.png"))] == ["b.png"]  # refused before it was decoded
+    round_trip = ["-i", pictures / "a.png", "-o", tmp_path / "both", "-r", tmp_path / "others", *weights]
+    assert call(capsys, *round_trip)[0] == 1 and not (tmp_path / "both").exists()  # and before it is coded
 
 
 def test_inspect_needs_no_weights(pictures, weights, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Picture files that are written here by hand, byte by byte: depth, sign, polarity, planes, keys, metadata."""
 
 import io
+import os
 import struct
 import sys
 import zlib
@@ -8,11 +9,12 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import EpsImagePlugin, Image, ImageOps, TiffImagePlugin
 
 from utils import picture_files
 from utils.errors import PictureError
-from utils.images import decode_image
+from utils.images import decode_image, from_pillow
+from utils.picture_files import strict_pillow
 
 HEIGHT, WIDTH = 20, 24
 
@@ -130,7 +132,7 @@ def test_damaged_pixels_are_refused_whatever_stands_beside_them():
 
 # TIFF -----------------------------------------------------------------------------------------------------------------
 
-BITS, PHOTOMETRIC, SAMPLE_FORMAT, PLANAR, COLORMAP, EXTRA = 258, 262, 339, 284, 320, 338
+BITS, PHOTOMETRIC, SAMPLE_FORMAT, PLANAR, COLORMAP, EXTRA, SUBFILE = 258, 262, 339, 284, 320, 338, 254
 
 
 def tiff(planes: list[bytes], order: str = "<", **tags: tuple[int, ...]) -> bytes:
@@ -224,12 +226,101 @@ def test_a_cut_tiff_is_one_line_and_the_library_says_nothing_itself(capfd):
     assert capfd.readouterr().err == "heard\n"
 
 
+def test_messages_to_stderr_are_heard_while_a_tiff_is_read(monkeypatch):
+    """Pictures are read in several threads, and the errors of others are told meanwhile."""
+    load, seen = TiffImagePlugin.TiffImageFile.load, []
+    monkeypatch.setattr(
+        TiffImagePlugin.TiffImageFile, "load", lambda image: seen.append(os.fstat(2).st_ino) or load(image)
+    )
+    read(tiff([packed(COLOURS, 8)], BITS=(8, 8, 8), PHOTOMETRIC=(2,)))
+    assert set(seen) == {os.fstat(2).st_ino}
+
+
+def test_the_thumbnail_of_a_cameras_raw_file_is_not_taken_for_its_picture():
+    data = tiff([packed(COLOURS, 8)], BITS=(8, 8, 8), PHOTOMETRIC=(2,), SUBFILE=(1,))
+    with pytest.raises(PictureError, match="its first picture is a thumbnail, as in a camera's raw file"):
+        read(data)
+    assert np.array_equal(
+        read(data.replace(struct.pack("<HHIH", 254, 3, 1, 1), struct.pack("<HHIH", 254, 3, 1, 0))), COLOURS
+    )
+
+
 @pytest.mark.parametrize("scale", [1, 256, 257])
 def test_palettes_of_16_bits_and_those_that_hold_8(scale):
     index, palette = noise(HEIGHT, WIDTH), noise(256, 3)
     colours = tuple(int(v) * scale for v in palette.T.ravel())
     data = tiff([packed(index, 8)], BITS=(8,), PHOTOMETRIC=(3,), COLORMAP=colours)
     assert np.array_equal(read(data), palette[index])
+
+
+# JPEG 2000 ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("codestream", [False, True])
+def test_jpeg_2000_of_other_depths_is_refused_where_pillow_mistakes_it(codestream):
+    """Of 16-bit colours, it makes white black."""
+
+    def coded(image: Image.Image, bits: int = 8) -> bytes:
+        """`bits` as the file states them, in SIZ, of every component."""
+        data = io.BytesIO()
+        image.save(data, "jpeg2000", no_jp2=codestream)
+        start, siz, rest = data.getvalue().partition(b"\xff\x4f\xff\x51")
+        count = 3 * rest[37]
+        return start + siz + rest[:38] + bytes([bits - 1, 1, 1]) * (count // 3) + rest[38 + count :]
+
+    assert np.array_equal(read(coded(Image.fromarray(COLOURS))), COLOURS)
+    grey = noise(HEIGHT, WIDTH, high=65536, dtype=np.uint16)
+    assert np.array_equal(read(coded(Image.fromarray(grey), 16)), grey_to_rgb(np.round(grey / 257)))
+    for mode, bits in (("RGB", 16), ("RGB", 12), ("RGBA", 10), ("LA", 16), ("L", 4)):
+        with pytest.raises(PictureError, match=f"a file: JPEG 2000 with samples of {bits} bits is not read"):
+            read(coded(Image.fromarray(COLOURS).convert(mode), bits))
+
+
+# Images of Pillow -----------------------------------------------------------------------------------------------------
+
+
+def test_an_image_that_is_opened_is_read_as_its_file():
+    """Where it is not loaded: what Pillow loads has lost the file's depth. It can be loaded afterwards."""
+    key = np.array([0x8012, 0x2034, 0x4056])
+    grey = noise(HEIGHT, WIDTH, high=4096, dtype=np.int64)
+    planes = [packed(plane, 16, "<") for plane in np.moveaxis(COLOURS * 257, 2, 0)]
+    files = [
+        png(np.broadcast_to(key, (HEIGHT, WIDTH, 3)), 16, 2, chunk(b"tRNS", struct.pack(">3H", *key))),
+        png(noise(HEIGHT, WIDTH, high=4), 2, 0, chunk(b"tRNS", struct.pack(">H", 1))),
+        tiff([packed(grey, 12)], BITS=(12,), PHOTOMETRIC=(1,)),
+        tiff(planes, BITS=(16,) * 3, PHOTOMETRIC=(2,), PLANAR=(2,)),
+    ]
+    for data in files:
+        with Image.open(io.BytesIO(data)) as image, Image.open(io.BytesIO(data)) as other:
+            assert np.array_equal(from_pillow(image, "it").permute(1, 2, 0), read(data))
+            assert image.tile and np.array_equal(np.asarray(image), np.asarray(other))
+    signed = Image.open(io.BytesIO(tiff([packed(grey, 16)], BITS=(16,), PHOTOMETRIC=(1,), SAMPLE_FORMAT=(2,))))
+    with pytest.raises(PictureError, match="it: signed samples"):
+        from_pillow(signed, "it")
+
+
+def test_a_later_frame_and_a_changed_image_are_taken_as_they_are():
+    frames = [Image.new("RGB", (WIDTH, HEIGHT), colour) for colour in ((255, 0, 0), (0, 0, 255))]
+    data = io.BytesIO()
+    frames[0].save(data, "gif", save_all=True, append_images=frames[1:])
+    with Image.open(data) as image:
+        image.seek(1)
+        assert from_pillow(image, "it")[:, 0, 0].tolist() == [0, 0, 255]
+    image = Image.open(io.BytesIO(png(COLOURS, 8, 2)))
+    image.paste((1, 2, 3), (0, 0, WIDTH, HEIGHT))
+    assert (from_pillow(image, "it") == torch.tensor([1, 2, 3])[:, None, None]).all()
+    image.close()
+    with pytest.raises(PictureError, match="it: damaged or cut short .*closed"):
+        from_pillow(image, "it")
+
+
+def test_pillows_own_state_comes_back_when_the_last_thread_leaves(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 7)
+    first, second = strict_pillow(), strict_pillow()
+    first.__enter__(), second.__enter__(), first.__exit__(None, None, None)
+    assert Image.MAX_IMAGE_PIXELS is None
+    second.__exit__(None, None, None)
+    assert Image.MAX_IMAGE_PIXELS == 7
 
 
 # What a library raises ------------------------------------------------------------------------------------------------
@@ -252,6 +343,15 @@ def test_whatever_a_library_raises_is_one_line_for_that_picture(monkeypatch, whe
     with pytest.raises(PictureError, match="a file: damaged or cut short") as caught:
         read(data.getvalue())
     assert "\n" not in str(caught.value)
+
+
+def test_a_drawing_starts_no_other_program(monkeypatch):
+    def fail(*_, **__):
+        raise AssertionError
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", fail)
+    with pytest.raises(PictureError, match="a file: an EPS drawing is not read; convert it to PNG"):
+        read(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n%%EndComments\nshowpage\n")
 
 
 def test_want_of_memory_is_not_called_damage(monkeypatch):

@@ -92,15 +92,40 @@ def test_what_cannot_be_prepared_is_one_line(folder, tmp_path, capsys):
         ("list", folder, "-o", tmp_path / "l.txt"): "cannot stand in a list",
         ("shards", tmp_path / "none", "-o", tmp_path / "s"): "no such folder",
         ("shards", folder, "-o", tmp_path / "full"): "not an empty folder",
-        ("shards", tmp_path / "missing.txt", "-o", tmp_path / "s"): "none.png: No such file",
+        (
+            "shards",
+            tmp_path / "missing.txt",
+            "-o",
+            tmp_path / "s",
+        ): "none.png: cannot be read (No such file or directory)",
         ("shards", tmp_path / "odd.txt", "-o", tmp_path / "t"): "notes.xyz: no name of a picture",
         ("index", tmp_path / "empty"): "no such shard",
     }.items():
         error = told(capsys, *args, status=1)
         assert message in error and error.startswith("error: ") and error.count("\n") <= 2, error
-    assert not (tmp_path / "l.txt").exists()
-    with pytest.raises(DiffoError, match="no index beside it"):  # what was packed is not taken for whole
-        ShardSource([str(tmp_path / "s")])
+    assert not (tmp_path / "l.txt").exists() and not (tmp_path / "s").exists()
+    for name in ("a/b", "../b", ""):
+        with pytest.raises(SystemExit, match="2"):
+            prepare.main(["shards", str(folder), "-o", str(tmp_path / "s"), "--name", name])
+        assert "is not a name without folders" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device", "a.tar")], ids=repr)
+def test_packing_that_is_broken_off_leaves_nothing_and_can_begin_again(error, folder, tmp_path, capsys, monkeypatch):
+    content, asked = Path.read_bytes, []
+
+    def fail(path):
+        asked.append(path)
+        if len(asked) == 3:
+            raise error
+        return content(path)
+
+    args = ["shards", folder, "-o", tmp_path / "new" / "s", "--max_count", 1]
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_bytes", fail)
+        told(capsys, *args, status=130 if isinstance(error, KeyboardInterrupt) else 1)
+    assert len(asked) == 3 and not (tmp_path / "new").exists()
+    assert "4 pictures in 4 shards" in told(capsys, *args)
 
 
 # Downloads ------------------------------------------------------------------------------------------------------------
@@ -147,14 +172,14 @@ def server(monkeypatch):
 
 
 def test_what_is_fetched_is_whole_or_not_there(server, tmp_path):
-    path = tmp_path / "new" / "f.bin"
+    path = tmp_path / "new" / "f.bin"  # its folder is made for a file, and not left without
     for way in ("/slow", "/none"):
         with pytest.raises(DiffoError, match=f"cannot fetch .*{way}.*(timed out|404).*Is this machine online"):
             fetch(f"{server.address}{way}/f.bin", path, SHA256, timeout=0.3)
     for way, sha256 in (("/cut", SHA256), ("", "0" * 64)):
         with pytest.raises(DiffoError, match=f"f.bin: cut short or changed, its SHA-256 does not begin with {sha256}"):
             fetch(f"{server.address}{way}/f.bin", path, sha256)
-        assert not list(path.parent.iterdir())
+        assert not path.parent.exists()
     fetch(f"{server.address}/f.bin", path, SHA256[:8])
     assert path.read_bytes() == BODY and [p.name for p in path.parent.iterdir()] == ["f.bin"]
     with pytest.raises(DiffoError, match="this folder cannot be made"):
@@ -199,6 +224,12 @@ def test_a_set_is_unpacked_and_cropped(name, server, tmp_path, monkeypatch, caps
         columns = (torch.arange(768.0) + 0.5) / 4 - 0.5 + 32
         torch.testing.assert_close(crop[0, 384].float()[8:-8], columns[8:-8], rtol=0, atol=0.6)
         assert (crop[1] == seed).all()
+
+
+def test_a_picture_of_a_set_that_cannot_be_read_is_one_line(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(test_sets, "DIV2K", remotes(server, {"v.zip": archive({"a.png": png(1)[:300]})}))
+    said = told(capsys, "download", "div2k", "-o", tmp_path / "set", status=1)
+    assert "a.png: damaged or cut short" in said and not list((tmp_path / "set" / "768").iterdir())
 
 
 def test_pictures_to_train_on_are_unpacked_whole(server, tmp_path, monkeypatch, capsys):

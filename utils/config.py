@@ -75,8 +75,9 @@ def origin_of(path: str | Path, overrides: Sequence[str] = (), values: dict[str,
     def concerns(set_key: str, key: str, told: str) -> bool:
         # The error's own key or a block around it, or one below that the message names.
         below = set_key.removeprefix(f"{key}." if key else "")
-        named = re.search(rf"(?<![\w.]){re.escape(below)}(?!\w)", told)
-        return f"{key}.".startswith(f"{set_key}.") or ((below != set_key or not key) and named is not None)
+        unknown = told.startswith(f"unknown key {below.partition('.')[0]};")  # a block, where the key of a value is set
+        named = unknown or re.search(rf"(?<![\w.]){re.escape(below)}(?!\w)", told) is not None
+        return f"{key}.".startswith(f"{set_key}.") or ((below != set_key or not key) and named)
 
     return lambda key, told: next(
         (name for name, keys in sources.items() if any(concerns(one, key, told) for one in keys)), str(path)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from utils.errors import DiffoError
-from utils.files import make_folder
+from utils.files import made_folder
 
 
 def fetch(url: str, path: Path, sha256: str, timeout: float = 20.0) -> None:
@@ -23,11 +23,10 @@ def fetch(url: str, path: Path, sha256: str, timeout: float = 20.0) -> None:
         DiffoError: in one line, no connection, an answer other than the file, another hash, a folder that cannot be
             written.
     """
-    make_folder(path.parent)
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(timeout)
     try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
+        with made_folder(path.parent), tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
             temporary = os.path.join(folder, path.name)
             torch.hub.download_url_to_file(url, temporary, sha256, progress=sys.stderr.isatty())
             os.replace(temporary, path)

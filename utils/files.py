@@ -129,7 +129,7 @@ def require_writable(folder: Path) -> None:
         probe.touch(exist_ok=False)
         probe.unlink()
     except OSError as error:
-        raise _write_error(probe, folder, error) from error
+        raise DiffoError(f"{folder}: no file can be written into this folder ({error.strerror})") from error
 
 
 @contextmanager

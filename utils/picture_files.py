@@ -1,11 +1,12 @@
 """Picture files of any kind as 8-bit sRGB: depth, sign, polarity, planes, alpha, colour keys, profiles."""
 
+import ctypes
 import io
 import logging
-import os
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from threading import Lock
 from typing import BinaryIO
 from warnings import catch_warnings, simplefilter
 
@@ -26,6 +27,7 @@ _PILLOW = (
 )
 _NO_RANGE = "have no defined range; convert it to unsigned samples of 8 or 16 bits"
 _HEIF = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # brands of ISO/IEC 23008-12
+_SUBFILE_TYPE = 254  # of a TIFF; bit 0: a smaller copy of another picture in the file
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_DEPTHS = {"L;2": 2, "L;4": 4}  # by Pillow's name for the samples: those that it scales to 8 bits
@@ -33,19 +35,49 @@ _PNG_DEPTHS = {"L;2": 2, "L;4": 4}  # by Pillow's name for the samples: those th
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it logs is in the error that it raises as well
 
 
+try:  # libtiff writes to stderr what is wrong with a file, and Pillow raises it as well
+    _set_libtiffs_handler = ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler
+    _set_libtiffs_handler.restype, _set_libtiffs_handler.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+except (OSError, AttributeError):  # a Pillow without libtiff, or one that hides it
+
+    def _set_libtiffs_handler(handler: int | None) -> int | None:
+        return handler
+
+
 @contextmanager
-def strict_pillow() -> Iterator[None]:
-    """Pillow without warnings and with `_PILLOW`."""
+def _strict_pillow() -> Iterator[None]:
     saved = [(module, name, getattr(module, name)) for module, name, _ in _PILLOW]
     for module, name, value in _PILLOW:
         setattr(module, name, value)
+    handler = _set_libtiffs_handler(None)
     try:
         with catch_warnings():
             simplefilter("ignore")
             yield
     finally:
+        _set_libtiffs_handler(handler)
         for module, name, value in saved:
             setattr(module, name, value)
+
+
+_lock, _entered, _inside = Lock(), ExitStack(), 0
+
+
+@contextmanager
+def strict_pillow() -> Iterator[None]:
+    """Pillow without warnings and with `_PILLOW`; its own state comes back when the last thread leaves."""
+    global _inside
+    with _lock:
+        if not _inside:
+            _entered.enter_context(_strict_pillow())
+        _inside += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _inside -= 1
+            if not _inside:
+                _entered.close()
 
 
 def read_rgb(file: BinaryIO, max_pixels: int) -> np.ndarray:
@@ -66,10 +98,13 @@ def read_rgb(file: BinaryIO, max_pixels: int) -> np.ndarray:
 
 
 def rgb_of(image: Image.Image, max_pixels: int) -> np.ndarray:
-    """The same of an image of Pillow, opened or made, which stays as it is."""
+    """The same of an image of Pillow, opened or made, which stays as it is; one that is not loaded is read as its file is."""
     with strict_pillow():
         _check_size(image, max_pixels)
         try:
+            if getattr(image, "tile", None) and image.fp and image.tell() == 0:  # a first frame that waits in its file
+                with _at_its_place(image.fp) as file:
+                    return read_rgb(file, max_pixels)
             image.load()
             upright = image
             with suppress(Exception):
@@ -79,6 +114,16 @@ def rgb_of(image: Image.Image, max_pixels: int) -> np.ndarray:
             raise
         except Exception as error:
             raise PictureError(f"damaged or cut short ({one_line(error)})") from error
+
+
+@contextmanager
+def _at_its_place(file: BinaryIO) -> Iterator[BinaryIO]:
+    """The file, which is afterwards where it was: some of Pillow's readers go on from there."""
+    place = file.tell()
+    try:
+        yield file
+    finally:
+        file.seek(place)
 
 
 def _attempts(file: BinaryIO) -> Iterator[BinaryIO]:
@@ -94,11 +139,13 @@ def _attempts(file: BinaryIO) -> Iterator[BinaryIO]:
 def _decoded(file: BinaryIO, max_pixels: int) -> np.ndarray:
     image = _opened(file)
     _check_size(image, max_pixels)
+    if image.format == "EPS":  # Pillow would start Ghostscript
+        raise PictureError("an EPS drawing is not read; convert it to PNG")
     if image.format == "TIFF":
         _check_tiff(image)
-        with _silence():
-            image.load()
-    elif image.format == "PNG":
+    elif image.format == "JPEG2000":
+        _check_jpeg2000(image, file)
+    if image.format == "PNG":
         _load_png(image, file)
     else:
         image.load()
@@ -204,6 +251,8 @@ def _set_colour_key(image: Image.Image, samples: str, file: BinaryIO) -> None:
 def _check_tiff(image: TiffImagePlugin.TiffImageFile) -> None:
     """Raise PictureError for samples that have no range, or that Pillow mistakes; mend a palette of 8-bit entries."""
     tags = image.tag_v2
+    if tags.get(_SUBFILE_TYPE, 0) & 1:
+        raise PictureError("its first picture is a thumbnail, as in a camera's raw file; convert it to 8-bit RGB")
     if max(tags.get(TiffImagePlugin.SAMPLEFORMAT, (1,))) == 3:
         raise PictureError(f"floating-point samples {_NO_RANGE}")
     if max(tags.get(TiffImagePlugin.SAMPLEFORMAT, (1,))) > 1:
@@ -217,23 +266,6 @@ def _check_tiff(image: TiffImagePlugin.TiffImageFile) -> None:
         image.palette = ImagePalette.raw("RGB;L", bytes(colours))
 
 
-@contextmanager
-def _silence() -> Iterator[None]:
-    """Without what libtiff itself writes to stderr about damaged files: the error that follows says it."""
-    try:
-        stderr = os.dup(2)
-    except OSError:  # closed
-        yield
-        return
-    with open(os.devnull, "w") as nothing:
-        os.dup2(nothing.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
-
-
 def _range_of_grey(image: Image.Image) -> tuple[int, bool]:
     """The largest value of a mode of more than 8 bits, and whether it is black."""
     if image.format != "TIFF":
@@ -241,6 +273,26 @@ def _range_of_grey(image: Image.Image) -> tuple[int, bool]:
     # Pillow does not scale 12 bits to 16, and inverts samples up to 8 bits alone.
     bits = image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0]
     return 2**bits - 1, image.tag_v2.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION, 0) == 0
+
+
+# JPEG 2000 ------------------------------------------------------------------------------------------------------------
+
+
+def _check_jpeg2000(image: Image.Image, file: BinaryIO) -> None:
+    """Raise PictureError for depths that Pillow mistakes: colours of more than 8 bits overflow, and white becomes black.
+
+    Take the profile, which Pillow leaves in the header (ISO/IEC 15444-1, A.5.1 and I.5.3.3).
+    """
+    file.seek(0)
+    head, _, size = file.read().partition(b"\xff\x4f\xff\x51")  # SOC, SIZ
+    count = int.from_bytes(size[36:38])
+    depths = {1 + (depth & 127) for depth in size[38 : 38 + 3 * count : 3]}
+    if depths != {8} and image.mode != "I;16":
+        bits = " and ".join(map(str, sorted(depths)))
+        raise PictureError(f"JPEG 2000 with samples of {bits} bits is not read; convert it to 8 bits")
+    at = head.find(b"colr")
+    if at >= 0 and head[at + 4] in (2, 3):  # an ICC profile
+        image.info["icc_profile"] = head[at + 7 : at - 4 + int.from_bytes(head[at - 4 : at])]
 
 
 # Modes ----------------------------------------------------------------------------------------------------------------
