@@ -39,6 +39,7 @@ PARTS = {
     "batch": (10, Bench.batch),
     "agreement": (20, Bench.agreement),
     "modes": (30, Bench.modes),
+    "networks": (15, Bench.networks),
     "training small": (30, Bench.small_training),
     "large": (15, Bench.large),
     "launches": (15, Bench.launches),
