@@ -46,6 +46,7 @@ PARTS = {
     "training codec, plain": (20, lambda bench: bench.training("codec", "plain")),
     "training gt, plain": (20, lambda bench: bench.training("gt", "plain")),
     "compiled": (70, Bench.compiled),
+    "training codec, compiled": (120, lambda bench: bench.training("codec", "defaults+compile")),
 }
 
 
