@@ -39,12 +39,14 @@ PARTS = {
     "batch": (10, Bench.batch),
     "agreement": (20, Bench.agreement),
     "modes": (30, Bench.modes),
+    "networks": (15, Bench.networks),
     "training small": (30, Bench.small_training),
     "large": (15, Bench.large),
     "launches": (15, Bench.launches),
     "training codec, plain": (20, lambda bench: bench.training("codec", "plain")),
     "training gt, plain": (20, lambda bench: bench.training("gt", "plain")),
     "compiled": (70, Bench.compiled),
+    "training codec, compiled": (120, lambda bench: bench.training("codec", "defaults+compile")),
 }
 
 

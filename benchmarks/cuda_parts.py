@@ -2,7 +2,7 @@
 
 import copy
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from statistics import median
@@ -25,7 +25,9 @@ from models.speed.fast import FAST_PATHS, prepare
 from models.speed.graphs import use_graphs
 from release.tables import Counts
 from training.config import load_config
+from training.speed import Speed
 from training.start import new_codec
+from utils.images import to_signed, to_uint8
 
 BRANCH = 0.3  # of a random residual branch, to its input: untrained ones are silent
 QUALITIES = (0.0, 40.0)
@@ -152,6 +154,42 @@ class Bench:
     def modes(self) -> Iterator[Row]:
         return self.parts(MODES)
 
+    @torch.inference_mode()
+    def networks(self) -> Iterator[Row]:
+        """The networks alone, in the two ways that coding does not have, and the PSNR to float32 of what they decode."""
+        _, k, exact = self.chain(torch.float32)
+        for way, dtype in (("TF32", torch.float32), ("bfloat16 weights, NCHW", torch.bfloat16)):
+            how = {"what": f"published, {self.sizes.picture}, networks alone", "way": way}
+            Speed(OPTIONS["tf32" if way == "TF32" else "plain"], self.device).settle()
+            try:
+                works, _, decoded = self.chain(dtype, k)
+                for figure, work in works.items():
+                    yield how | {"figure": figure, "value": self.timed(work), "unit": "ms"}
+            finally:
+                Speed(OPTIONS["plain"], self.device).settle()
+            if not torch.equal(exact, decoded):
+                yield how | {"figure": "PSNR to float32", "value": psnr(exact, decoded), "unit": "dB"}
+
+    def chain(self, dtype: torch.dtype, k: Tensor | None = None) -> tuple[dict[str, Callable], Tensor, Tensor]:
+        """Calls of the networks in a precision, of what the one before gives; the codes, unless given, and the picture."""
+        codec = PLAIN.codec(self.codec)
+        for network in (codec.autoencoder, codec.vq_base, codec.unet):
+            network.to(dtype)
+        image = to_signed(self.picture.to(self.device))[None].to(dtype)
+        x, t = codec.to_latent(image), torch.ones(1, device=self.device)
+        k = codec.vq_base.indices(x) if k is None else k
+        z_q = codec.vq_base.rows(k)
+        y = codec.vq_base.reconstruct(z_q)
+        x_hat = codec.unet(y, t, z_q)
+        works = {
+            "E": partial(codec.to_latent, image),
+            "VQ-E": partial(codec.vq_base.indices, x),
+            "VQ-D": partial(codec.vq_base.reconstruct, z_q),
+            "U": partial(codec.unet, y, t, z_q),
+            "D": partial(codec.autoencoder.decode, x_hat),
+        }
+        return works, k, to_uint8(codec.autoencoder.decode(x_hat)[0]).cpu()
+
     def whole(self) -> Iterator[Row]:
         """From pixels to bytes and back, in memory, the device waited for at the end alone."""
         for name, codec in (("published", self.codec), ("small", self.shipped)):
@@ -181,8 +219,8 @@ class Bench:
         yield how | {"figure": "networks of decoding", "value": rate, "unit": "pictures/s"}
 
     def agreement(self) -> Iterator[Row]:
-        """Files of the shipped model, written here and on the CPU: read alike on both; and bfloat16's PSNR."""
-        cpu, right, tried, noise = load_release(SMALL, torch.device("cpu")), 0, 0, []
+        """Files of the shipped model, written here and on the CPU: read alike on both; how far their pictures are apart."""
+        cpu, right, tried, noise, apart = load_release(SMALL, torch.device("cpu")), 0, 0, [], []
         codecs = {mode: mode.codec(self.shipped) for mode in (PLAIN, FASTEST)}
         for path in demo_photographs()[: self.sizes.photographs]:
             picture = fitted(path, self.sizes.picture)
@@ -194,8 +232,10 @@ class Bench:
                     tried, right = tried + 1, right + all(same(found[0], other) for other in found[1:])
                 exact = codecs[PLAIN].decompress(data[PLAIN])
                 noise.append(psnr(exact, codecs[FASTEST].decompress(data[PLAIN])))
+                apart.append((exact.short() - cpu.decompress(data[PLAIN]).short()).abs().max().item())
         how = {"what": "small, demo photographs", "way": "CPU and device"}
         yield how | {"figure": f"files read alike, of {tried}", "value": right, "unit": "files"}
+        yield how | {"figure": "float32, the largest difference", "value": max(apart), "unit": "levels of 255"}
         yield how | {"figure": "bfloat16, the lowest PSNR to float32", "value": min(noise), "unit": "dB"}
 
     def training(self, stage: str, option: str, config: str | None = None, *overrides: str) -> Iterator[Row]:

@@ -9,6 +9,7 @@ From other folders `torch.hub.load(FOLDER, "diffo", source="local")` gives the s
 
 import math
 import os
+from collections.abc import Sequence
 from numbers import Real
 from pathlib import Path
 from typing import get_args
@@ -44,6 +45,7 @@ def load_codec(
     max_pixels: int = MAX_PIXELS,
     decoder: str = "full",
     precision: Precision = "auto",
+    without: Sequence[str] = (),
 ) -> "ImageCodec":
     """The codec of a release.
 
@@ -52,8 +54,9 @@ def load_codec(
         device: `cpu`, `cuda`, `cuda:N`, or `auto`, which takes CUDA where it is.
         max_pixels: pictures that have more, and files that claim more, are refused.
         decoder: `full`, D, or `light`, the light decoder of a release that has one; files are the same.
-        precision: of the networks: `float32`, `bfloat16`, or `auto`, which takes bfloat16 where a CPU computes in it and
-            it pays. Files read with either are the same integers.
+        precision: of the networks: `float32`, `bfloat16`, or `auto`, which takes bfloat16 where the hardware computes in
+            it and it pays. Files read with either are the same integers.
+        without: fast paths of CUDA to leave out, of `fused_norm`, which is a switch of the process, and `graphs`.
     Raises:
         CheckpointError: no release there, a damaged one, files of several, or no light decoder. DiffoError: no such
         device. ValueError: no such decoder or precision.
@@ -63,7 +66,7 @@ def load_codec(
             raise ValueError(f"{name} {value!r}: {', '.join(allowed)}")
     model = load_release(SMALL if weights is None else Path(weights), local_device(str(device), "device"), decoder)
     model.max_pixels = max_pixels
-    return ImageCodec(prepare(model, precision))
+    return ImageCodec(prepare(model, precision, without))
 
 
 class ImageCodec:

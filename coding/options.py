@@ -7,7 +7,7 @@ from utils.commandline import command_line, command_parser, number, positive
 from utils.limits import MAX_PIXELS
 
 DECODERS = ("full", "light")
-FAST_PATHS = ("fused_norm", "graphs")  # those of models.speed.fast, which takes seconds to import
+FAST_PATHS = ("fused_norm", "graphs", "keep_memory")  # the first two of models.speed.fast, slow to import
 MODES = ("roundtrip", "compress", "decompress", "inspect")
 
 quality = number(float, lambda value: 0 <= value <= 100, "in 0 to 100")
@@ -81,9 +81,9 @@ def _add_coding(parser: argparse.ArgumentParser) -> None:
     told = "so many pictures of one size at once (default: by their size; 1: one picture after the other)"
     add("--batch", type=positive, metavar="N", help=told)
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
-    told = "of the networks; auto (the default): bfloat16 where a CPU computes in it and it pays, else float32"
+    told = "of the networks; auto (the default): bfloat16 where the hardware computes in it and it pays, else float32"
     add("--precision", choices=["auto", "float32", "bfloat16"], default="auto", help=told)
-    told = f"CUDA: fast paths to leave out, of {', '.join(FAST_PATHS)}"
+    told = "fast paths to leave out: fused_norm, graphs (CUDA), keep_memory (CPU: freed memory stays with the process)"
     add("--without", nargs="+", choices=FAST_PATHS, default=(), metavar="NAME", help=told)
 
 

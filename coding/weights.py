@@ -24,7 +24,7 @@ class Weights:
         self.fixed = self.named or args.mode in ("roundtrip", "compress")
         self.codecs: dict[bytes | None, Codec] = {}
         self._lock = Lock()
-        if self.device.type == "cpu":
+        if self.device.type == "cpu" and "keep_memory" not in args.without:
             keep_freed_memory()
 
     def codec(self, fingerprint: bytes | None = None) -> Codec:

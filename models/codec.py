@@ -25,7 +25,7 @@ from models.bitstream import CELL, CodedPicture, CodedResidual
 from models.diffusion import Denoiser, Schedule
 from models.index_model import IndexModel
 from models.light import LightDecoder
-from models.noise import portable_noise
+from models.noise import drawn, portable_noise
 from models.records import ONE_STEP, Analysed, CodecOutput, CodecParams, Contents, Decoded, Draws, Sampling
 from models.residual_hyperprior import LEVEL_CODES, ResidualHyperprior, Symbols
 from models.residual_networks import hyper_size
@@ -51,6 +51,8 @@ class Codec(nn.Module):
         index_model: codes the base indices in passes, fitted at release; None without one.
         fingerprint: 4 bytes that name the weights; None while they are being trained.
     """
+
+    drawn = staticmethod(drawn)  # noise, of which there may be a graph as of the networks
 
     def __init__(self, params: CodecParams):
         super().__init__()
@@ -353,7 +355,7 @@ class Codec(nn.Module):
         """x^ of N files, N x d x h x w, and the noise levels that they were made with."""
         known, lq, centre = self.denoiser_inputs(y_hat, z_q)
         seeds = [bitstream.noise_seed(file.base) if sampling.seed is None else sampling.seed for file in files]
-        noises = [portable_noise(seed, known) for seed in seeds]
+        noises = [portable_noise(seed, known, self.drawn) for seed in seeds]
 
         def draw() -> Tensor:
             return torch.cat([next(noise) for noise in noises])

@@ -6,7 +6,7 @@ the same everywhere; the normals that Box and Muller's transform makes of them m
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -17,11 +17,11 @@ WEYL = 0x9E3779B9, 0xBB67AE85  # added to the key in every round
 WORD = 0xFFFFFFFF
 
 
-def philox(counter: list[Tensor], key: tuple[int, int]) -> list[Tensor]:
+def philox(counter: list[Tensor], key: tuple[int | Tensor, int]) -> list[Tensor]:
     """Four random words of every counter.
 
     Args:
-        counter: four int64 tensors of one shape, values of 32 bits. key: two words.
+        counter: four int64 tensors of one shape, values of 32 bits. key: two words; a tensor is int64.
     Returns:
         four int64 tensors of that shape, values of 32 bits.
     """
@@ -34,18 +34,20 @@ def philox(counter: list[Tensor], key: tuple[int, int]) -> list[Tensor]:
     return [a, b, c, d]
 
 
-def normal(seed: int, step: int, shape: tuple[int, int, int], device: torch.device | str = "cpu") -> Tensor:
+def normal(
+    seed: int | Tensor, step: int | Tensor, shape: tuple[int, int, int], device: torch.device | str = "cpu"
+) -> Tensor:
     """Standard normal numbers of a latent, float32 (1, d, h, w).
 
     The words of counter (row, column, n, step) are the normals of channels 4n to 4n + 3 at that position.
 
     Args:
-        seed: 32 bits. step: number of the draw, from 0. shape: d, h, w.
+        seed: 32 bits. step: number of the draw, from 0. Both may be int64 tensors. shape: d, h, w.
     """
     d, h, w = shape
     axes = [torch.arange(size, dtype=torch.int64, device=device) for size in (-(-d // 4), h, w)]
     group, row, column = torch.meshgrid(*axes, indexing="ij")
-    words = philox([row, column, group, torch.full_like(row, step)], (seed & WORD, 0))
+    words = philox([row, column, group, torch.zeros_like(row) + step], (seed & WORD, 0))
     uniform = [((word >> 8).float() + 0.5) * 2.0**-24 for word in words]  # in (0, 1)
     values = []
     for u, v in (uniform[:2], uniform[2:]):
@@ -54,6 +56,11 @@ def normal(seed: int, step: int, shape: tuple[int, int, int], device: torch.devi
     return torch.stack(values, dim=1).flatten(0, 1)[None, :d]
 
 
-def portable_noise(seed: int, like: Tensor) -> Iterator[Tensor]:
+def drawn(like: Tensor, place: Tensor) -> Tensor:
+    """One draw, of tensors alone, as a CUDA graph takes them: 1 x d x h x w like `like`; place: (seed, step), int64."""
+    return normal(*place, tuple(like.shape[1:]), like.device)
+
+
+def portable_noise(seed: int, like: Tensor, draw: Callable[[Tensor, Tensor], Tensor] = drawn) -> Iterator[Tensor]:
     """Endless standard normal draws shaped as `like`, 1 x d x h x w, on its device; float32, one of each step."""
-    return (normal(seed, step, tuple(like.shape[1:]), like.device) for step in itertools.count())
+    return (draw(like, torch.tensor([seed & WORD, step], device=like.device)) for step in itertools.count())

@@ -32,6 +32,7 @@ PROGRAMS = {
     "-m benchmarks.cuda": "benchmarks.cuda",
     "-m benchmarks.train": "benchmarks.train",
     "-m benchmarks.hostile": "benchmarks.hostile",
+    "-m benchmarks.steady": "benchmarks.steady",
     "-m benchmarks.rehearse": "benchmarks.rehearse",
 }
 # Told, not run: of the system, of Python's packages, of programs that are not the project's.

@@ -8,7 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from coding import options
 from coding.api import load_codec
+from coding.weights import Weights
 from measuring.metrics import psnr
 from models.blocks import doubling
 from models.codec import Codec
@@ -63,6 +65,20 @@ def test_auto_takes_bfloat16_where_a_processor_has_it_and_networks_are_wide(has,
     assert cast(prepared) == chosen and precision_of(prepared) == ("bfloat16" if chosen else "float32")
     others = (prepared.residual, prepared.index_model.network, prepared.autoencoder.shortcut, prepared.vq_base.quantize)
     assert all(p.dtype == torch.float32 for part in others for p in part.parameters())
+
+
+@pytest.mark.parametrize(("capability", "takes"), [((7, 5), False), ((8, 0), True), ((8, 6), True), ((9, 0), True)])
+def test_auto_takes_bfloat16_on_cuda_from_ampere_on(capability, takes, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert fast.computes_bfloat16(torch.device("cuda")) == takes
+
+
+def test_the_command_keeps_freed_memory_unless_told(monkeypatch):
+    calls = []
+    monkeypatch.setattr("coding.weights.keep_freed_memory", lambda: calls.append(1))
+    for without, count in (([], 1), (["--without", "keep_memory"], 1), (["--without", "graphs"], 2)):
+        Weights(options.parse(["-i", "a", "-o", "b", "--device", "cpu", *without]))
+        assert len(calls) == count
 
 
 def test_a_file_holds_the_same_integers_in_every_precision(plain):

@@ -133,6 +133,7 @@ def test_a_codec_with_graphs_writes_and_reads_the_same(quality):
             assert codec.compress(image, quality) == data
             assert torch.equal(codec.decompress(data), decoded)
     assert recorder.replayed >= 5 * 5
+    assert sum(shapes[-1] == (2,) for shapes in recorder.recorded) == 2  # the noise, of two sizes
     other = copy.deepcopy(codec)
     with torch.no_grad():
         other.autoencoder.decoder.conv_out.bias.add_(0.5)
@@ -144,7 +145,7 @@ def test_a_codec_with_graphs_writes_and_reads_the_same(quality):
 
 def test_fast_paths_of_cuda_are_on_unless_left_out(monkeypatch):
     codec = new_codec()
-    assert options.FAST_PATHS == FAST_PATHS
+    assert options.FAST_PATHS == (*FAST_PATHS, "keep_memory")
     assert not isinstance(vars(prepare(codec, "float32").unet).get("forward"), Graphed)  # on a CPU there are none
     monkeypatch.setattr(type(codec), "device", torch.device("cuda"))
     monkeypatch.setattr(fused_norm, "enabled", True)

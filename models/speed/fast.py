@@ -19,11 +19,14 @@ from models.speed.graphs import leave_graphs, use_graphs
 
 Precision = Literal["auto", "float32", "bfloat16"]
 FAST_PATHS = ("fused_norm", "graphs")  # of CUDA; where one cannot run, it says so in a line, and the rest goes on
+AMPERE = 8, 0  # compute capability of the first with bfloat16
 WIDE = 64  # channels of a network from which bfloat16 pays
 
 
 def computes_bfloat16(device: torch.device) -> bool:
-    """Whether `auto` takes bfloat16: on CPUs that multiply in it (AVX-512-BF16, AMX-BF16)."""
+    """Whether `auto` takes bfloat16: on CUDA from Ampere on, on CPUs that multiply in it (AVX-512-BF16, AMX-BF16)."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= AMPERE
     has = torch.cpu.get_capabilities()
     return device.type == "cpu" and any(has.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 

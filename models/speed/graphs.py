@@ -1,4 +1,4 @@
-"""CUDA graphs of the networks that coding runs: hundreds of small programs started as one.
+"""CUDA graphs of the networks that coding runs, and of its noise: hundreds of small programs started as one.
 
 At latent resolution a network takes as long as its programs take to be started, one by one; as a graph, as long as they
 compute. A graph is of one size of input. The first picture of a size runs as always, the second records, later ones
@@ -18,11 +18,12 @@ from models.layers.sharing import is_sharing
 SIZES = 4  # of inputs whose graphs are kept, each network's own
 SEEN = 64  # sizes that are remembered as seen once
 MOST = 1 << 22  # numbers of an input: a latent of 4 megapixels, a picture of 1.4
-# (network of the codec, its function). Each takes and gives tensors alone.
+# (network of the codec, or the codec itself, its function). Each takes and gives tensors alone.
 GRAPHED = (
     ("autoencoder", "encode"),
     ("vq_base", "indices"),
     ("vq_base", "reconstruct"),
+    ("", "drawn"),
     ("unet", "forward"),
     ("residual.analysis", "forward"),
     ("residual.hyper_analysis", "forward"),
@@ -137,6 +138,6 @@ def leave_graphs(codec: nn.Module) -> None:
 
 def _network(codec: nn.Module, owner: str) -> nn.Module | None:
     network = codec
-    for name in owner.split("."):
+    for name in filter(None, owner.split(".")):
         network = getattr(network, name, None)
     return network
