@@ -17,6 +17,13 @@ tile_side = number(int, lambda value: value >= 256 and value % 64 == 0, "a multi
 noise_seed = number(int, lambda value: 0 <= value < 2**32, "in 0 to 2^32 - 1")
 
 
+def path(text: str) -> Path:
+    """An argparse type. An empty name would be the working folder, and stands mostly for a variable that is not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty name")
+    return Path(text)
+
+
 def parse(argv: list[str] | None, description: str | None = None) -> argparse.Namespace:
     """The options; `command` among them is the line that was given, to be pasted into a shell. Wrong usage exits with 2."""
     parser = command_parser(description, "inference.py")
@@ -32,15 +39,15 @@ def parse(argv: list[str] | None, description: str | None = None) -> argparse.Na
 
 def _add_files(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("-i", "--in_path", type=Path, nargs="+", metavar="PATH", help="pictures, .dfo files, or folders of them")
+    add("-i", "--in_path", type=path, nargs="+", metavar="PATH", help="pictures, .dfo files, or folders of them")
     add(
         "-o",
         "--out_path",
-        type=Path,
+        type=path,
         metavar="PATH",
         help="folder for <stem>.dfo, <stem>.png, metrics.csv; or one file",
     )
-    add("-r", "--ref_path", type=Path, metavar="PATH", help="originals to measure against, paired by file name")
+    add("-r", "--ref_path", type=path, metavar="PATH", help="originals to measure against, paired by file name")
     add("--mode", choices=MODES, default="roundtrip", help="default: roundtrip, which decodes the file it has written")
     add("--demo", action="store_true", help="code the photographs that scikit-image ships, instead of -i")
     add("--recursive", action="store_true", help="look into sub-folders of -i")
@@ -50,11 +57,11 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
     add("--overview", action="store_true", help="draw overview.png: originals beside decoded pictures")
     add("--json", action="store_true", help="inspect: one JSON object per line")
     add = parser.add_argument_group("weights (without these flags: the small ones that ship)").add_argument
-    add("--weights", type=Path, metavar="DIR", help="release folder, made by python -m release")
-    add("--ckpt", type=Path, metavar="FILE", help="UNet, ema_model_<it>.pth")
-    add("--vqckpt", type=Path, metavar="FILE", help="VQ base, vq_model_<it>.pth.tar")
-    add("--GT_vqckpt", type=Path, metavar="FILE", help="image autoencoder, GT_vq_model_<it>.pth.tar")
-    add("--config", type=Path, metavar="YAML", help="sizes of the networks, where the files lack them")
+    add("--weights", type=path, metavar="DIR", help="release folder, made by python -m release")
+    add("--ckpt", type=path, metavar="FILE", help="UNet, ema_model_<it>.pth")
+    add("--vqckpt", type=path, metavar="FILE", help="VQ base, vq_model_<it>.pth.tar")
+    add("--GT_vqckpt", type=path, metavar="FILE", help="image autoencoder, GT_vq_model_<it>.pth.tar")
+    add("--config", type=path, metavar="YAML", help="sizes of the networks, where the files lack them")
 
 
 def _add_coding(parser: argparse.ArgumentParser) -> None:

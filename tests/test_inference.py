@@ -237,6 +237,12 @@ def test_wrong_usage_is_status_2(capsys, flags):
     assert call(capsys, *flags.split())[0] == 2
 
 
+@pytest.mark.parametrize("option", ["-i", "-o", "-r", "--weights"])
+def test_an_empty_name_is_not_the_working_folder(option, capsys):
+    status, _, error = call(capsys, "-i", "a.png", "-o", "out", option, "")
+    assert status == 2 and f"{option}" in error and "an empty name" in error
+
+
 def test_published_names_that_do_not_exist(pictures, tmp_path, capsys):
     command = "--scale 1 --steps 2 --ckpt weights/ema_model_60000.pth --vqckpt weights/vq_model_60000.pth.tar"
     command += " --GT_vqckpt weights/GT_vq_model_60000.pth.tar --config configs/config.yaml --ddim --one_step"
