@@ -60,9 +60,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         command = commands.add_parser(name, help=told)
         for add_options in groups:
             add_options(command.add_argument)
-        command.add_argument("-o", "--out_path", type=Path, default=RESULTS / name, metavar="DIR")
-        if name in ("all", "report"):
-            command.set_defaults(out_path=RESULTS)
+        out = RESULTS if name in ("all", "report") else RESULTS / name
+        command.add_argument("-o", "--out_path", type=Path, default=out, metavar="DIR", help=f"default: {out}")
         command.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
     args = parser.parse_args(argv)
     args.command = command_line("reproduce.py", argv)
@@ -112,8 +111,18 @@ def others(add) -> None:
     add("--codecs", nargs="*", default=CODECS, metavar="NAME", help="other codecs (default: " + " ".join(CODECS) + ")")
     by(add)
     add("--anchor", metavar="NAME", help="codec or release that BD-rates are against (default: the first of --codecs)")
-    add("--distances", nargs="+", default=[], metavar="NAME", help="between patches: kid fid kid-lite0 fid-lite0")
     add("--published", metavar="SET", help="draw published points of this set as well, for instance kodak")
+
+
+def distances(add) -> None:
+    told = "between patches of originals and of decoded pictures: kid or fid; or, by networks that a package brings, "
+    add(
+        "--distances",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help=told + "kid-stlpips-alex, kid-lite0, and fid- likewise",
+    )
 
 
 def by(add) -> None:
@@ -202,16 +211,19 @@ def page(add) -> None:
 
 
 COMMANDS = {
-    "rates": ("scores against the rate (Figs. 6, 8)", [releases, decoders, pictures, scores, qualities, others]),
+    "rates": (
+        "scores against the rate (Figs. 6, 8)",
+        [releases, decoders, pictures, scores, qualities, others, distances],
+    ),
     "table1": (
         "BD-rate, parameters, seconds",
-        [releases, decoders, pictures, scores, qualities, others, one_quality, clock],
+        [releases, decoders, pictures, scores, qualities, others, distances, one_quality, clock],
     ),
     "table2": ("releases by number of steps", [releases, pictures, scores, one_quality]),
     "branches": ("base branch, residual branch, both (Fig. 4)", [releases, pictures, scores, one_quality]),
     "eta": ("noise level by rate (Fig. 5)", [pictures, held_out, sweep]),
     "variance": ("variation of the rate over pictures (Fig. 9a)", [releases, pictures, one_quality, steady]),
-    "ablation": ("finished ablations (Fig. 10)", [folders, reference, pictures, scores, one_quality]),
+    "ablation": ("finished ablations (Fig. 10)", [folders, reference, pictures, scores, one_quality, distances]),
     "ceiling": ("the image autoencoder alone, D(E(X))", [releases, decoders, pictures, scores, fitted]),
     "artefacts": (
         "patterns, borders, colour casts, flat areas",
@@ -228,6 +240,7 @@ SHARED = [
     scores,
     qualities,
     others,
+    distances,
     one_quality,
     sweep,
     reference,

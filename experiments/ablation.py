@@ -5,8 +5,9 @@ import sys
 from pathlib import Path
 
 from coding.report import Row
-from experiments.coded import Coding, Variant, evaluator_of, table_of
+from experiments.coded import Coding, Variant, distances_of, evaluator_of, table_of
 from experiments.inputs import ROOT, about, named_photographs
+from experiments.patch_distances import add_distances
 from experiments.summary import CHANGE, HIGH, LOW, draw_bars, mean_of, write_summary
 from measuring.intervals import paired
 from models.released import ABOUT, load_release
@@ -30,6 +31,7 @@ def run(args: argparse.Namespace) -> None:
         raise DiffoError(f"--reference {args.reference}: none of the releases is called so; there are {known}")
     releases = {name: load_release(folder, local_device(args.device)) for name, folder in folders.items()}
     evaluator, pictures = evaluator_of(args), named_photographs(args.data, args.limit)
+    by_patches = distances_of(args.distances, args.device)
     variants = [Variant(name, f"{args.quality:g}", codec, args.quality) for name, codec in releases.items()]
     variants = [v if v.model.has_levels else Variant(v.codec, "0", v.model) for v in variants]
     with table_of(args, "pictures", releases) as table:
@@ -44,9 +46,13 @@ def run(args: argparse.Namespace) -> None:
             | differences(found, reference, evaluator.names)
             for name, found in rows.items()
         ]
+        decoded = [[coding.decoded(v.codec, v.label, picture) for picture in pictures] for v in variants]
+        place = list(rows).index(args.reference)
+        add_distances(means, decoded, list(pictures.values()), by_patches, place)
         title = f"Fig. 10: ablations beside {args.reference}, {args.data.name}"
-        write_summary(means, args.out_path, "ablation", about(args, releases), title)
-        draw_bars(means, args.out_path, args.metrics, ("codec",), title)
+        told = about(args, releases, sampling=f"one step, each at quality {args.quality:g} if it has that, else 0")
+        write_summary(means, args.out_path, "ablation", told, title)
+        draw_bars(means, args.out_path, [*args.metrics, *args.distances], ("codec",), title)
 
 
 def gathered(places: list[Path]) -> dict[str, Path]:
@@ -74,9 +80,16 @@ def gathered(places: list[Path]) -> dict[str, Path]:
 
 
 def change_of(name: str) -> str | None:
-    """What an ablation changes, as the first line of its configuration says; None for another run."""
-    path = ABLATIONS / f"{name}.yaml"
-    return path.read_text().splitlines()[0].lstrip("# ") if path.is_file() else None
+    """What an ablation changes, as the first line of its configuration says; None for another run.
+
+    `<name>-seed-N` is the ablation called `<name>`, trained from that seed.
+    """
+    plain, _, seed = name.partition("-seed-")
+    path = ABLATIONS / f"{plain}.yaml"
+    if not path.is_file():
+        return None
+    told = path.read_text().splitlines()[0].lstrip("# ")
+    return f"{told} Seed {seed}." if seed else told
 
 
 def differences(rows: list[Row], reference: list[Row], scores: list[str]) -> Row:

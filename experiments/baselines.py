@@ -112,13 +112,14 @@ class Baseline:
         return best
 
     def _coded(self, image: torch.Tensor, setting: int, data: bytes, scale: float) -> Coded:
-        with Image.open(io.BytesIO(data)) as file:
-            picture = file.convert("RGB")
-        height, width = image.shape[1:]
-        if picture.size != (width, height):
-            picture = picture.resize((width, height), Image.Resampling.LANCZOS)
-        decoded = torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+        decoded = enlarged(self.opened(data), *image.shape[1:])
         return Coded(data, self.payload(data), self.setting.format(setting), scale, decoded)
+
+    def opened(self, data: bytes) -> torch.Tensor:
+        """What a file decodes to, at the size that was coded: uint8 (3, h, w). Raises DiffoError as `unavailable`."""
+        self._require()
+        with Image.open(io.BytesIO(data)) as file:
+            return torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1).contiguous()
 
     def _require(self) -> None:
         if reason := self.unavailable():
@@ -127,6 +128,14 @@ class Baseline:
             plugin = importlib.import_module(self.module)  # JPEG XL's registers itself
             if self.module == "pillow_heif":
                 plugin.register_heif_opener()
+
+
+def enlarged(picture: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """A picture that was coded at half size, uint8 (3, h, w), at its whole size; one that was not, as it is."""
+    if picture.shape[1:] == (height, width):
+        return picture
+    whole = _scaled(picture, 1).resize((width, height), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(whole)).permute(2, 0, 1).contiguous()
 
 
 def _scaled(image: torch.Tensor, scale: float) -> Image.Image:

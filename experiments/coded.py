@@ -76,6 +76,13 @@ def baselines_of(names: Sequence[str]) -> list[Baseline]:
     return [BASELINES[name] for name in dict.fromkeys(names) if name not in lacking]
 
 
+def distances_of(names: Sequence[str], device: str) -> PatchDistances:
+    """Distances by name; says which cannot be had, and why. Raises DiffoError for an unknown name."""
+    distances = PatchDistances(names, local_device(device))
+    _say_left_out(distances.left_out)
+    return distances
+
+
 def _say_left_out(reasons: Mapping[str, str]) -> None:
     if is_main():
         for reason in reasons.values():
@@ -112,8 +119,7 @@ def measured(
         DiffoError: an option is wrong, before anything is coded; or as `Coding.code`.
     """
     evaluator, pictures = evaluator_of(args), named_photographs(args.data, args.limit)
-    by_patches = PatchDistances(distances, local_device(args.device))
-    _say_left_out(by_patches.left_out)
+    by_patches = distances_of(distances, args.device)
     first = [variant for variant in variants if variant.codec == variants[0].codec]
     points = [(variant.codec, variant.label) for variant in variants]
     points += [(baseline.name, at(variant.label, by)) for baseline in baselines for variant in first]

@@ -1,6 +1,7 @@
 """Pictures of `rates` for the report: every codec's files nearest to a few rates, as what a browser shows of them."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import log
 from pathlib import Path
 
@@ -83,11 +84,15 @@ def _original(name: str, path: Path | None, made_from: str) -> Tensor:
 
 
 def _embedded(folder: Path, row: Row) -> Embedded:
-    """The coded file where browsers decode it, else what it decodes to."""
-    stem = Path(row["codec"], row["label"], row["picture"]).with_suffix("")
-    suffix = BASELINES[row["codec"]].suffix if row["codec"] in BASELINES else ""
-    if suffix in TYPES and row["scale"] == 1:
-        return as_it_is(folder.joinpath("files", f"{stem}{suffix}").read_bytes(), suffix)
-    decoded = close_to(read_image(folder / "decoded" / f"{stem}.png"))
-    half = ", enlarged from half size by Lanczos as it was measured" if row["scale"] != 1 else ""
-    return Embedded(decoded.uri, f"what it decodes to{half}, as {decoded.told}")
+    """The coded file where browsers decode it, else what it decodes to; of half size where that was coded."""
+    stem, halved = Path(row["codec"], row["label"], row["picture"]).with_suffix(""), row["scale"] != 1
+    by = ", enlarged here from half size by Lanczos as it was measured" if halved else ""
+    small = None
+    if baseline := BASELINES.get(row["codec"]):
+        data = folder.joinpath("files", f"{stem}{baseline.suffix}").read_bytes()
+        if baseline.suffix in TYPES:
+            coded = as_it_is(data, baseline.suffix, halved)
+            return replace(coded, told=coded.told + by)
+        small = baseline.opened(data) if halved else None
+    decoded = close_to(read_image(folder / "decoded" / f"{stem}.png"), small)
+    return replace(decoded, told=f"what it decodes to{by}, as {decoded.told}")

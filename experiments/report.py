@@ -199,7 +199,7 @@ def better(name: str) -> str:
 def page(content: dict) -> str:
     """The page as HTML, with style, scripts and data inside."""
     told = json.dumps(content, allow_nan=False).replace("<", "\\u003c")  # no tag can end the script that holds it
-    parts = {"style": "style.css", "charts": "charts.js", "script": "page.js"}
+    parts = {"style": "style.css", "charts": "charts.js", "enlarge": "enlarge.js", "script": "page.js"}
     html = (PAGE / "page.html").read_text()
     for name, file in parts.items():
         html = html.replace(f"/* {name} */", (PAGE / file).read_text())

@@ -24,6 +24,7 @@ BD_RATE, CHANGE = "bd-rate-", "change-of-"  # begin columns of a score's BD-rate
 
 HEADINGS = {
     "label": "variant",
+    "changes": "what it changes",
     "reached": "pictures reached",
     "half_size": "of these at half size",
     "floor_bytes": "smallest file where not reached, bytes",

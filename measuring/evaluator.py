@@ -58,7 +58,7 @@ class Evaluator:
 
 
 def _by_pyiqa(name: str, device: torch.device) -> Measure:
-    score, network = SCORES[name], _network(name, device)
+    score, network = SCORES[name], network_of(name, device)
 
     def measure(original: Tensor, decoded: Tensor) -> float:
         pictures = (decoded, original) if score.reference else (decoded,)
@@ -67,7 +67,7 @@ def _by_pyiqa(name: str, device: torch.device) -> Measure:
     return measure
 
 
-def _network(name: str, device: torch.device) -> nn.Module:
+def network_of(name: str, device: torch.device) -> nn.Module:
     """The network inside a pyiqa metric: its wrapper switches TF32 on again for every call."""
     with _silent(), _pkg_resources():
         import pyiqa

@@ -5,19 +5,22 @@ from the top left corner, then again with the origin shifted by 128 pixels down 
 Kodak has 192, CLIC2020 test 28,650. FID is refused for fewer than 5,000, where it says more of their number than of
 the pictures; KID is unbiased at any.
 
-`kid` and `fid` look through Inception v3, as everywhere; its weights come from the web. `kid-lite0` and `fid-lite0` look
-through EfficientNet-Lite0, whose weights are in a package: other numbers, to be compared only with each other, and not
-for a codec that was trained against the same network.
+`kid` and `fid` look through Inception v3, as everywhere; its weights come from the web. Those of other names look through
+networks whose weights are in a package: EfficientNet-Lite0, and the AlexNet trunk of ST-LPIPS, which no training here
+looks through. Their numbers are to be compared only with each other, and not for a codec that was trained against the
+same network.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from measuring.evaluator import network_of
 from measuring.intervals import PERCENTILES, Interval
-from measuring.weights import INCEPTION, LITE0, LITE0_NETWORK, PackagedFile, WeightFile, lacking
+from measuring.weights import INCEPTION, LITE0, LITE0_NETWORK, STLPIPS_ALEX, PackagedFile, WeightFile, lacking
 from utils import checkpoints
 from utils.errors import DiffoError
 from utils.precision import full_precision
@@ -46,6 +49,8 @@ class Distance:
 
 _INCEPTION = "inception", (INCEPTION,)
 _LITE0 = "lite0", (LITE0, LITE0_NETWORK)
+_STLPIPS_ALEX = "stlpips-alex", (STLPIPS_ALEX,)
+_TRUNK = "the AlexNet trunk of ST-LPIPS (last stage, 256 features, of unit length at every position)"
 DISTANCES = {
     "kid": Distance(
         "KID",
@@ -55,6 +60,8 @@ DISTANCES = {
     "fid": Distance("FID", "Inception v3 (2048 features), resized as TensorFlow did.", *_INCEPTION),
     "kid-lite0": Distance("KID-Lite0", "As KID, but EfficientNet-Lite0 (1280 features): not KID.", *_LITE0),
     "fid-lite0": Distance("FID-Lite0", "As FID, but EfficientNet-Lite0 (1280 features): not FID.", *_LITE0),
+    "kid-stlpips-alex": Distance("KID-ST-LPIPS-alex", f"As KID, but {_TRUNK}: not KID.", *_STLPIPS_ALEX),
+    "fid-stlpips-alex": Distance("FID-ST-LPIPS-alex", f"As FID, but {_TRUNK}: not FID.", *_STLPIPS_ALEX),
 }
 
 
@@ -102,12 +109,30 @@ class PatchDistances:
         """
         found, refused = {}, {}
         for name in self.names:
-            real, fake = ([features[DISTANCES[name].network] for features in side] for side in (originals, decoded))
+            real, fake = (_seen(name, side) for side in (originals, decoded))
             if reason := _refused(name, [len(features) for features in real]):
                 refused[name] = reason
             else:
                 found[name] = fid(real, fake) if name.startswith("fid") else kid(real, fake)
         return found, refused
+
+    def changes(
+        self, originals: Sequence[Features], decoded: Sequence[Features], reference: Sequence[Features]
+    ) -> dict[str, Interval]:
+        """How much larger every kernel distance of `decoded` is than that of `reference`; those that are not refused.
+
+        Args:
+            originals, decoded, reference: `features` of the same pictures, in the same order.
+        """
+        sides = {name: [_seen(name, side) for side in (originals, decoded, reference)] for name in self.names}
+        counts = {name: [len(features) for features in real] for name, (real, *_) in sides.items()}
+        names = [name for name in self.names if name.startswith("kid") and not _refused(name, counts[name])]
+        return {name: kid(*sides[name]) for name in names}
+
+
+def _seen(name: str, side: Sequence[Features]) -> list[Tensor]:
+    """What a distance's network saw of every picture."""
+    return [features[DISTANCES[name].network] for features in side]
 
 
 def patches(picture: Tensor) -> Tensor:
@@ -152,7 +177,12 @@ def fid(originals: Sequence[Tensor], decoded: Sequence[Tensor]) -> Interval:
     return Interval(metric.compute().item())
 
 
-def kid(originals: Sequence[Tensor], decoded: Sequence[Tensor], seed: int = 0) -> Interval:
+def kid(
+    originals: Sequence[Tensor],
+    decoded: Sequence[Tensor],
+    reference: Sequence[Tensor] | None = None,
+    seed: int = 0,
+) -> Interval:
     """Kernel distance of features (Binkowski et al., ICLR 2018) with its 95 % interval; unbiased, so it may be below 0.
 
         mean k(x_i, x_j) + k(y_i, y_j) - k(x_i, y_j) - k(x_j, y_i),   k(x, y) = (x . y / d + 1)^3
@@ -164,11 +194,13 @@ def kid(originals: Sequence[Tensor], decoded: Sequence[Tensor], seed: int = 0) -
 
     Args:
         originals, decoded: of every picture, (patches, channels), the same numbers of patches; at least four pictures.
+        reference: as `decoded`; its distance is taken away, over the same halves, where it is given.
         seed: of the halves.
     """
-    of = [_kernel_sums(a, b) for a, b in ((originals, originals), (decoded, decoded), (originals, decoded))]
     counts = torch.tensor([len(features) for features in originals], dtype=torch.double)
-    sums = (of[0] + of[1] - of[2] - of[2].T).fill_diagonal_(0)
+    sums = _pair_sums(originals, decoded)
+    if reference is not None:
+        sums = sums - _pair_sums(originals, reference)
     pairs = counts.outer(counts).fill_diagonal_(0)
 
     def distances(chosen: Tensor) -> Tensor:
@@ -179,6 +211,13 @@ def kid(originals: Sequence[Tensor], decoded: Sequence[Tensor], seed: int = 0) -
     halves = distances((order < len(counts) // 2).double())
     low, high = torch.quantile(halves, torch.tensor(PERCENTILES, dtype=torch.double) / 100).tolist()
     return Interval(distances(torch.ones_like(counts)[None]).item(), low, high)
+
+
+def _pair_sums(originals: Sequence[Tensor], decoded: Sequence[Tensor]) -> Tensor:
+    """Sums of what is averaged over all patches of two pictures, (pictures, pictures); 0 for one picture with itself."""
+    across = _kernel_sums(originals, decoded)
+    within = _kernel_sums(originals, originals) + _kernel_sums(decoded, decoded)
+    return (within - across - across.T).fill_diagonal_(0)
 
 
 def _kernel_sums(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
@@ -204,4 +243,15 @@ def _lite0(device: torch.device) -> Callable[[Tensor], Tensor]:
     return lambda patches: network.extract_features((patches.float() - 127) / 128).mean((2, 3))
 
 
-_NETWORKS = {"inception": _inception, "lite0": _lite0}
+def _stlpips_alex(device: torch.device) -> Callable[[Tensor], Tensor]:
+    network = network_of("stlpips-alex", device)
+
+    def features(patches: Tensor) -> Tensor:
+        last = network.net(network.scaling_layer(patches.float() / 127.5 - 1))[-1]
+        unit = F.normalize(last, dim=1, eps=1e-10)  # as ST-LPIPS compares them: themselves, they are some thousandths
+        return unit.mean((2, 3)) * last.shape[1] ** 0.5  # so that x . y / d of the kernel is a cosine
+
+    return features
+
+
+_NETWORKS = {"inception": _inception, "lite0": _lite0, "stlpips-alex": _stlpips_alex}

@@ -110,7 +110,7 @@ def test_colorvideovdp_looks_at_the_display_that_its_convention_names(offline):
 
 def test_smallest_sides_are_those_of_the_libraries():
     for name in ("vif", "gmsd", "stlpips-alex", "stlpips-vgg"):
-        side, network = SCORES[name].min_side, evaluator._network(name, torch.device("cpu"))
+        side, network = SCORES[name].min_side, evaluator.network_of(name, torch.device("cpu"))
         good, small = (ASTRONAUT[None, :, :n, :200].float() / 255 for n in (side, side - 1))
         assert math.isfinite(network(good, good).item())
         with pytest.raises(RuntimeError):
@@ -183,7 +183,7 @@ def test_computed_without_tf32_whatever_was_set(monkeypatch):
         seen.append((len(pictures), pictures[0].max().item(), pictures[0].dtype, *settings))
         return torch.tensor(1.0)
 
-    monkeypatch.setattr(evaluator, "_network", lambda *_: network)
+    monkeypatch.setattr(evaluator, "network_of", lambda *_: network)
     monkeypatch.setattr(evaluator, "unavailable", lambda _: None)
     saved = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")

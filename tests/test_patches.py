@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from skimage import data
 
 from measuring import patches
@@ -46,6 +47,17 @@ def test_kid_by_hand():
     """
     found = kid(one_each(0, 1, 0, 1), one_each(1, 1, 1, 1))
     assert found == Interval(pytest.approx(7 / 6), 0.0, 7.0)
+
+
+def test_a_change_of_kid_is_of_the_same_halves():
+    """By hand as above: from a set that is the originals themselves, and the other way about."""
+    originals, ones = one_each(0, 1, 0, 1), one_each(1, 1, 1, 1)
+    assert kid(originals, ones, originals) == kid(originals, ones)
+    assert kid(originals, originals, ones) == Interval(pytest.approx(-7 / 6), -7.0, 0.0)
+    x, y, other = normal(0, 40, 4), normal(1, 40, 4, mean=0.8), normal(2, 40, 4, mean=0.9)
+    change, alone = kid(x, y, other), kid(x, y)
+    assert change.mean == pytest.approx(alone.mean - kid(x, other).mean)
+    assert kid(x, y, y) == Interval(0, 0, 0)
 
 
 def test_kid_is_the_unbiased_statistic_of_torch_fidelity():
@@ -109,6 +121,23 @@ def test_features_are_those_of_a_network_that_knows_a_cat(lite0):
     torch.testing.assert_close(lite0.features(both)["lite0"][:1], features, rtol=1e-3, atol=1e-4)
 
 
+def test_the_trunk_of_st_lpips_sees_blur_and_no_shift():
+    """Its features are means of vectors of length 16, the root of 256."""
+    by = PatchDistances(["kid-stlpips-alex"])
+    chelsea = as_tensor(data.chelsea())
+    picture, shifted = (part[:, :256, :256] for part in (chelsea, chelsea[:, 1:, 1:]))
+    blurred = F.interpolate(F.avg_pool2d(picture[None].float(), 4), scale_factor=4, mode="bilinear")[0].to(torch.uint8)
+    seen = [by.features(each)["stlpips-alex"] for each in (picture, shifted, blurred)]
+    assert seen[0].shape == (1, 256) and 8 < seen[0].norm() < 16
+    near, far = (torch.dist(seen[0], other).item() for other in seen[1:])
+    assert 10 * near < far
+    sides = [[{"stlpips-alex": each + i / 100} for i in range(4)] for each in seen]
+    found, refused = by.between(sides[0], sides[2])
+    assert not refused and found["kid-stlpips-alex"].mean > 0.01
+    changes = by.changes(sides[0], sides[2], sides[1])
+    assert changes["kid-stlpips-alex"] == kid(*([each["stlpips-alex"] for each in sides[i]] for i in (0, 2, 1)))
+
+
 def test_few_patches_and_small_pictures_are_refused_by_name(lite0):
     features = [{"lite0": picture} for picture in normal(0, 5, 3, each=8)]
     found, refused = lite0.between(features, features)
@@ -132,7 +161,7 @@ def test_inception_is_left_out_without_its_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
     asked = PatchDistances(list(DISTANCES))
     name = "weights-inception-2015-12-05-6726825d.pth (looked in " + str(tmp_path / "checkpoints")
-    assert asked.names == ["kid-lite0", "fid-lite0"] and list(asked.left_out) == ["kid", "fid"]
+    assert list(asked.left_out) == ["kid", "fid"] and asked.names == list(DISTANCES)[2:]
     assert asked.left_out["fid"].startswith(f"fid lacks {name}") and not list(tmp_path.iterdir())
     with pytest.raises(DiffoError, match="unknown distance fid-swav; known are kid, fid, "):
         PatchDistances(["fid-swav"])

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from experiments.baselines import BASELINES
+from experiments.baselines import BASELINES, enlarged
 from experiments.embedding import MIN_PSNR, close_to
 from experiments.inputs import spread
 from experiments.report import DEMO, TABLES, caution, page
@@ -64,7 +64,8 @@ def decoded(uri: str):
     """The bytes of a data URI, and the picture that they hold."""
     kind, _, text = uri.partition(";base64,")
     data = base64.b64decode(text, validate=True)
-    assert kind == {b"\xff\xd8": "data:image/jpeg", b"RI": "data:image/webp"}.get(data[:2], "data:image/avif")
+    kinds = {b"\xff\xd8": "data:image/jpeg", b"RI": "data:image/webp", b"\x89P": "data:image/png"}
+    assert kind == kinds.get(data[:2], "data:image/avif")
     return data, decode_image(data, "embedded")
 
 
@@ -74,7 +75,7 @@ def test_the_page_needs_nothing_but_itself(html):
 
 
 def test_every_picture_decodes_close_to_what_it_stands_for(folder, content):
-    rates, coded = folder / "results" / "rates", 0
+    rates, coded = folder / "results" / "rates", [0, 0]  # at whole size, at half size
     assert [picture["picture"] for picture in content["compared"]["pictures"]] == sorted(SIZES)
     for each in content["compared"]["pictures"]:
         name = each["picture"]
@@ -84,15 +85,15 @@ def test_every_picture_decodes_close_to_what_it_stands_for(folder, content):
         for file in each["files"]:
             data, shown = decoded(file["uri"])
             stem = f"{file['codec']}/{file['label']}/{name.removesuffix('.png')}"
-            assert psnr(read_image(rates / "decoded" / f"{stem}.png"), shown) >= MIN_PSNR, stem
-            if file["told"] == "the coded file itself":
-                coded += 1
+            assert file["halved"] == (shown.shape != original.shape) == ("half size" in file["told"]), file["told"]
+            whole = enlarged(shown, *original.shape[1:])
+            assert psnr(read_image(rates / "decoded" / f"{stem}.png"), whole) >= MIN_PSNR, stem
+            if file["codec"] in ("jpeg", "webp"):
+                assert file["told"].startswith("the coded file itself")
                 assert data == (rates / "files" / f"{stem}{BASELINES[file['codec']].suffix}").read_bytes()
                 assert len(data) == file["bytes"]
-            else:
-                halved = file["codec"] in ("jpeg", "webp")
-                assert halved == ("half size" in file["told"]), file["told"]
-    assert coded > 2
+                coded[file["halved"]] += 1
+    assert min(coded) > 1
 
 
 def test_files_are_the_nearest_in_bytes_to_the_releases(folder, content):
@@ -159,6 +160,11 @@ def test_a_picture_that_no_quality_comes_close_to_is_there_without_loss(monkeypa
     noise = picture(64, 64, seed=3)
     near = close_to(noise)
     assert near.told.startswith("AVIF of 4") and MIN_PSNR <= psnr(noise, decoded(near.uri)[1]) < 50
+    small = picture(33, 32, seed=4)
+    halved = close_to(enlarged(small, 65, 64), small)
+    shown = decoded(halved.uri)[1]
+    assert halved.halved and shown.shape == small.shape
+    assert MIN_PSNR <= psnr(enlarged(small, 65, 64), enlarged(shown, 65, 64))
     monkeypatch.setattr("experiments.embedding.MIN_PSNR", 90)
     whole = close_to(noise)
     assert whole.told == "lossless WebP" and torch.equal(decoded(whole.uri)[1], noise)
@@ -287,6 +293,23 @@ def test_all_pictures_load_and_the_scores_are_theirs(opened, content):
                     told = view.locator("#sides").inner_text()
                     assert f"{file['bytes']:,} bytes" in told and f"{file['scores']['psnr']:.2f}" in told
     assert view.locator("#film img").evaluate_all("all => all.every(image => image.naturalWidth > 0)")
+
+
+@pytest.mark.browser
+def test_what_was_coded_at_half_size_is_enlarged_as_it_was_measured(opened, content, folder):
+    view = opened(1000)
+    index, each = next(
+        (i, each) for i, each in enumerate(content["compared"]["pictures"]) if each["picture"] == "small.png"
+    )
+    view.locator("#film button").nth(index).click()
+    view.locator("#rates span").first.click()
+    file = each["files"][each["nearest"]["webp"][0]]
+    assert file["halved"]
+    view.select_option("#right", "webp")
+    view.wait_for_function("document.getElementById('right-picture').src.startsWith('data:image/png')")
+    _, shown = decoded(view.locator("#right-picture").get_attribute("src"))
+    measured = folder / "results" / "rates" / "decoded" / "webp" / file["label"] / "small.png"
+    assert psnr(read_image(measured), shown) > 50
 
 
 @pytest.mark.browser

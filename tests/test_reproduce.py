@@ -205,20 +205,31 @@ def test_branches_are_switched_off_in_decoding(plain, pictures, tmp_path):
     assert [v.label for v in branches.variants_of("detail-off", load_release(off), 0)] == ["base only"]
 
 
-def test_ablations_beside_their_reference(pictures, tmp_path, capsys):
+def test_ablations_beside_their_reference(tmp_path, capsys):
+    """A second seed of an ablation is a row of its own; KID has an interval, and so has its change."""
     torch.manual_seed(2)
-    for name in ("config", "codebook-64"):
+    for name in ("config", "codebook-64", "codebook-64-seed-1"):
         base_alone(tmp_path / "releases" / name)
     unfinished = tmp_path / "releases" / "shift-off"
     unfinished.mkdir()
     (unfinished / "config.yaml").write_text("name: shift-off")
-    command = ["ablation", "--releases", tmp_path / "releases", "--data", pictures, "-o", tmp_path / "out"]
-    assert reproduce(*command, "--metrics", *SCORES) == 0
-    assert "shift-off has no release yet" in capsys.readouterr().err
+    for i in range(4):
+        photograph(tmp_path / "four" / f"{i}.png", 256, 256, seed=i)
+    command = ["ablation", "--releases", tmp_path / "releases", "--data", tmp_path / "four", "-o", tmp_path / "out"]
+    command += ["--metrics", *SCORES, "--distances", "kid-stlpips-alex", "fid-stlpips-alex"]
+    assert reproduce(*command) == 0
+    told = capsys.readouterr().err
+    assert "shift-off has no release yet" in told and "left out: fid-stlpips-alex: 4 patches" in told
     rows = {row["codec"]: row for row in told_in(tmp_path / "out" / "ablation.json")["rows"]}
-    change = rows["codebook-64"]["psnr"] - rows["config"]["psnr"]
-    assert rows["codebook-64"]["change-of-psnr"] == pytest.approx(change) and change != 0
-    assert "change-of-psnr" not in rows["config"] and "64" in rows["codebook-64"]["changes"]
+    assert list(rows) == ["codebook-64", "codebook-64-seed-1", "config"]
+    for name in ("psnr", "kid-stlpips-alex"):
+        change, row = rows["codebook-64"][name] - rows["config"][name], rows["codebook-64"]
+        assert row[f"change-of-{name}"] == pytest.approx(change) and change != 0
+        assert row[f"change-of-{name}_low"] <= row[f"change-of-{name}"] <= row[f"change-of-{name}_high"]
+        assert f"change-of-{name}" not in rows["config"]
+    first = "64 base codes: 0.0234 bits per pixel at fixed length."
+    assert [row["changes"] for row in rows.values()] == [first, f"{first} Seed 1.", None]
+    assert "change of KID-ST-LPIPS-alex ↓" in (tmp_path / "out" / "ablation.md").read_text()
 
 
 def test_two_layers_against_a_base_alone_at_its_bytes(release, plain, pictures, tmp_path):

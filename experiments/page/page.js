@@ -153,6 +153,12 @@ function compare({first, rates, pictures}) {
     return codec === ORIGINAL ? null : picture.files[picture.nearest[codec]?.[state.rate]];
   };
 
+  // The data URI of a file, or of the original, as it is shown.
+  async function pictureOf(file, picture) {
+    if (!file?.halved) return (file || picture.original).uri;
+    return (file.enlarged ??= enlarged(file.uri, picture.width, picture.height));
+  }
+
   function update() {
     const picture = pictures[state.picture],
       aim = picture.aims[state.rate];
@@ -166,7 +172,7 @@ function compare({first, rates, pictures}) {
       by(side).value = codec;
       image.hidden = file === undefined;
       image.alt = `${picture.picture}, ${label(codec)}`;
-      if (file !== undefined) image.src = file ? file.uri : picture.original.uri;
+      if (file !== undefined) pictureOf(file, picture).then(uri => fileOf(state[side]) === file && (image.src = uri));
       const size = file ? `${count(file.bytes)} bytes` : file === null ? "" : "no file of it";
       by(`${side}-badge`).replaceChildren(label(codec), element("span", {}, size));
     });
