@@ -41,7 +41,8 @@ def variants_of(name: str, codec: Codec, quality: float) -> list[Variant]:
     params = codec.params
     if params.adapter != "published" or params.prediction != "latent":
         raise DiffoError(
-            f"{name}: these branches are parts of adapter published with prediction latent, and it has others"
+            f"{name}: these branches are parts of adapter published with prediction latent, and it has others; name a "
+            "release of configs/config.yaml, or of its like, with --weights"
         )
     at_quality(name, codec, quality)
     trained = params.detail_branch, params.perceptual_branch
