@@ -55,7 +55,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
     add("overrides", nargs="*", metavar="key=value", help="for instance 'stages=[codec]' autoencoder=FILE")
     args = parser.parse_intermixed_args(argv)
-    args.command = command_line("-m", ["benchmarks.rehearse", *(sys.argv[1:] if argv is None else argv)])
+    args.command = command_line("-m benchmarks.rehearse", argv)
     return args
 
 

@@ -49,7 +49,10 @@ def variants_of(name: str, codec: Codec, quality: float) -> list[Variant]:
         silent.unet.start_silent()
         return [Variant(name, "y^ alone", silent, quality), Variant(name, "corrected by U", codec, quality)]
     if params.adapter != "published":
-        raise DiffoError(f"{name}: these branches are parts of adapter published, and it has another")
+        raise DiffoError(
+            f"{name}: these branches are parts of adapter published, and it has another; name a release of "
+            "configs/config.yaml, or of its like, with --weights"
+        )
     at_quality(name, codec, quality)
     trained = params.detail_branch, params.perceptual_branch
     if trained != BRANCHES["both"]:

@@ -64,18 +64,20 @@ def run(args: argparse.Namespace) -> None:
     better = "lower" if SCORES[metric].lower_is_better else "higher"
     told = about(args, releases, metric=metric, better=better, identifiable=found.identifies_c, c=round(rate.c, 5))
     rows = [
-        {"pictures": name, "count": len(pictures[name])} | each.told(rate, default) for name, each in sweeps.items()
+        {"set": name.replace("_", " "), "pictures": len(pictures[name])} | each.told(rate, default)
+        for name, each in sweeps.items()
     ]
     points = {name: {"etas": s.etas, "rates": s.rates, "scores": s.sign * s.costs} for name, s in sweeps.items()}
     points = {name: {key: values.tolist() for key, values in each.items()} for name, each in points.items()}
-    title = f"Fig. 5: {metric} ({better} is better) by noise level, c = {rate.c:.4g}"
+    score = f"{SCORES[metric].heading} ({better} is better)"
+    title = f"Fig. 5: {score} by noise level, c = {rate.c:.4g}"
     write_summary(rows, args.out_path, "eta", told, title, sweeps=points)
     curves = [
         Curve(rate_label(b), found.etas, found.sign * row, rate.eta(b))
         for b, row in zip(found.rates, found.costs, strict=True)
     ]
     title = f"Noise level of the one step, by rate (diamonds: c = {rate.c:.4g})"
-    chart(curves, args.out_path / "eta.png", "noise level eta", f"{metric} ({better} is better)", title, log_x=True)
+    chart(curves, args.out_path / "eta.png", "noise level eta", score, title, log_x=True)
     if args.store:
         with_rate(source, rate, args.store)
         print(f"wrote {args.store}, with c = {rate.c:.4g}")

@@ -22,7 +22,17 @@ from utils.files import atomic_write, make_folder
 from utils.version import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
-LIBRARIES = ("torch", "numpy", "pillow", "pyiqa", "pytorch-msssim", "cvvdp", "pillow-heif", "pillow-jxl-plugin")
+LIBRARIES = (
+    *(
+        "torch",
+        "numpy",
+        "constriction",
+        "pillow",
+        "pillow-heif",
+        "pillow-jxl-plugin",
+    ),  # Pillow's bring the other codecs
+    *("pyiqa", "pytorch-msssim", "stlpips-pytorch", "cvvdp", "torchmetrics", "bjontegaard"),
+)
 
 
 def photographs(folder: Path, limit: int | None = None) -> list[Path]:

@@ -11,6 +11,7 @@ import yaml
 
 from coding import options
 from tests.commands import ROOT, run
+from utils.commandline import command_line
 from utils.version import __version__
 
 COMMAND = "import sys; from utils.commandline import answer; sys.exit(answer(print, 'x' * int(sys.argv[1])))"
@@ -93,6 +94,15 @@ def test_every_command_tells_the_one_version(capsys):
         with pytest.raises(SystemExit) as end:
             importlib.import_module(name).parse(["--version"])
         assert end.value.code == 0 and capsys.readouterr().out == f"DiffO {__version__}\n", path
+
+
+def test_the_line_that_was_given_can_be_pasted(monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert command_line("reproduce.py", ["rates", "a b", "$c"]) == "python reproduce.py rates 'a b' '$c'"
+    assert command_line("-m benchmarks.cuda", ["-o", "x"]) == "python -m benchmarks.cuda -o x"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert command_line("reproduce.py", ["all"]) == "torchrun --nproc_per_node=2 reproduce.py all"
 
 
 def test_the_citation_file_is_of_this_project():

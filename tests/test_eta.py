@@ -52,7 +52,7 @@ def test_eta_is_swept_once_and_stored(tmp_path, capsys, monkeypatch):
     assert reproduce(*command, "--store", stored) == 0
     content = told_in(tmp_path / "out" / "eta.json")
     about, fitted = content["about"], content["rows"][0]
-    assert about["metric"] == "gmsd" and about["better"] == "lower" and fitted["count"] == 1
+    assert about["metric"] == "gmsd" and about["better"] == "lower" and fitted["pictures"] == 1
     scores = np.array(content["sweeps"]["fit"]["scores"])
     assert scores.shape == (6, 3) and fitted["its score"] == pytest.approx(scores.mean(0).min(), abs=1e-5)
     rates = content["sweeps"]["fit"]["rates"]

@@ -327,7 +327,7 @@ def test_charts_show_values_and_hide_curves(opened):
     chart.focus()
     view.keyboard.press("ArrowRight")
     assert tip.is_visible() and "nano" in tip.inner_text()
-    entry = view.locator(".legend button", has_text="nano")
+    entry = view.locator(".legend").first.locator("button", has_text="nano")
     entry.click()
     assert entry.get_attribute("aria-pressed") == "false" and marks.count() == drawn - 4
 

@@ -399,7 +399,8 @@ def test_two_processes_share_the_pictures_and_write_one_table(release, pictures,
     assert reproduce(*rates(release, pictures, tmp_path / "alone", "--qualities", 0, "--codecs", "webp")) == 0
     shared, alone = ((tmp_path / name / "rates.csv").read_text() for name in ("out", "alone"))
     assert shared == alone
-    assert told_in(tmp_path / "out" / "means.json")["about"]["processes"] == 2
+    about = told_in(tmp_path / "out" / "means.json")["about"]
+    assert about["processes"] == 2 and about["command"].startswith("torchrun --nproc_per_node=2 reproduce.py rates")
 
 
 @pytest.mark.parametrize(

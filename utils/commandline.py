@@ -95,8 +95,14 @@ def _settle_output() -> None:
 
 
 def command_line(program: str, argv: list[str] | None) -> str:
-    """The line that was given, to be pasted into a shell; `argv` None stands for the process's own arguments."""
-    return shlex.join(["python", program, *(sys.argv[1:] if argv is None else argv)])
+    """The line that was given, to be pasted into a shell, with torchrun where that has started this process.
+
+    Args:
+        program: a file, or -m and a module. argv: None stands for the process's own arguments.
+    """
+    local = os.environ.get("LOCAL_WORLD_SIZE") if "TORCHELASTIC_RUN_ID" in os.environ else None
+    launcher = ["torchrun", f"--nproc_per_node={local}"] if local else ["python"]
+    return shlex.join([*launcher, *program.split(), *(sys.argv[1:] if argv is None else argv)])
 
 
 def number(kind: Callable[[str], Number], allowed: Callable[[Number], bool], words: str) -> Callable[[str], Number]:
