@@ -37,7 +37,7 @@ def test_a_bd_rate_over_few_common_scores_is_there_and_called_doubtful():
     means = [{"codec": codec, "bpp": bpp, "psnr": psnr} for codec, curve in curves.items() for bpp, psnr in curve]
     found, reasons = bd_rates(means, "anchor")
     assert found["all"]["bd-rate-psnr"] == pytest.approx(100) and found["few"]["bd-rate-psnr"] > 0
-    assert list(reasons) == ["few, PSNR"] and "30%" in reasons["few, PSNR"]
+    assert list(reasons) == ["few, PSNR"] and "30 %" in reasons["few, PSNR"]
 
 
 def test_a_score_of_which_less_is_better_has_the_same_sign():

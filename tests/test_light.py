@@ -248,7 +248,7 @@ def test_a_file_is_the_same_and_its_picture_another(four):
         x_hat, _ = model.denoise(*model.known([contents]), [contents.file], ONE_STEP)
         expected = ((model.light(x_hat)[0, :, :40, :72] + 1) * 127.5).clamp(0, 255).round().byte()
     assert torch.equal(ours, expected)
-    with pytest.raises(ValueError, match="decoder 'lite': full or light"):
+    with pytest.raises(ValueError, match="decoder 'lite': full, light"):
         load_codec(four, decoder="lite")
 
 

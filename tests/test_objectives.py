@@ -240,7 +240,7 @@ def test_the_codec_stage_asks_for_its_random_numbers():
     assert published == DrawParams((8, 2, 3), steps=2, base_only_share=0.2)
     assert new_stage("gt").draw_params(32, 48) is None
     given = stage.forward(
-        lambda image, draws, decode: SimpleNamespace(image=image, draws=draws), Batch(None, None, drawn)
+        lambda image, draws, decode, twice: SimpleNamespace(image=image, draws=draws), Batch(None, None, drawn)
     )
     assert given.draws.shift is False and torch.equal(given.draws.noise, drawn["noise"])
     assert math.isclose(given.draws.spread[0], drawn["spread"][0])
