@@ -1,8 +1,10 @@
 """Every table and figure that the inputs at hand allow, each in a folder of its own in --out_path, and their report."""
 
 import argparse
+import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 
 from experiments import (
@@ -54,7 +56,7 @@ def commands(args: argparse.Namespace) -> Iterator[tuple[ModuleType, dict, str |
     for module in (rates, table1):
         yield module, {}, None
     found = ablation.gathered(args.releases) if args.releases else {}
-    stepped = [folder for name, folder in found.items() if name.startswith("steps-")]
+    stepped = by_steps(found, args.reference)
     yield table2, {"weights": stepped}, None if stepped else "needs releases of steps-1, steps-2, ... in --releases"
     branched, lacks = [], None
     for name, codec in releases.items():
@@ -83,6 +85,12 @@ def commands(args: argparse.Namespace) -> Iterator[tuple[ModuleType, dict, str |
         equal_bytes.rivals_of(args, next(iter(releases.values())))
     yield equal_bytes, {"weights": first}, None if args.against else "needs --against"
     yield report, {"out_path": args.out_path, "demo": False}, None
+
+
+def by_steps(releases: dict[str, Path], reference: str) -> list[Path]:
+    """Of releases by name, those that the paper's Table 2 is made of, at the size of the reference run."""
+    family = "small-steps" if reference.startswith("small-") else "steps"
+    return [folder for name, folder in releases.items() if re.fullmatch(rf"{family}-\d+", name)]
 
 
 def _name(module: ModuleType) -> str:

@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
     variants = [v for name, codec in releases.items() for v in variants_of(name, codec, args.quality)]
     means = measured(args, "pictures", releases, variants)
     if is_main():
-        title = f"Fig. 4: branches, {args.data.name}"
+        title = f"Fig. 4: branches, {args.data.name} (the paper's values: one picture, kodim23)"
         told = about(args, releases, paper=origin("paper-fig4"))
         write_summary(beside_paper(means, "paper-fig4"), args.out_path, "branches", told, title)
         draw_bars(means, args.out_path, args.metrics, ("codec", "label"), title)

@@ -370,6 +370,14 @@ def test_all_says_what_each_command_lacks(release, plain, pictures, tmp_path, mo
         assert set(own) <= set(vars(done[name]))
 
 
+def test_table_2_takes_one_release_for_each_number_of_steps():
+    """Second seeds, and ablations of another size, have the same numbers of steps."""
+    names = ("steps-1", "steps-15", "steps-1-seed-1", "small-steps-1", "small-steps-1-seed-1", "config")
+    folders = {name: Path(name) for name in names}
+    assert everything.by_steps(folders, "config") == [Path("steps-1"), Path("steps-15")]
+    assert everything.by_steps(folders, "small-steps-2") == [Path("small-steps-1")]
+
+
 def test_distances_between_patches_stand_beside_the_means(release, tmp_path, capsys):
     for i in range(4):
         photograph(tmp_path / "two" / f"{i}.png", 256, 272, seed=i)
