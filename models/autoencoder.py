@@ -14,10 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.blocks import Decoder, Encoder, start_linear
+from models.blocks import Decoder, Encoder, LinearMaps, start_linear
 from utils.config import require, require_from
 from utils.errors import ConfigError
-from utils.precision import without_autocast
 
 
 @dataclass(frozen=True)
@@ -58,26 +57,21 @@ class AutoencoderParams:
         return self.patch * 2 ** (len(self.ch_mult) - 1)
 
 
-class LinearBlocks(nn.Module):
+class LinearBlocks(LinearMaps):
     """W and W': a linear map of the blocks of a picture, 3 b^2 values each, to d channels, and one back.
 
-    They are 1x1 convolutions of the folded picture, as exact and as fast as convolutions of stride b, and compute in
-    their own precision whatever the autocast: they carry the picture, and f and g only what they lack.
+    They are 1x1 convolutions of the folded picture, as exact and as fast as convolutions of stride b.
     """
 
     def __init__(self, block: int, channels: int):
-        super().__init__()
+        super().__init__(3 * block**2, channels)
         self.block = block
-        self.analysis = nn.Conv2d(3 * block**2, channels, 1)
-        self.synthesis = nn.Conv2d(channels, 3 * block**2, 1)
 
     def encode(self, image: Tensor) -> Tensor:  # N 3 H W -> N d H/b W/b
-        with without_autocast(image.device):
-            return self.analysis(F.pixel_unshuffle(image, self.block))
+        return super().encode(F.pixel_unshuffle(image, self.block))
 
     def decode(self, x: Tensor) -> Tensor:  # N d h w -> N 3 bh bw
-        with without_autocast(x.device):
-            return F.pixel_shuffle(self.synthesis(x), self.block)
+        return F.pixel_shuffle(super().decode(x), self.block)
 
 
 class Autoencoder(nn.Module):

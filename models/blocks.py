@@ -193,6 +193,27 @@ class Decoder(nn.Module):
         return self.conv_out(self.norm_out(h))
 
 
+class LinearMaps(nn.Module):
+    """Two linear maps of every position, from n to m channels and back, each with a bias.
+
+    They compute in their own precision whatever the autocast: they carry the signal, and the networks beside them only
+    what they lack.
+    """
+
+    def __init__(self, n: int, m: int):
+        super().__init__()
+        self.analysis = nn.Conv2d(n, m, 1)
+        self.synthesis = nn.Conv2d(m, n, 1)
+
+    def encode(self, x: Tensor) -> Tensor:  # N n h w -> N m h w
+        with without_autocast(x.device):
+            return self.analysis(x)
+
+    def decode(self, x: Tensor) -> Tensor:  # N m h w -> N n h w
+        with without_autocast(x.device):
+            return self.synthesis(x)
+
+
 def nearest_codes(z: Tensor, codebook: Tensor) -> Tensor:
     """Index of the code nearest to every vector; the first one on a tie.
 

@@ -265,12 +265,10 @@ def start_from_release(folder: str | Path, codec: Codec) -> list[str]:
     """
     triple = Triple.in_folder(folder)
     released = load_triple(triple, densities=True)
-    theirs = released.params
-    asked = replace(codec.params, diffusion=theirs.diffusion)
-    asked = replace(asked, vq_base=replace(asked.vq_base, least_side=theirs.vq_base.least_side))
-    grows = codec.vq_base.shortcut is not None and released.vq_base.shortcut is None
-    if grows:
-        asked = replace(asked, vq_base=replace(asked.vq_base, shortcut="none"))
+    theirs, base = released.params, codec.params.vq_base
+    grows = base.shortcut == "linear" and theirs.vq_base.shortcut == "none"
+    base = replace(base, least_side=theirs.vq_base.least_side, shortcut="none" if grows else base.shortcut)
+    asked = replace(codec.params, diffusion=theirs.diffusion, vq_base=base)
     require_same(asked, theirs, f"{folder}: of other networks")
     states = states_of(released)
     told = [f"{', '.join(states)} from {folder}"]

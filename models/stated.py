@@ -11,11 +11,8 @@ from utils.errors import CheckpointError
 
 APART = ("rate", "light")  # blocks of CodecParams that say nothing of the networks whose digests count
 ONLY_TRAINING = ("decay", "epsilon", "revive_below")  # parameters of networks that no fingerprint counts
-LATER = {
-    "patch": 1,
-    "shortcut": "none",
-    "least_side": 1,
-}  # those that came after the first release count where they are not at this
+# Parameters that came after the first release: they count where they are not at this.
+LATER = {"patch": 1, "shortcut": "none", "least_side": 1}
 
 
 def meaning(params: CodecParams) -> dict[str, Any]:

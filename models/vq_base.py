@@ -17,9 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.blocks import Decoder, Encoder, nearest_codes, start_linear
+from models.blocks import Decoder, Encoder, LinearMaps, nearest_codes, start_linear
 from utils.config import require, require_from
-from utils.precision import without_autocast
 
 
 @dataclass(frozen=True)
@@ -134,13 +133,8 @@ def mirrored(x: Tensor, least: int) -> Tensor:
     return x
 
 
-class LinearChannels(nn.Module):
-    """A and B: linear maps between the d channels of the latent and the d_q of a code, at every position."""
-
-    def __init__(self, channels: int, code_channels: int):
-        super().__init__()
-        self.analysis = nn.Conv2d(channels, code_channels, 1)
-        self.synthesis = nn.Conv2d(code_channels, channels, 1)
+class LinearChannels(LinearMaps):
+    """A and B: between the d channels of the latent and the d_q of a code."""
 
     @torch.no_grad()
     def start_as_choice(self) -> None:
@@ -148,14 +142,6 @@ class LinearChannels(nn.Module):
         for conv in (self.analysis, self.synthesis):
             conv.weight.copy_(torch.eye(*conv.weight.shape[:2])[..., None, None])
             conv.bias.zero_()
-
-    def encode(self, x: Tensor) -> Tensor:  # N d h w -> N d_q h w
-        with without_autocast(x.device):
-            return self.analysis(x)
-
-    def decode(self, z_q: Tensor) -> Tensor:  # N d_q h w -> N d h w
-        with without_autocast(z_q.device):
-            return self.synthesis(z_q)
 
 
 class VQBase(nn.Module):
