@@ -144,6 +144,9 @@ def test_parameters_added_later_count_where_they_are_not_at_their_default():
     assert not {"patch", "shortcut"} & meaning(params)["autoencoder"].keys()
     folded = replace(params, autoencoder=replace(params.autoencoder, ch_mult=(1, 2, 4), patch=4))
     assert meaning(folded)["autoencoder"]["patch"] == 4 and "shortcut" not in meaning(folded)["autoencoder"]
+    assert not {"shortcut", "least_side"} & meaning(params)["vq_base"].keys()
+    grown = replace(params, vq_base=replace(params.vq_base, shortcut="linear", least_side=16))
+    assert meaning(grown)["vq_base"] == meaning(params)["vq_base"] | {"shortcut": "linear", "least_side": 16}
     assert meaning(replace(params, detail_branch=False))["detail_branch"] is False
     trained = replace(params.vq_base, decay=0.5, epsilon=0.1, revive_below=0.5)
     assert meaning(replace(params, vq_base=trained)) == meaning(params)
