@@ -11,6 +11,9 @@ from utils.imports import quiet
 
 # BT.601 luma of RGB in [0, 1]
 LUMA = (0.299, 0.587, 0.114)
+GROUND = 64  # side of a block of smooth ground, in pixels
+SMOOTH = 8 / 127.5  # the largest deviation of the original's luma inside one: 8 grey values
+PERIOD = 16  # pixels of a latent position
 
 
 def distortion(image: Tensor, target: Tensor) -> Tensor:
@@ -37,6 +40,26 @@ def ms_ssim_loss(image: Tensor, target: Tensor) -> Tensor:
     shares = torch.tensor(LUMA, device=image.device, dtype=image.dtype).view(1, 3, 1, 1)
     luma, reference = (((v + 1) / 2 * shares).sum(1, keepdim=True) for v in (image, target))
     return 1 - ms_ssim(luma, reference, data_range=1.0)
+
+
+def weave_loss(image: Tensor, target: Tensor) -> Tensor:
+    """Power of what repeats every 16 pixels in the luma error of smooth ground, where the eye finds it.
+
+        loss = max(0, mean over blocks b of s_b mean over pairs of their n = 16 cells, i != j, of <e_i, e_j>)
+             = max(0, mean over blocks b of s_b (n |mean_i e_i|^2 - mean_i |e_i|^2) / (n - 1))
+
+    e_i is the error in a cell of 16x16 pixels less its mean, |.|^2 and <., .> are means over pixels. What cells share is
+    counted whole, grain of their own not at all: its products are 0 on average. Blocks are 64x64 pixels, 32 apart; s_b is 1
+    where the original is smooth, its luma (the mean of RGB) deviating by less than 8 grey values, and 0 elsewhere.
+    """
+    n = (GROUND // PERIOD) ** 2
+    luma, reference = (F.unfold(v.mean(1, keepdim=True), GROUND, stride=GROUND // 2) for v in (image, target))
+    smooth = (reference.std(1, correction=0) < SMOOTH).to(luma)
+    cells = (luma - reference).unflatten(1, (GROUND // PERIOD, PERIOD, GROUND // PERIOD, PERIOD))
+    e = cells - cells.mean((2, 4), keepdim=True)
+    shared, own = e.mean((1, 3)).square().mean((1, 2)), e.square().mean((1, 2, 3, 4))  # N x blocks
+    power = (n * shared - own) / (n - 1)
+    return (smooth * power).mean().relu()
 
 
 class PatchDiscriminator(nn.Module):

@@ -63,7 +63,7 @@ def validation(tmp_path_factory):
     folder = tmp_path_factory.mktemp("validation")
     for seed in range(2):
         photograph(folder / f"{seed}.png", 33, 40, seed)
-    return Validation(ValidationParams(folder=str(folder)), torch.device("cpu"))
+    return Validation(ValidationParams(folder=str(folder)), torch.device("cpu"), {})
 
 
 @pytest.mark.parametrize("name", ["gt", "codec"])

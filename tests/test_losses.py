@@ -11,6 +11,7 @@ from models.losses import (
     hinge_discriminator,
     hinge_generator,
     ms_ssim_loss,
+    weave_loss,
 )
 
 
@@ -74,6 +75,49 @@ def test_ms_ssim_is_0_for_equal_pictures_and_falls_on_the_way_to_them():
     assert losses[0] == pytest.approx(0, abs=1e-6) and losses == sorted(losses) and 0.5 < losses[-1] < 1.01
     colour = torch.tensor([0.1, -0.1 * 0.299 / 0.587, 0.0]).view(3, 1, 1)  # of no luma
     assert ms_ssim_loss(target + colour, target).item() == pytest.approx(0, abs=5e-6)
+
+
+# What repeats every 16 pixels ---------------------------------------------------------------------------------------
+
+GREY = 2 / 255  # one grey value
+
+
+def stripes(period: int, side: int = 128, amplitude: float = GREY) -> torch.Tensor:
+    """A picture of columns that are an amplitude above and below 0 in turn."""
+    high = (torch.arange(side) // (period // 2) % 2).float() * 2 - 1
+    return (amplitude * high).expand(1, 3, side, side)
+
+
+def test_weave_is_the_power_of_a_pattern_of_16_pixels_on_smooth_ground():
+    ground = torch.zeros(1, 3, 128, 128)
+    assert weave_loss(stripes(16), ground).item() == pytest.approx(GREY**2, rel=1e-5)
+    assert weave_loss(stripes(8, amplitude=3 * GREY), ground).item() == pytest.approx(9 * GREY**2, rel=1e-5)
+    assert weave_loss(stripes(16), stripes(16)).item() == 0  # the error, not the picture
+    assert weave_loss(stripes(16).transpose(2, 3), ground).item() == pytest.approx(GREY**2, rel=1e-5)
+    colour = stripes(16) * torch.tensor([1.0, -1.0, 0.0]).view(3, 1, 1)  # of no luma
+    assert weave_loss(colour, ground).item() == pytest.approx(0, abs=1e-12)
+
+
+def test_what_does_not_repeat_is_no_weave():
+    ground = torch.zeros(1, 3, 128, 128)
+    assert weave_loss(ground + 0.3, ground).item() == pytest.approx(0, abs=1e-12)  # a level
+    assert weave_loss(stripes(32), ground).item() == pytest.approx(0, abs=1e-12)  # each cell is of one level
+    checks = torch.cat([stripes(16)[..., :16], -stripes(16)[..., :16]], dim=3).repeat(1, 1, 1, 4)
+    assert weave_loss(checks, ground).item() == 0  # less than nothing: half of the pairs and more are opposite
+    grain = torch.randn(1, 1, 256, 256, generator=torch.Generator().manual_seed(0)).expand(1, 3, 256, 256)
+    ground = torch.zeros(1, 3, 256, 256)
+    assert weave_loss(GREY * grain, ground).item() / GREY**2 < 0.01
+    both = weave_loss(GREY * grain + stripes(16, 256), ground).item() / GREY**2
+    assert both == pytest.approx(1, abs=0.03)
+
+
+def test_weave_counts_smooth_ground_alone():
+    rough = torch.zeros(1, 3, 64, 192)  # blocks from 0, 32, 64, 96 and 128 on: the last two are smooth
+    rough[..., :96] = stripes(64, 192)[..., :64, :96] * 20
+    woven = stripes(16, 192)[..., :64, :]
+    assert weave_loss(torch.cat([(rough + woven)[..., :96], rough[..., 96:]], dim=3), rough).item() == 0
+    loss = weave_loss(torch.cat([rough[..., :96], (rough + woven)[..., 96:]], dim=3), rough).item()
+    assert loss == pytest.approx(2 / 5 * GREY**2, rel=1e-5)
 
 
 def test_hinge_of_the_discriminator():

@@ -10,7 +10,8 @@ from training.speed import SpeedParams
 from utils.config import build, load_mapping, origin_of, require, require_from
 
 RUN_CONFIG = "config.yaml"  # the resolved configuration, in the run's folder
-Factors = dict[Literal["lpips", "stlpips", "features", "ms_ssim"], float]  # of perceptual terms in the loss
+Factors = dict[Literal["lpips", "stlpips", "features", "ms_ssim", "weave"], float]  # of perceptual terms in the loss
+LEAST_SIDE = {"ms_ssim": 161, "weave": 64}  # pixels of a picture that has such a term
 # By kind of adversary, in pixels: below, the PatchGAN has nothing to normalise over, and a projected head no logit.
 DISCRIMINATOR_MIN = {"patch": 32, "projected": 64}
 
@@ -47,8 +48,8 @@ class StageParams:
             gradients of as many micro-batches as it takes. None takes the whole batch.
         crop_size: pixels, a multiple of 16. ema: decay of the averaged weights.
         perceptual: perceptual terms with their factors in the loss: `lpips` (LPIPS-vgg), `stlpips` (ST-LPIPS-vgg),
-            `features` (of EfficientNet-Lite0) and `ms_ssim` (1 - MS-SSIM, crops above 160 pixels). A file's replaces the
-            default wholly.
+            `features` (of EfficientNet-Lite0), `ms_ssim` (1 - MS-SSIM, crops above 160 pixels) and `weave` (what repeats
+            every 16 pixels on smooth ground). A file's replaces the default wholly, and is merged with its base's.
         vgg_window: side in pixels of the square in the middle of a crop that `lpips` and `stlpips` see; None shows them
             whole crops. Crops lie anywhere in their pictures, so their middles do too. On a CPU, VGG costs several times
             what a small model does.
@@ -75,12 +76,19 @@ class StageParams:
             require(factor >= 0, f"perceptual.{name} {factor}: from 0 up")
         good = self.vgg_window is None or self.vgg_window >= 32
         require(good, f"vgg_window {self.vgg_window}: at least 32 pixels, or null")
-        small = self.perceptual.get("ms_ssim") and self.crop_size <= 160
-        require(not small, f"crop_size {self.crop_size}: perceptual.ms_ssim needs crops above 160 pixels")
+        for name, side in self.least_sides.items():
+            require(
+                self.crop_size >= side, f"crop_size {self.crop_size}: perceptual.{name} needs sides from {side} pixels"
+            )
         least = DISCRIMINATOR_MIN[self.adversary.kind] if self.adversary.weight > 0 else 0
         require(
             self.crop_size >= least, f"crop_size {self.crop_size}: adversary.{self.adversary.kind} needs {least} pixels"
         )
+
+    @property
+    def least_sides(self) -> dict[str, int]:
+        """Pixels that a picture's sides have at least, by perceptual term; those that need no more than any are left out."""
+        return {name: LEAST_SIDE[name] for name, factor in self.perceptual.items() if factor and name in LEAST_SIDE}
 
 
 @dataclass(frozen=True)
@@ -306,9 +314,10 @@ class TrainConfig:
         single = [name for name in ("autoencoder", "vq_base", "unet") if getattr(self, name)]
         require(not (self.release and single), f"release is a whole codec: leave out {', '.join(single)}")
         require_from(1, self, "log_every", "save_every", "picture_every", "keep_last")
-        ms_ssim = any(getattr(self, stage).perceptual.get("ms_ssim") for stage in self.stages)
-        small = ms_ssim and self.validation.crop is not None and self.validation.crop <= 160
-        require(not small, f"validation.crop {self.validation.crop}: perceptual.ms_ssim needs crops above 160 pixels")
+        crop = self.validation.crop
+        for name, side in [each for stage in self.stages for each in getattr(self, stage).least_sides.items()]:
+            small = crop is not None and crop < side
+            require(not small, f"validation.crop {crop}: perceptual.{name} needs sides from {side} pixels")
         require("/" not in self.name and self.name not in ("", ".", ".."), f"name {self.name!r}: one folder name")
 
 

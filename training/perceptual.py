@@ -1,18 +1,19 @@
 """The perceptual terms that a configuration names."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from measuring.weights import VGG16
-from models.losses import ms_ssim_loss
+from models.losses import ms_ssim_loss, weave_loss
 from training.perceptual_networks import PACKAGED, FeatureDistance, StLpips, packaged
 from utils.errors import ConfigError
 from utils.imports import quiet
 
 VGG = ("lpips", "stlpips")  # terms that look through it
+PLAIN = ("ms_ssim", "weave")  # terms that look through no network
 
 
 def perceptual_terms(
@@ -22,19 +23,21 @@ def perceptual_terms(
 
     Args:
         factors: by name: `lpips` (LPIPS-vgg, the paper's), `stlpips` (ST-LPIPS-vgg), `features` (of EfficientNet-Lite0),
-            `ms_ssim` (1 - MS-SSIM of the luma, sides from 161 pixels).
+            `ms_ssim` (1 - MS-SSIM of the luma, sides from 161 pixels), `weave` (what repeats every 16 pixels on smooth ground,
+            sides from 64 pixels).
         untrained: LPIPS with random weights, for its shapes alone; none are needed on disk.
         tf32: their networks compute in it while training.
         window: side, in pixels, of the square in the middle that terms of VGG see; None shows them all.
     Raises:
         ConfigError: lpips without VGG weights on disk, or a package that is not installed. Nothing is downloaded here.
     """
-    makers = {"lpips": lambda: Lpips(untrained), "stlpips": StLpips, "features": FeatureDistance, "ms_ssim": MsSsim}
+    makers = {"lpips": lambda: Lpips(untrained), "stlpips": StLpips, "features": FeatureDistance}
+    makers |= {"ms_ssim": lambda: Plain(ms_ssim_loss), "weave": lambda: Plain(weave_loss)}
     terms = {name: makers[name]() for name, factor in factors.items() if factor}
     if window:
         terms |= {name: Middle(terms[name], window) for name in VGG if name in terms}
     if tf32:
-        terms = {name: term if name == "ms_ssim" else InTf32(term) for name, term in terms.items()}
+        terms = {name: term if name in PLAIN else InTf32(term) for name, term in terms.items()}
     return nn.ModuleDict(terms)
 
 
@@ -68,11 +71,15 @@ class Lpips(nn.Module):
         return self.network.to(image)(image, target).mean()
 
 
-class MsSsim(nn.Module):
-    """1 - MS-SSIM of the luma."""
+class Plain(nn.Module):
+    """A term that needs no weights."""
+
+    def __init__(self, term: Callable[[Tensor, Tensor], Tensor]):
+        super().__init__()
+        self.term = term
 
     def forward(self, image: Tensor, target: Tensor) -> Tensor:
-        return ms_ssim_loss(image, target)
+        return self.term(image, target)
 
 
 class Middle(nn.Module):

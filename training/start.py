@@ -9,8 +9,6 @@ import torch
 from datapipe.pictures import Pictures
 from datapipe.source import Source
 from datapipe.sources import KINDS, open_source
-from measuring.metrics import MS_SSIM_MIN_SIDE
-from models.bitstream import CELL
 from models.codec import Codec
 from models.released import NAMES, start_from_release
 from training.config import TrainConfig
@@ -77,9 +75,8 @@ def validation_of(config: TrainConfig, stage: str, device: torch.device) -> Vali
     """The validation of a stage, if there is one. Raises ConfigError."""
     if not config.validation.folder:
         return None
-    smallest = MS_SSIM_MIN_SIDE if getattr(config, stage).perceptual.get("ms_ssim") else CELL
     with named("validation.folder"):
-        return Validation(config.validation, device, smallest)
+        return Validation(config.validation, device, getattr(config, stage).least_sides)
 
 
 def start_from(config: TrainConfig, codec: Codec) -> list[str]:

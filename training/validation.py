@@ -1,6 +1,7 @@
 """Scores on pictures that are not trained on, with the averaged weights."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -25,15 +26,17 @@ class Validation:
         ConfigError: no pictures in the folder. PictureError: one that cannot be read, or is smaller than the crop.
     """
 
-    def __init__(self, params: ValidationParams, device: torch.device, smallest: int = CELL):
+    def __init__(self, params: ValidationParams, device: torch.device, least_sides: Mapping[str, int]):
         self.params, self.device = params, device
         self.files = find_pictures(Path(params.folder), recursive=True)[: params.limit]
         if not self.files:
             raise ConfigError(f"{params.folder}: no pictures there to validate on")
         for path in self.files[distributed.rank() :: distributed.world_size()]:  # told now, not after hours
             height, width = self._picture(path).shape[1:]
-            if min(height, width) < smallest:
-                raise PictureError(f"{path}: {width}x{height} pixels; perceptual.ms_ssim needs sides from {smallest}")
+            needs = {"validation": CELL} | {f"perceptual.{name}": side for name, side in least_sides.items()}
+            for name, side in needs.items():
+                if min(height, width) < side:
+                    raise PictureError(f"{path}: {width}x{height} pixels; {name} needs sides from {side}")
 
     def _picture(self, path: Path) -> Tensor:
         """uint8 (3, H, W), sides multiples of 16."""
