@@ -14,3 +14,7 @@ def off_zero(network: nn.Module, std: float = 0.1) -> None:
     for module in network.modules():
         if layer := STARTS_AT_ZERO.get(type(module)):
             torch.nn.init.normal_(module.get_submodule(layer).weight, std=std)
+
+
+def numbers_of(network: nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters())

@@ -5,15 +5,19 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from models.codec import Codec
 from models.entropy_coding import frequency_table
 from release.making import write_release
 from release.tables import Counts
 from reproduce import main
-from tests.commands import NANO
+from tests.commands import NANO, photograph
 from tests.networks import off_zero
 from tests.residual import new_codec
 from training.config import load_config
+
+SCORES = ("psnr", "psnr_red")
 
 
 def two_layers(folder: Path) -> Path:
@@ -30,6 +34,18 @@ def base_alone(folder: Path, *overrides: str) -> Path:
     off_zero(codec)
     codec.base_table = frequency_table(Counts.none(codec).base)
     write_release(folder, 3, codec, config)
+    return folder
+
+
+def larger_base(folder: Path) -> Path:
+    """A release of the base alone, with a larger code book."""
+    torch.manual_seed(1)
+    return base_alone(folder, "networks.vq_base.codebook_size=2048")
+
+
+def two_photographs(folder: Path) -> Path:
+    for i in range(2):
+        photograph(folder / f"{i}.png", 96, 80, seed=i)
     return folder
 
 
