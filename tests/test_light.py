@@ -112,6 +112,25 @@ def test_the_loss_of_stage_light():
     assert set(alone.losses(alone.forward(alone.network, batch_of(alone)), batch_of(alone))) == {"distortion", "loss"}
 
 
+def test_the_teachers_picture_in_the_originals_place():
+    given = ("light.target=teacher", "light.teacher_weight=0", "light.distortion_weight=0.9", "light.chroma_weight=0.6")
+    stage = new_stage("light", *given, "light.perceptual={lpips: 0.3}", perceptual={"lpips": Recorder(1.0)})
+    image, original, teacher = (numbers(2, 3, 2, 3) for _ in range(3))
+    out = Distilled(torch.tensor(image), torch.tensor(teacher), torch.zeros(2))
+    error = image - teacher
+    expected = {
+        "distortion": (error**2).mean(),
+        "chroma": ((error - error.mean(1, keepdims=True)) ** 2).mean(),
+        "lpips": (2 * image - teacher).mean() + 3,
+    }
+    expected["loss"] = 0.9 * expected["distortion"] + 0.6 * expected["chroma"] + 0.3 * expected["lpips"]
+    assert as_floats(stage.losses(out, Batch(torch.tensor(original), torch.arange(2)))) == pytest.approx(
+        expected, rel=1e-9
+    )
+    out = stage.forward(stage.network, batch_of(stage))
+    assert out.teacher is not None
+
+
 def test_it_learns_from_clean_latents_and_from_what_a_file_gives():
     """A quarter of the samples, evenly spread, is E(X); the others are x^ of the decoder's one step, at drawn levels."""
     stage = new_stage("light", "light.clean_share=0.25", residual=True)

@@ -212,8 +212,10 @@ class LightStageParams(StageParams):
     """Stage `light`: the light decoder, distilled from the D of a release.
 
     Attributes:
-        teacher_weight: of the squared error to D's picture of the same latent. distortion_weight: of that to the
-            original; chroma_weight and perceptual terms are of the original too.
+        target: what distortion_weight, chroma_weight and perceptual terms compare with: the `original`, or the picture that D,
+            the `teacher`, makes of the same latent. A D that paints texture the original cannot tell is imitated by the latter;
+            a distance to the original takes texture away again.
+        teacher_weight: of the squared error to D's picture, beside them.
         clean_share: of samples whose latent is E(X); the others' is the codec's own x^, as a file gives it.
         base_only_share: of samples that are coded at level 0. The others' levels are drawn between the first and the last.
         statistics: crops that the linear map is fitted to before the first step.
@@ -222,6 +224,7 @@ class LightStageParams(StageParams):
     iterations: int = 20_000
     optim: OptimParams = field(default_factory=OptimParams)
     perceptual: Factors = field(default_factory=lambda: {"lpips": 0.2})
+    target: Literal["original", "teacher"] = "original"
     teacher_weight: float = 1.0
     distortion_weight: float = 0.8
     chroma_weight: float = 0.0

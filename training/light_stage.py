@@ -27,9 +27,9 @@ class Distilled(NamedTuple):
 
 
 class LightStage(CodedStage):
-    """Stage `light`: L = w_t |D(x^) - X^|^2 + w_d |X - X^|^2 + w_c |chroma|^2 + w_p perceptual (+ adversary), X^ = L(x^).
+    """Stage `light`: L = w_t |D(x^) - X^|^2 + w_d |Y - X^|^2 + w_c |chroma|^2 + w_p perceptual (+ adversary), X^ = L(x^).
 
-    x^ is the codec's own, at rates that are drawn, or E(X) itself. The light decoder L alone learns.
+    Y is the original X, or D(x^). x^ is the codec's own, at rates that are drawn, or E(X) itself. The light decoder L alone learns.
     """
 
     name = "light"
@@ -64,7 +64,8 @@ class LightStage(CodedStage):
 
     def distilled(self, model: nn.Module, latent: Tensor, residual_bpp: Tensor) -> Distilled:
         with torch.no_grad():
-            teacher = self.codec.autoencoder.decode(latent) if self.params.teacher_weight else None
+            taught = self.params.teacher_weight or self.params.target == "teacher"
+            teacher = self.codec.autoencoder.decode(latent) if taught else None
         return Distilled(model(latent), teacher, residual_bpp)
 
     def decoded(self, image: Tensor, draws: Draws) -> Distilled:
@@ -72,8 +73,9 @@ class LightStage(CodedStage):
         return self.distilled(self.network, out.x_hat, out.residual_bpp)
 
     def terms(self, out: Distilled, batch: Batch) -> dict[str, Tensor]:
-        terms = {"distortion": distortion(out.image, batch.image)} | self.shared_terms(out.image, batch.image)
-        return terms if out.teacher is None else terms | {"teacher": distortion(out.image, out.teacher)}
+        target = out.teacher if self.params.target == "teacher" else batch.image
+        terms = {"distortion": distortion(out.image, target)} | self.shared_terms(out.image, target)
+        return terms | {"teacher": distortion(out.image, out.teacher)} if self.params.teacher_weight else terms
 
     def begin(self, batches: Iterable[Batch]) -> str:
         """Fit the linear map to latents of training pictures and the pictures."""
