@@ -59,31 +59,33 @@ def mean_of(rows: Sequence[Row], scores: Sequence[str]) -> Row:
     return mean
 
 
-def beside_paper(means: Sequence[Row], source: str) -> list[Row]:
+def beside_paper(means: Sequence[Row], source: str, **only: str) -> list[Row]:
     """The rows with what the paper printed for their labels, and how that came to us; and those that it alone has.
 
     Args:
-        source: of the records in `experiments.published`, for instance paper-table2.
+        source: of the records in `experiments.published`, for instance paper-table2. only: which of them, as there.
     """
-    records = {record.variant: record for record in published(source=source)}
+    records = {record.variant: record for record in published(source=source, **only)}
+    values = {variant: record.scores | {"bpp": record.bpp} for variant, record in records.items()}
+    shown = {key for printed in values.values() for key in printed}
     rows = []
     for mean in [
         *means,
         *({"codec": "paper alone", "label": v} for v in records if v not in {m["label"] for m in means}),
     ]:
-        record, row = records.get(mean["label"]), {}
-        for key in dict.fromkeys([*mean, *(record.scores if record else ())]):
+        record, printed, row = records.get(mean["label"]), values.get(mean["label"], {}), {}
+        for key in dict.fromkeys([*mean, *printed]):
             row[key] = mean.get(key)
-            if record and key in record.scores:
-                row[PAPER + key] = record.scores[key]
+            if key in shown:
+                row[PAPER + key] = printed.get(key)
         rows.append(row | {KIND: record.kind} if record else row)
     return rows
 
 
 def origin(source: str) -> str:
-    """Where the values of the paper are from, and what limits them."""
+    """Where the values of the paper are from, what limits them, and what they were measured on, if that is told."""
     record = published(source=source)[0]
-    return f"{record.where}; {record.note}"
+    return "; ".join(filter(None, (record.where, record.note, record.hardware)))
 
 
 def heading(column: str) -> str:
