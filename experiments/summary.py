@@ -10,14 +10,13 @@ from coding.table import write_json, write_rows
 from experiments.baselines import BASELINES
 from experiments.published import KINDS, published
 from measuring.charts import bars
-from measuring.intervals import Interval, bootstrap
+from measuring.intervals import HIGH, LOW, Interval, bootstrap
 from measuring.patches import DISTANCES
 from measuring.scores import SCORES
 from utils.files import atomic_write
 
 SHOWN = SCORES | DISTANCES  # what has a heading, a convention, and a side that is better
 SIZES = ("bytes", "payload_bytes", "bpp", "eta")
-LOW, HIGH = "_low", "_high"  # ends of a mean's 95 % interval
 KIND = "paper's kind"  # a key of experiments.published.KINDS
 PAPER = "paper_"  # begins the columns of what the paper printed
 BD_RATE, CHANGE = "bd-rate-", "change-of-"  # begin columns of a score's BD-rate, and of its change from a reference
