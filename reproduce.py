@@ -186,12 +186,15 @@ def sizes(add) -> None:
     add("--sizes", type=size, nargs="+", default=SIZES, metavar="HxW", help="default: " + " ".join(SIZES))
 
 
-def shown(add) -> None:
-    add("--data", type=Path, metavar="DIR", help="pictures, for instance Kodak")
-    add("--demo", action="store_true", help="the photographs that scikit-image ships, instead of --data")
+def squares(add) -> None:
     told = "pictures, each with the left and top pixel of its crop (default: the middles of three)"
     add("--crops", type=crop, nargs="+", default=[], metavar="NAME[@X,Y]", help=told)
     add("--side", type=side, default=192, metavar="N", help="pixels of a crop's sides (default 192)")
+
+
+def shown(add) -> None:
+    add("--data", type=Path, metavar="DIR", help="pictures, for instance Kodak")
+    add("--demo", action="store_true", help="the photographs that scikit-image ships, instead of --data")
     add("--qualities", type=quality, nargs="+", default=(0.0, 30.0), metavar="Q", help="default: 0 30")
     add("--codecs", nargs="*", default=OTHERS, metavar="NAME", help="other codecs (default: " + " ".join(OTHERS) + ")")
     add("--metrics", nargs="*", default=LABELS, metavar="NAME", help="default: " + " ".join(LABELS))
@@ -229,7 +232,7 @@ COMMANDS = {
         "patterns, borders, colour casts, flat areas",
         [releases, decoders, pictures, scores, qualities, beside],
     ),
-    "crops": ("crops beside other codecs", [releases, decoders, shown]),
+    "crops": ("crops beside other codecs", [releases, decoders, shown, squares]),
     "timing": ("time and operations of every part", [releases, decoders, timed, sizes, one_quality, clock]),
     "equal_bytes": ("two layers within base-only bytes", [releases, pictures, scores, rivals]),
 }
@@ -246,6 +249,7 @@ SHARED = [
     reference,
     fitted,
     beside,
+    squares,
     clock,
     sizes,
     everything,

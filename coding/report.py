@@ -47,6 +47,16 @@ def mean_row(rows: Sequence[Row]) -> Row:
     return mean
 
 
+def intervals_of(rows: Sequence[Row]) -> Row:
+    """Ends of the 95 % intervals of the scores' means, by bootstrap over the rows: of those that have a mean."""
+    from measuring.intervals import HIGH, LOW, bootstrap  # here, as below
+    from measuring.scores import SCORES
+
+    found = {name: bootstrap([row.get(name) for row in rows]) for name in SCORES}
+    found = {name: each for name, each in found.items() if each and each.low is not None}
+    return {name + end: value for name, each in found.items() for end, value in ((LOW, each.low), (HIGH, each.high))}
+
+
 def aligned_table(rows: list[Row]) -> str:
     """Rows as aligned text under the columns' headings."""
     from measuring.scores import SCORES  # here, because it imports torch: wrong usage is answered before

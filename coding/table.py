@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from coding.report import Row, columns_of, mean_row
+from coding.report import Row, columns_of, intervals_of, mean_row
 from utils.errors import DiffoError
 from utils.files import atomic_write, held, made_folder
 
@@ -48,7 +48,7 @@ class Table:
 
     def __exit__(self, *_) -> None:
         with self._opened:
-            self.write()
+            self.write(intervals=True)
 
     @property
     def rows(self) -> list[Row]:
@@ -75,8 +75,8 @@ class Table:
         for key in [(name,) for name in names if (name,) in self._rows]:
             self._rows[key] = self._rows.pop(key)
 
-    def write(self) -> None:
-        """Write both files, unless there is nothing to write."""
+    def write(self, intervals: bool = False) -> None:
+        """Write both files, unless there is nothing to write; means get their intervals at the end, which takes time."""
         if not (self.writes and self._rows):
             return
         began = time.monotonic()
@@ -85,7 +85,7 @@ class Table:
         if self._kept:  # some rows are not of this run
             content["earlier"] = [about for about in self._earlier if about != content["about"]]
         if len(self.key) == 1:
-            content["mean"] = mean_row(self.rows)
+            content["mean"] = mean_row(self.rows) | (intervals_of(self.rows) if intervals else {})
         write_json(content | {"pictures": self.rows}, self.json)
         now = time.monotonic()
         self._due = now + PAUSE * (now - began)

@@ -12,6 +12,7 @@ from experiments import (
     artefacts,
     branches,
     ceiling,
+    crops,
     equal_bytes,
     eta,
     rates,
@@ -22,7 +23,7 @@ from experiments import (
     variance,
 )
 from experiments.coded import at_quality, evaluator_of
-from experiments.inputs import named_photographs, photographs, releases_of
+from experiments.inputs import named_photographs, photographs, releases_of, spread
 from measuring.scores import unavailable
 from utils.distributed import is_main
 from utils.errors import DiffoError
@@ -73,18 +74,31 @@ def commands(args: argparse.Namespace) -> Iterator[tuple[ModuleType, dict, str |
     yield eta, {"weights": first and first[0], "store": None}, lacks
     for name, codec in releases.items():
         at_quality(name, codec, args.quality)
-    yield variance, {}, None
+    steady = [name for name in args.codecs if name != "jpeg2000"]  # whose setting is the number of bytes
+    yield variance, {"codecs": steady}, None
     reference = None if args.reference in found else f"needs a release of {args.reference} in --releases (--reference)"
     yield ablation, {}, reference
     if args.fit:
         photographs(args.fit)
     for module in (ceiling, artefacts):
         yield module, {}, None
+    lowest_and_middle = spread(sorted(args.qualities), 3)[:2]
+    yield crops, {"demo": False, "qualities": lowest_and_middle}, too_small(args)
     yield timing, {"data": next(iter(pictures.values())), "config": None}, None
     if args.against:
         equal_bytes.rivals_of(args, next(iter(releases.values())))
     yield equal_bytes, {"weights": first}, None if args.against else "needs --against"
     yield report, {"out_path": args.out_path, "demo": False}, None
+
+
+def too_small(args: argparse.Namespace) -> str | None:
+    """Why there are no crops of the middles of --data. Raises DiffoError for crops that are named, and cannot be had."""
+    try:
+        crops.crops_of(args.crops, named_photographs(args.data), args.side)
+    except DiffoError as error:
+        if args.crops:
+            raise
+        return str(error)
 
 
 def by_steps(releases: dict[str, Path], reference: str) -> list[Path]:

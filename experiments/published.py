@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 FILE = Path(__file__).with_suffix(".json")
+OURS = "DiffO"  # the paper's name of what the releases are
 KINDS = {
     "table": "read from a file of numbers",
     "printed": "printed in a figure",
@@ -55,9 +56,13 @@ def records() -> tuple[Published, ...]:
 
 
 def published(
-    dataset: str | None = None, score: str | None = None, source: str | None = None, timed: bool = False
+    dataset: str | None = None,
+    score: str | None = None,
+    source: str | None = None,
+    variant: str | None = None,
+    timed: bool = False,
 ) -> list[Published]:
-    """Records of one set, with one score and a rate, from one source, with a time: whichever is asked for.
+    """Records of one set, with one score and a rate, from one source, of one variant, with a time: what is asked for.
 
     Those of one system, set and score are points of one curve, from one source, and come by rising rate.
     """
@@ -67,6 +72,7 @@ def published(
         if (dataset is None or record.dataset == dataset)
         and (score is None or (score in record.scores and record.bpp is not None))
         and (source is None or record.source == source)
+        and (variant is None or record.variant == variant)
         and (not timed or record.decode_s is not None)
     ]
     return sorted(found, key=lambda record: (record.system, record.bpp or 0)) if score else found

@@ -8,7 +8,7 @@ from experiments.baselines import BASELINES, Baseline
 from experiments.coded import COUNTED, baselines_of, curve_of, measured
 from experiments.inputs import about, releases_of
 from experiments.published import published, records
-from experiments.summary import BD_RATE, SHOWN, codec_label, write_summary
+from experiments.summary import BD_RATE, SHOWN, beside_paper, codec_label, origin, write_summary
 from measuring.bd_rate import DOUBTFUL, bd_rate, overlap
 from measuring.charts import Curve, chart
 from models.codec import Codec
@@ -21,6 +21,9 @@ THE_PAPERS = "trained with 2 steps, run with 1"  # the variant of its Table 2 th
 def run(args: argparse.Namespace) -> None:
     """rates.csv by picture, means, bd_rate and a chart for every score.
 
+    Of a set that the paper gives numbers for, its point is a row of the means, in columns of its own: no other row has
+    its rate.
+
     Raises:
         DiffoError: an option is wrong, before anything is coded; a picture cannot be read.
     """
@@ -28,9 +31,11 @@ def run(args: argparse.Namespace) -> None:
     means = points(args, releases)
     if not is_main():
         return
-    told = about(args, releases, published=args.published, bytes=COUNTED[args.by])
+    rows = beside_paper(means, "paper-table2", dataset=args.published or args.data.name, variant=THE_PAPERS)
+    paper = origin("paper-table2") if len(rows) > len(means) else None
+    told = about(args, releases, published=args.published, bytes=COUNTED[args.by], paper=paper)
     by = " by payload" if args.by == "payload" else ""
-    write_summary(means, args.out_path, "means", told, f"Rates and scores on {args.data.name}{by}")
+    write_summary(rows, args.out_path, "means", told, f"Rates and scores on {args.data.name}{by}")
     if anchor := anchor_of(args):
         found, reasons = bd_rates(means, anchor)
         rows = [{"codec": codec} | row for codec, row in found.items()]

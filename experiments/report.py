@@ -13,9 +13,9 @@ from experiments.coded import COUNTED
 from experiments.compared import compared
 from experiments.eta import rate_label
 from experiments.inputs import demo_folder
-from experiments.published import published
+from experiments.published import OURS, published
 from experiments.rates import published_curves
-from experiments.summary import HIGH, LOW, codec_label, heading, label_words, lines_of
+from experiments.summary import HIGH, KIND, LOW, codec_label, heading, label_words, lines_of
 from experiments.variance import FROM_MEAN, SHARE
 from measuring.scores import SCORES
 from utils.distributed import is_main
@@ -120,13 +120,14 @@ def content_of(folder: Path, tables: dict[str, dict[str, dict]], data: Path | No
         if data is None:
             raise DiffoError(f"name the originals with --data; they were coded by: {means['about']['command']}")
         rows = read(folder / "rates" / "rates.json", "pictures")["pictures"]
-        content["compared"] = compared(folder / "rates", rows, means["rows"], data, args.limit or PICTURES)
+        measured = [mean for mean in means["rows"] if KIND not in mean]  # the paper's have no files
+        content["compared"] = compared(folder / "rates", rows, measured, data, args.limit or PICTURES)
     return content
 
 
 def caution(about: dict) -> str | None:
     """How the sizes of the measured releases relate to the paper's; None of results that do not tell their sizes."""
-    (paper,) = (record.parameters for record in published(source="paper-table1") if record.system == "DiffO")
+    (paper,) = (record.parameters for record in published(source="paper-table1") if record.system == OURS)
     counts = about.get("parameters")
     if not counts:
         return None

@@ -10,14 +10,13 @@ from coding.table import write_json, write_rows
 from experiments.baselines import BASELINES
 from experiments.published import KINDS, published
 from measuring.charts import bars
-from measuring.intervals import Interval, bootstrap
+from measuring.intervals import HIGH, LOW, Interval, bootstrap
 from measuring.patches import DISTANCES
 from measuring.scores import SCORES
 from utils.files import atomic_write
 
 SHOWN = SCORES | DISTANCES  # what has a heading, a convention, and a side that is better
 SIZES = ("bytes", "payload_bytes", "bpp", "eta")
-LOW, HIGH = "_low", "_high"  # ends of a mean's 95 % interval
 KIND = "paper's kind"  # a key of experiments.published.KINDS
 PAPER = "paper_"  # begins the columns of what the paper printed
 BD_RATE, CHANGE = "bd-rate-", "change-of-"  # begin columns of a score's BD-rate, and of its change from a reference
@@ -59,31 +58,33 @@ def mean_of(rows: Sequence[Row], scores: Sequence[str]) -> Row:
     return mean
 
 
-def beside_paper(means: Sequence[Row], source: str) -> list[Row]:
+def beside_paper(means: Sequence[Row], source: str, **only: str) -> list[Row]:
     """The rows with what the paper printed for their labels, and how that came to us; and those that it alone has.
 
     Args:
-        source: of the records in `experiments.published`, for instance paper-table2.
+        source: of the records in `experiments.published`, for instance paper-table2. only: which of them, as there.
     """
-    records = {record.variant: record for record in published(source=source)}
+    records = {record.variant: record for record in published(source=source, **only)}
+    values = {variant: record.scores | {"bpp": record.bpp} for variant, record in records.items()}
+    shown = {key for printed in values.values() for key in printed}
     rows = []
     for mean in [
         *means,
         *({"codec": "paper alone", "label": v} for v in records if v not in {m["label"] for m in means}),
     ]:
-        record, row = records.get(mean["label"]), {}
-        for key in dict.fromkeys([*mean, *(record.scores if record else ())]):
+        record, printed, row = records.get(mean["label"]), values.get(mean["label"], {}), {}
+        for key in dict.fromkeys([*mean, *printed]):
             row[key] = mean.get(key)
-            if record and key in record.scores:
-                row[PAPER + key] = record.scores[key]
+            if key in shown:
+                row[PAPER + key] = printed.get(key)
         rows.append(row | {KIND: record.kind} if record else row)
     return rows
 
 
 def origin(source: str) -> str:
-    """Where the values of the paper are from, and what limits them."""
+    """Where the values of the paper are from, what limits them, and what they were measured on, if that is told."""
     record = published(source=source)[0]
-    return f"{record.where}; {record.note}"
+    return "; ".join(filter(None, (record.where, record.note, record.hardware)))
 
 
 def heading(column: str) -> str:

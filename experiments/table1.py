@@ -7,7 +7,7 @@ from coding.report import Row
 from datapipe.sources import demo_photographs
 from experiments.coded import COUNTED, at_quality, table_of
 from experiments.inputs import about, releases_of
-from experiments.published import Published, published
+from experiments.published import OURS, Published, published
 from experiments.rates import anchor_of, bd_rates, points
 from experiments.summary import BD_RATE, KIND, PAPER, codec_label, draw_bars, origin, write_summary
 from experiments.timing import TOTAL, made_from, measure
@@ -15,7 +15,6 @@ from models.codec import Codec
 from utils.distributed import is_main
 
 SIZE = "768x768"
-OURS = "DiffO"  # the paper's name of what the releases are
 
 
 def run(args: argparse.Namespace) -> None:

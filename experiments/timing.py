@@ -32,8 +32,9 @@ from coding.table import Table
 from datapipe.sources import demo_photographs
 from experiments.coded import at_quality, table_of
 from experiments.inputs import about, checksum, photographs, releases_of, weights_of
+from experiments.published import OURS, published
 from experiments.stopwatch import READ, REST, WRITE, Stopwatch, seconds
-from experiments.summary import draw_bars, write_summary
+from experiments.summary import KIND, PAPER, draw_bars, origin, write_summary
 from measuring.metrics import psnr
 from models.codec import Codec
 from models.records import CodecParams
@@ -72,15 +73,24 @@ def run(args: argparse.Namespace) -> None:
             for size in args.sizes:
                 found[name, size] = timed(table, name, codec, picture, size, args)
     told = about(args, releases, precision=args.precision, quality=args.quality, repeats=args.repeats)
-    rows = [
-        {"part": row["part"]} | {k: v for k, v in row.items() if k != "made_from"} for row in chain(*found.values())
-    ]
+    rows = [as_shown(row) for row in chain(*found.values())]
+    told["paper"] = origin("paper-table1") if any(KIND in row for row in rows) else None
     write_summary(rows, args.out_path, "timing", told, "Time and operations of every part of coding a picture")
     for (name, size), parts in found.items():
         for way in WAYS:
             of_way = [row for row in parts if row["way"] == way]
             title = f"{name}, {size}: milliseconds to {way}"
             draw_bars(of_way, args.out_path, ["ms"], ["part"], title, f"{name}-{size}-{way}-")
+
+
+def as_shown(row: Row) -> Row:
+    """A row as it is shown: the part first, and the paper's milliseconds, which it has of both ways at 768x768."""
+    columns = dict.fromkeys(("part", "codec", "size", "way", "ms", PAPER + "ms"))
+    shown = columns | {key: value for key, value in row.items() if key != "made_from"}
+    (paper,) = (record for record in published(source="paper-table1") if record.system == OURS)
+    if (row["part"], row["size"]) == (TOTAL, paper.size):
+        shown |= {PAPER + "ms": 1e3 * getattr(paper, f"{row['way']}_s"), KIND: paper.kind}
+    return shown
 
 
 def untrained(args: argparse.Namespace) -> dict[str, Codec]:

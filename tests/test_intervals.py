@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from measuring import intervals
 from measuring.intervals import Interval, bootstrap, paired
 
 VALUES = [31.2, 28.9, 33.4, 30.1, 29.5, 35.0, 27.7, 32.8]
@@ -25,6 +26,12 @@ def test_an_interval_is_the_bootstrap_of_the_mean():
 def test_ends_of_two_pictures_are_the_pictures():
     """Two of two, with replacement: both are the first in a quarter of the draws, more than the 2.5 % beyond an end."""
     assert bootstrap([1.0, 3.0]) == Interval(2.0, 1.0, 3.0)
+
+
+def test_draws_do_not_depend_on_how_many_are_made_at_once(monkeypatch):
+    found = bootstrap(VALUES)
+    monkeypatch.setattr(intervals, "AT_ONCE", intervals.RESAMPLES)
+    assert bootstrap(VALUES) == found
 
 
 def test_a_constant_has_no_width_and_one_picture_no_interval():

@@ -224,19 +224,32 @@ def test_table1_has_rates_sizes_and_seconds(release, pictures, tmp_path, monkeyp
 
 def test_all_says_what_each_command_lacks(release, plain, pictures, tmp_path, monkeypatch, capsys):
     done = {}
-    names = ("rates", "table1", "variance", "timing", "equal_bytes", "branches", "ceiling", "artefacts", "report")
+    names = (
+        "rates",
+        "table1",
+        "variance",
+        "timing",
+        "equal_bytes",
+        "branches",
+        "ceiling",
+        "artefacts",
+        "crops",
+        "report",
+    )
     for name in names:
         monkeypatch.setattr(getattr(everything, name), "run", lambda args, name=name: done.update({name: args}))
     command = ["all", "--weights", release, "--data", pictures, "-o", tmp_path / "out", "--metrics", *SCORES]
-    assert reproduce(*command, "--against", plain) == 0
+    assert reproduce(*command, "--against", plain, "--side", 64) == 0
     assert set(done) == set(names)
+    assert "jpeg2000" in done["rates"].codecs and "jpeg2000" not in done["variance"].codecs  # it meets any size
+    assert done["crops"].qualities == [0, 40] and done["crops"].out_path == tmp_path / "out" / "crops"
     assert done["timing"].out_path == tmp_path / "out" / "timing" and done["timing"].data.name == "0.png"
     assert done["rates"].command.startswith("python reproduce.py all --weights")
     told = capsys.readouterr().err
     for line in ("table2 needs releases", "ablation needs a release of config", "eta needs --held_out"):
         assert f"left out: {line}" in told
     # Every option that a command reads is one of all's.
-    for name in ("rates", "table1", "timing", "ceiling", "artefacts", "report"):
+    for name in ("rates", "table1", "timing", "ceiling", "artefacts", "crops", "report"):
         own = vars(parse([name, *(["--data", "x"] if name not in ("timing", "report") else [])]))
         assert set(own) <= set(vars(done[name]))
 

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from coding.table import Table
+from measuring.intervals import bootstrap
 from tests.commands import ROOT, call, photograph
 from utils.errors import DiffoError
 
@@ -36,6 +37,19 @@ def test_both_files_say_the_same(tmp_path):
     assert found["pictures"][0] == rows[0] and found["pictures"][1]["psnr"] is None
     lines = (tmp_path / "metrics.csv").read_text().splitlines()
     assert lines == ["picture,bytes,bpp,psnr,ms_ssim,vif", "a.png,100,0.1,20.0,0.8,0.25", "b.png,300,0.2,inf,,nan"]
+
+
+def test_means_of_scores_have_the_intervals_of_every_other_table(tmp_path):
+    """Of two pictures the ends are the pictures; a score that one lacks has no mean, and bytes are no score."""
+    with table(tmp_path) as filled:
+        for name, psnr, ms_ssim in (("a", 20.0, 0.8), ("b", 24.0, None)):
+            filled.add({"picture": name, "bytes": 100, "psnr": psnr, "ms_ssim": ms_ssim})
+    mean = {"picture": "mean of 2", "bytes": 100, "psnr": 22, "psnr_low": 20, "psnr_high": 24}
+    assert written(tmp_path)["mean"] == mean
+    with table(tmp_path) as filled:
+        filled.add({"picture": "c", "bytes": 100, "psnr": 31.0, "ms_ssim": None})
+    mean = bootstrap([20.0, 24.0, 31.0])
+    assert written(tmp_path)["mean"] | {"psnr_low": mean.low, "psnr_high": mean.high} == written(tmp_path)["mean"]
 
 
 def test_rows_are_merged_by_their_key(tmp_path):

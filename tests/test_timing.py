@@ -1,9 +1,12 @@
 """Times and operations of the parts of coding."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from experiments import timing
+from experiments.published import OURS, published
 from experiments.stopwatch import NETWORKS, NOISE, Stopwatch
 from models.released import load_release
 from reproduce import parse
@@ -34,6 +37,8 @@ def test_every_part_is_timed_and_its_operations_counted(tmp_path, monkeypatch):
     release = two_layers(tmp_path / "nano")
     photograph(tmp_path / "two" / "a.png", 96, 80)
     monkeypatch.setattr(timing, "PEAK_SIDE", {"cpu": 64})
+    (paper,) = (record for record in published(source="paper-table1") if record.system == OURS)
+    monkeypatch.setattr(timing, "published", lambda **_: [replace(paper, size="48x64")])
     command = [
         "timing",
         "--precision",
@@ -63,6 +68,10 @@ def test_every_part_is_timed_and_its_operations_counted(tmp_path, monkeypatch):
     decoding = parts[timing.TOTAL]
     assert decoding["precision"] == "bfloat16" and 30 < decoding["PSNR to float32, dB"] < 90
     assert all(row["plain float32, ms"] > 0 for row in rows)
+    both = [(row["way"], row["paper_ms"], row["paper's kind"]) for row in rows if row["paper_ms"]]
+    assert both == [("encode", 136, "secondary"), ("decode", 253, "secondary")]  # of all parts together alone
+    assert "| median, ms ↓ | median, ms ↓, paper |" in (tmp_path / "out" / "timing.md").read_text()
+    assert "TITAN RTX" in told_in(tmp_path / "out" / "timing.json")["about"]["paper"]
     monkeypatch.setattr(timing, "measure", lambda *_: pytest.fail("timed again"))
     assert reproduce(*command) == 0
 
@@ -72,6 +81,7 @@ def test_networks_of_a_configuration_are_timed_without_a_release(tmp_path, monke
     command = ["timing", "--config", NANO, "--sizes", "48x64", "--repeats", 1, "--precision", "float32"]
     assert reproduce(*command, "-o", tmp_path) == 0
     rows = told_in(tmp_path / "timing.json")["rows"]
+    assert all(row["paper_ms"] is None for row in rows)  # of another size
     assert rows[-1]["PSNR to float32, dB"] is None and rows[-1]["precision"] == "float32"  # the very same picture
     codec = next(iter(timing.untrained(parse([*map(str, command)])).values()))
     assert all(p.any() for name, p in codec.named_parameters() if name.endswith("conv2.weight"))
