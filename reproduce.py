@@ -25,7 +25,7 @@ import re
 import sys
 from pathlib import Path
 
-from coding.options import DECODERS, quality
+from coding.options import DECODERS, fast_paths, quality
 from utils.commandline import answer, command_line, command_parser, loading, number, positive
 
 QUALITIES = (0.0, 0.4, 20.0, 40.0, 60.0, 80.0, 100.0)
@@ -230,7 +230,7 @@ COMMANDS = {
         [releases, decoders, pictures, scores, qualities, beside],
     ),
     "crops": ("crops beside other codecs", [releases, decoders, shown]),
-    "timing": ("time and operations of every part", [releases, decoders, timed, sizes, one_quality, clock]),
+    "timing": ("time and operations of every part", [releases, decoders, timed, sizes, one_quality, clock, fast_paths]),
     "equal_bytes": ("two layers within base-only bytes", [releases, pictures, scores, rivals]),
 }
 SHARED = [
@@ -248,6 +248,7 @@ SHARED = [
     beside,
     clock,
     sizes,
+    fast_paths,
     everything,
 ]
 COMMANDS["all"] = ("all of these that the inputs allow", SHARED)
