@@ -25,7 +25,7 @@ import re
 import sys
 from pathlib import Path
 
-from coding.options import DECODERS, quality
+from coding.options import DECODERS, fast_paths, quality
 from utils.commandline import answer, command_line, command_parser, loading, number, positive
 
 QUALITIES = (0.0, 0.4, 20.0, 40.0, 60.0, 80.0, 100.0)
@@ -220,7 +220,7 @@ COMMANDS = {
     ),
     "table1": (
         "BD-rate, parameters, seconds",
-        [releases, decoders, pictures, scores, qualities, others, distances, one_quality, clock],
+        [releases, decoders, pictures, scores, qualities, others, distances, one_quality, clock, fast_paths],
     ),
     "table2": ("releases by number of steps", [releases, pictures, scores, one_quality]),
     "branches": ("base branch, residual branch, both (Fig. 4)", [releases, pictures, scores, one_quality]),
@@ -233,7 +233,7 @@ COMMANDS = {
         [releases, decoders, pictures, scores, qualities, beside],
     ),
     "crops": ("crops beside other codecs", [releases, decoders, shown, squares]),
-    "timing": ("time and operations of every part", [releases, decoders, timed, sizes, one_quality, clock]),
+    "timing": ("time and operations of every part", [releases, decoders, timed, sizes, one_quality, clock, fast_paths]),
     "equal_bytes": ("two layers within base-only bytes", [releases, pictures, scores, rivals]),
 }
 SHARED = [
@@ -252,6 +252,7 @@ SHARED = [
     squares,
     clock,
     sizes,
+    fast_paths,
     everything,
 ]
 COMMANDS["all"] = ("all of these that the inputs allow", SHARED)

@@ -24,7 +24,7 @@ from coding.options import DECODERS
 from models.bitstream import VERSION, unpack
 from models.codec import Codec
 from models.released import SMALL, load_release
-from models.speed.fast import Precision, prepare
+from models.speed.fast import FAST_PATHS, Precision, prepare
 from utils.distributed import local_device
 from utils.errors import BitstreamError, DiffoError, PictureError
 from utils.images import from_pillow, read_image
@@ -59,9 +59,10 @@ def load_codec(
         without: fast paths of CUDA to leave out, of `fused_norm`, which is a switch of the process, and `graphs`.
     Raises:
         CheckpointError: no release there, a damaged one, files of several, or no light decoder. DiffoError: no such
-        device. ValueError: no such decoder or precision.
+        device. ValueError: no such decoder, precision or fast path.
     """
-    for name, value, allowed in (("decoder", decoder, DECODERS), ("precision", precision, get_args(Precision))):
+    named = [("decoder", decoder, DECODERS), ("precision", precision, get_args(Precision))]
+    for name, value, allowed in [*named, *(("without", path, FAST_PATHS) for path in without)]:
         if value not in allowed:
             raise ValueError(f"{name} {value!r}: {', '.join(allowed)}")
     model = load_release(SMALL if weights is None else Path(weights), local_device(str(device), "device"), decoder)

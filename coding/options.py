@@ -1,6 +1,7 @@
 """Options of the command `inference.py`."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 from utils.commandline import command_line, command_parser, number, positive
@@ -90,6 +91,10 @@ def _add_coding(parser: argparse.ArgumentParser) -> None:
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
     told = "of the networks; auto (the default): bfloat16 where the hardware computes in it and it pays, else float32"
     add("--precision", choices=["auto", "float32", "bfloat16"], default="auto", help=told)
+    fast_paths(add)
+
+
+def fast_paths(add: Callable) -> None:
     told = "fast paths to leave out: fused_norm, graphs (CUDA), keep_memory (CPU: freed memory stays with the process)"
     add("--without", nargs="+", choices=FAST_PATHS, default=(), metavar="NAME", help=told)
 

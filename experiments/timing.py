@@ -39,8 +39,10 @@ from measuring.metrics import psnr
 from models.codec import Codec
 from models.records import CodecParams
 from models.speed.fast import precision_of, prepare, without_fast_paths
+from models.speed.graphs import leave_graphs
 from utils.config import build, load_mapping, to_mapping
 from utils.distributed import is_main, local_device
+from utils.errors import DiffoError
 from utils.files import atomic_write
 from utils.images import read_image, write_image
 from utils.memory import keep_freed_memory
@@ -61,6 +63,8 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         DiffoError: an option is wrong, before anything is timed.
     """
+    if args.config and (args.weights or args.decoder != ["full"]):
+        raise DiffoError("--config times random weights, with D: leave out --weights and --decoder")
     releases = untrained(args) if args.config else releases_of(args, args.decoder)
     for name, codec in releases.items():
         at_quality(name, codec, args.quality)
@@ -73,6 +77,7 @@ def run(args: argparse.Namespace) -> None:
             for size in args.sizes:
                 found[name, size] = timed(table, name, codec, picture, size, args)
     told = about(args, releases, precision=args.precision, quality=args.quality, repeats=args.repeats)
+    told["without"] = " ".join(args.without) or None
     rows = [as_shown(row) for row in chain(*found.values())]
     told["paper"] = origin("paper-table1") if any(KIND in row for row in rows) else None
     write_summary(rows, args.out_path, "timing", told, "Time and operations of every part of coding a picture")
@@ -117,6 +122,7 @@ def untrained(args: argparse.Namespace) -> dict[str, Codec]:
 def made_from(codec: Codec, picture: Path, args: argparse.Namespace) -> str:
     """All that times hang on, but for the machine."""
     made = f"{weights_of(codec)}, quality {args.quality:g}, {args.precision}, {args.repeats} repeats, "
+    made += f"without {' '.join(sorted(args.without))}, " if args.without else ""
     return made + f"{codec.device}, {torch.get_num_threads()} threads, picture {checksum(picture)}"
 
 
@@ -137,17 +143,18 @@ def measure(codec: Codec, picture: Path, size: str, args: argparse.Namespace) ->
 
     Args:
         codec: as it was loaded. picture: cropped and scaled to `size`, HEIGHTxWIDTH.
-        args: quality, precision and repeats.
+        args: quality, precision, fast paths to leave out (without) and repeats.
     """
     device, level = codec.device, codec.level_code(args.quality)
-    fast = prepare(copy.deepcopy(codec), args.precision)
+    fast = prepare(copy.deepcopy(codec), args.precision, args.without)
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "source.png"
         write_image(source, fitted(picture, size))
         once = partial(code, source=source, level=level, clock=partial(seconds, device))
-        rounds = turns(
-            lambda: once(fast), lambda: once(codec), device, tqdm(range(args.repeats), desc=size, leave=False)
-        )
+        keep = device.type == "cpu" and "keep_memory" not in args.without
+        repeats = tqdm(range(args.repeats), desc=size, leave=False)
+        rounds = turns(lambda: once(fast), lambda: once(codec), keep, repeats)
+        leave_graphs(fast)  # what is replayed is not seen, and so not counted
         with FlopCounterMode(display=False) as counter:
             flops = code(fast, source, level, counter.get_total_flops)
         data = source.with_suffix(".dfo").read_bytes()
@@ -169,9 +176,9 @@ def fitted(picture: Path, size: str) -> torch.Tensor:
 
 
 def turns(
-    fast: Callable[[], Counts], plain: Callable[[], Counts], device: torch.device, repeats: Iterable
+    fast: Callable[[], Counts], plain: Callable[[], Counts], keep: bool, repeats: Iterable
 ) -> tuple[list[Counts], list[Counts]]:
-    """What either gives in rounds of both.
+    """What either gives in rounds of both; freed memory stays with the process for the fast one, if it is to `keep` it.
 
     The allocator is the plain one's before anything is kept: what networks keep for good would else lie above the memory
     that is given back for it. So is the fast one's first pass of a round, in which memory comes again, not counted.
@@ -179,7 +186,7 @@ def turns(
     found: tuple[list[Counts], list[Counts]] = [], []
     fast(), plain()
     for _ in repeats:
-        keep_freed_memory(device.type == "cpu")
+        keep_freed_memory(keep)
         fast()
         found[0].append(fast())
         keep_freed_memory(False)

@@ -207,8 +207,10 @@ def test_weights_and_devices_that_are_not_there(tmp_path):
         load_codec(tmp_path)
     with pytest.raises(CheckpointError, match="no release there"):
         load_codec("")  # of a variable that is not set, say
-    for wrong in ({"precision": "fp16"}, {"decoder": "small"}):
-        with pytest.raises(ValueError, match=".*: (auto, float32, bfloat16|full, light)$"):
+    for wrong in ({"precision": "fp16"}, {"decoder": "small"}, {"without": ["graphs", "grahps"]}):
+        with pytest.raises(
+            ValueError, match="(fp16|small|grahps)': (auto, float32, bfloat16|full, light|fused_norm, graphs)$"
+        ):
             load_codec(**wrong)
     with pytest.raises(DiffoError, match="device tpu: not one of auto, cpu"):
         load_codec(device="tpu")

@@ -3,10 +3,15 @@
 import time
 
 import pytest
+import torch
 
-from benchmarks import cuda
+from benchmarks import cuda, cuda_parts
 from experiments import timing
 from experiments.stopwatch import NETWORKS
+from models.codec import Codec
+from models.layers import fused_norm
+from models.speed.fast import precision_of, prepare
+from models.speed.graphs import Graphed
 from tests.small_releases import told_in
 
 
@@ -14,6 +19,34 @@ def test_without_cuda_one_line_says_so(tmp_path, capsys):
     assert cuda.main(["--device", "cpu", "-o", str(tmp_path / "out")]) == 1
     said = capsys.readouterr()
     assert said.err.count("\n") == 1 and "needs a GPU" in said.err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("mode", cuda_parts.MODES, ids=lambda mode: mode.name)
+def test_a_mode_is_timed_as_it_is_named(mode, monkeypatch):
+    seen, bench = [], cuda_parts.Bench(cuda_parts.TINY, torch.device("cpu"))
+
+    def prepared(*args):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Codec, "device", torch.device("cuda"))
+            return prepare(*args)
+
+    def code(codec, *args, work=timing.code, **named):
+        if codec is not bench.codec:  # which is the plain one of each round
+            graphed = isinstance(vars(codec.unet).get("forward"), Graphed)
+            seen.append((precision_of(codec), fused_norm.enabled, graphed, torch.is_autocast_enabled("cpu")))
+        return work(codec, *args, **named)
+
+    monkeypatch.setattr(fused_norm, "enabled", True)
+    monkeypatch.setattr(timing, "PEAK_SIDE", {"cpu": 64})
+    monkeypatch.setattr(timing, "code", code)
+    for module in (timing, cuda_parts):
+        monkeypatch.setattr(module, "prepare", prepared)
+    assert all(row["way"] == mode.name for row in bench.parts((mode,)))
+    fused, graphed = (name in mode.name for name in ("fused_norm", "graphs"))
+    precision = "bfloat16" if mode.name.startswith("bfloat16") else "float32"
+    *timed, counted = seen
+    assert set(timed) == {(precision, fused, graphed, "autocast" in mode.name)}
+    assert counted == (precision, fused, False, "autocast" in mode.name)
 
 
 @pytest.mark.slow

@@ -4,7 +4,9 @@ import json
 import re
 
 import pytest
+import torch
 
+from models.layers import fused_norm
 from tests.commands import run
 
 # precision, N, C, H, W, groups, modulated, SiLU: odd sizes, groups of 1, 5 and 6 channels, several tiles, large means
@@ -61,7 +63,9 @@ def network():
     return sum(taken) / len(taken), *(largest(a, b.double()) for a, b in zip(*found))
 
 torch.manual_seed(0)
-print(json.dumps([[compared(*case) for case in json.loads(sys.argv[1])], network()]))
+with torch.inference_mode():
+    tried = fused_norm._runs(torch.device("cpu"))
+print(json.dumps([[compared(*case) for case in json.loads(sys.argv[1])], network(), tried]))
 """
 
 
@@ -89,6 +93,30 @@ def test_networks_with_fused_norms_compute_as_those_without(found):
     share, denoised, decoded = found[1]
     assert share > 0.9  # of the norms that were met lay NHWC
     assert 0 < denoised < 1e-4 and 0 < decoded < 1e-4
+
+
+def test_programs_that_run_are_used(found):
+    assert found[2]
+
+
+@pytest.mark.parametrize("broken", ["bfloat16", "backward"])
+def test_where_either_precision_or_direction_fails_one_line_says_so(broken, monkeypatch, capsys):
+    def fail(*_):
+        raise RuntimeError("no such instruction\nmore of it")
+
+    def group_norm(x, *_):
+        if x.dtype == torch.bfloat16 and broken == "bfloat16":
+            fail()
+        y = x + 1
+        if broken == "backward":
+            y.register_hook(fail)
+        return y
+
+    monkeypatch.setattr(fused_norm, "group_norm", group_norm)
+    with torch.inference_mode():
+        assert not fused_norm._runs.__wrapped__(torch.device("cpu"))
+    said = capsys.readouterr().err
+    assert said == "fused_norm is left out, PyTorch's normalisation serves: no such instruction\n"
 
 
 COMPILE = """

@@ -281,6 +281,8 @@ def test_table_2_takes_one_release_for_each_number_of_steps():
         (["rates", "--weights", "PLAIN", "--qualities", "20"], "k2048: this release codes the base alone"),
         (["table2", "--quality", "50", "--weights", "PLAIN"], "--quality 50: k2048 codes the base alone"),
         (["ablation", "--releases", "PLAIN"], "--reference config: none of the releases is called so"),
+        (["timing", "--config", "any.yaml", "--weights", "RELEASE"], "leave out --weights and --decoder"),
+        (["timing", "--config", "any.yaml", "--decoder", "light"], "leave out --weights and --decoder"),
         (["equal_bytes", "--against", "RELEASE", "none"], "none"),
         (["equal_bytes", "--against", "RELEASE"], "--against: nano has a residual codec"),
     ],

@@ -1,5 +1,6 @@
 """Times and operations of the parts of coding."""
 
+from argparse import Namespace
 from dataclasses import replace
 
 import pytest
@@ -9,9 +10,13 @@ from experiments import timing
 from experiments.published import OURS, published
 from experiments.stopwatch import NETWORKS, NOISE, Stopwatch
 from models.released import load_release
+from models.speed.fast import prepare
+from models.speed.graphs import use_graphs
 from reproduce import parse
 from tests.commands import NANO, photograph
+from tests.residual import new_codec
 from tests.small_releases import reproduce, told_in, two_layers
+from tests.test_graphs import Fixed
 
 
 def test_a_call_inside_another_counts_for_its_own_part_alone():
@@ -76,14 +81,33 @@ def test_every_part_is_timed_and_its_operations_counted(tmp_path, monkeypatch):
     assert reproduce(*command) == 0
 
 
+def test_operations_that_graphs_replay_are_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(timing, "PEAK_SIDE", {"cpu": 64})
+    args = Namespace(quality=60, precision="float32", without=(), repeats=1)
+    recorder, found = Fixed(), []
+    for prepared in (prepare, lambda codec, *_: use_graphs(codec, recorder) or codec):
+        monkeypatch.setattr(timing, "prepare", prepared)
+        rows = timing.measure(new_codec(), photograph(tmp_path / "a.png", 64, 48), "48x64", args)
+        found.append({(row["way"], row["part"]): row["GFLOP"] for row in rows})
+    assert recorder.replayed > 10 and found[1] == found[0] and found[0]["decode", NETWORKS[-1][2]] > 0
+
+
 def test_networks_of_a_configuration_are_timed_without_a_release(tmp_path, monkeypatch):
     monkeypatch.setattr(timing, "PEAK_SIDE", {"cpu": 64})
+    kept = []
+    monkeypatch.setattr(timing, "keep_freed_memory", kept.append)
     command = ["timing", "--config", NANO, "--sizes", "48x64", "--repeats", 1, "--precision", "float32"]
+    command += ["--without", "keep_memory", "graphs"]
     assert reproduce(*command, "-o", tmp_path) == 0
+    assert kept == [False, False]
     rows = told_in(tmp_path / "timing.json")["rows"]
     assert all(row["paper_ms"] is None for row in rows)  # of another size
     assert rows[-1]["PSNR to float32, dB"] is None and rows[-1]["precision"] == "float32"  # the very same picture
-    codec = next(iter(timing.untrained(parse([*map(str, command)])).values()))
+    args = parse([*map(str, command)])
+    codec = next(iter(timing.untrained(args).values()))
+    made = timing.made_from(codec, NANO, args)
+    args.without = []
+    assert timing.made_from(codec, NANO, args) != made  # rows of the one do not stand for the other
     assert all(p.any() for name, p in codec.named_parameters() if name.endswith("conv2.weight"))
 
 

@@ -34,10 +34,12 @@ def takes(x: Tensor) -> bool:
 
 @cache
 def _runs(device: torch.device) -> bool:
-    """Whether Triton is there and works on a device; says why not. It needs a C compiler the first time, for one."""
+    """Whether Triton is there and works on a device, forward and backward; says why not. It needs a C compiler, for one."""
     try:
-        x = torch.zeros(1, 1, 1, 1, device=device)
-        group_norm(x, 1, x.flatten(), x.flatten(), 1.0)
+        for dtype in (torch.float32, torch.bfloat16):
+            with torch.inference_mode(False), torch.enable_grad():
+                x = torch.zeros(1, 1, 1, 1, device=device, dtype=dtype, requires_grad=True)
+                group_norm(x, 1, x.flatten(), x.flatten(), 1.0).sum().backward()
     except Exception as error:  # of Triton, of its compilers, of the driver: whichever it is, PyTorch's norm works
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         print(f"fused_norm is left out, PyTorch's normalisation serves: {reason}", file=sys.stderr)
