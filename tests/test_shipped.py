@@ -10,6 +10,7 @@ import torch
 
 from coding.compressai_view import CompressAIView
 from datapipe.sources import demo_photographs
+from measuring.metrics import psnr
 from models.entropy_coding import fixed_length_bytes
 from models.records import Sampling
 from models.released import ABOUT, RELEASES, SMALL, load_release, releases
@@ -71,7 +72,16 @@ def test_releases_are_what_they_state(folder):
     for name, digest in about["sha256"].items():
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
         assert digest in (RELEASES / "README.md").read_text(), f"weights/README.md does not list {name}"
-    assert sum(about["bytes"].values()) < 33e6
+    light = about["bytes"].pop(next((name for name in about["bytes"] if name.startswith("light_model")), ""), 0)
+    assert sum(about["bytes"].values()) < 30e6 and light < 4e6
+
+
+def test_the_light_decoder_draws_what_d_does():
+    photo = read_image(next(p for p in demo_photographs() if p.name == "chelsea.png"))
+    full, light = (load_release(SMALL, decoder=kind) for kind in ("full", "light"))
+    data = full.compress(photo, 40)
+    assert light.compress(photo, 40) == data  # the same file
+    assert psnr(full.decompress(data), light.decompress(data)) > 42
 
 
 def test_same_picture_with_one_and_two_threads_in_two_processes(tmp_path):
