@@ -11,7 +11,7 @@ from coding.report import Row
 from experiments.coded import Variant, baselines_of, curve_of, measured
 from experiments.inputs import about, named_photographs, releases_of
 from experiments.summary import write_summary
-from measuring.artefacts import GROUND, SMOOTH, border_errors, fine_detail, lines, smooth_blocks, weave, worst_position
+from measuring.artefacts import GROUND, SMOOTH, border_errors, fine_detail, lines, smooth_blocks, weave
 from measuring.metrics import colour_shift
 from utils.distributed import is_main
 from utils.images import read_image
@@ -50,8 +50,6 @@ MEANING = {
     "smooth blocks": f"blocks of {GROUND}x{GROUND} pixels in which the original deviates by less than {SMOOTH:g} grey values",
     "weave": "RMS of what repeats every 16 pixels in the error of smooth blocks, grey values",
     "strongest line of it": "power of the error's spectrum there over what is around it",
-    "worst position in a cell": "the error's power on smooth ground in the worst row or column of 16x16 pixels, over that in all: 1 where "
-    "no position is worse than others",
     "fine detail": "RMS of smooth blocks without their moving mean over 16x16 pixels, grey values: grain in the original",
     "border / middle": "RMSE of the outer 4 pixels over that of the rest; some Kodak pictures end in a black line, which counts",
     "cast": "mean of decoded minus original, grey values",
@@ -80,8 +78,7 @@ def on_smooth_ground(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> Row:
     woven = weave(decoded - original)
     where = f"{woven.down:g} down, {woven.across:g} across"
     row: Row = {"smooth blocks": len(original), "weave": woven.rms, "strongest line of it": woven.ratio}
-    row |= {"at cycles per pixel": where, "worst position in a cell": worst_position(decoded - original)}
-    return row | detail_of(decoded)
+    return row | {"at cycles per pixel": where} | detail_of(decoded)
 
 
 def detail_of(blocks: torch.Tensor) -> Row:

@@ -132,17 +132,6 @@ def weave(errors: torch.Tensor) -> Weave:
     return Weave(power.clamp(min=0).sqrt().item(), ratio, *ends)
 
 
-def worst_position(errors: torch.Tensor) -> float:
-    """Power of the errors of blocks, (M, 64, 64), in the worst of a cell's 16 rows and 16 columns, over that in all of them.
-
-    1 where it does not depend on the position. Cells whose edges or streaks lie in the same place stand out, whatever their signs
-    are, where `weave` sees only what cells share.
-    """
-    centred = errors - errors.mean((1, 2), keepdim=True)
-    power = centred.square().unflatten(2, (-1, PERIOD)).unflatten(1, (-1, PERIOD)).mean((0, 1, 3))
-    return (torch.stack([power.mean(1), power.mean(0)]).max() / power.mean().clamp(min=1e-12)).item()
-
-
 def fine_detail(blocks: torch.Tensor) -> float:
     """RMS of blocks, (M, 64, 64), after their moving mean over 16x16 pixels is taken away, in grey values.
 

@@ -13,7 +13,6 @@ from measuring.artefacts import (
     smooth_blocks,
     strongest_line,
     weave,
-    worst_position,
 )
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -104,15 +103,6 @@ def test_noise_and_what_repeats_with_another_period_are_no_weave():
     assert weave(other + noise(40, 0.5)).rms < 0.2
     ramp = 0.2 * COLUMNS + 0.1 * ROWS
     assert weave(ramp.expand(9, 64, 64) + noise(9, 0.5)).rms < 0.3
-
-
-def test_a_row_that_is_worse_in_every_cell_is_seen_whatever_its_sign():
-    """Errors of 1, and of 3 in the first row of a cell: power 9 over (9 + 15) / 16. The signs are drawn, so that nothing repeats."""
-    signs = noise(200, 1.0).sign()
-    streaks = signs * torch.where(ROWS % 16 == 0, 3.0, 1.0)
-    assert worst_position(streaks) == pytest.approx(9 / (24 / 16), rel=0.01) and weave(streaks).rms < 0.1
-    assert worst_position(streaks.transpose(1, 2)) == pytest.approx(6, rel=0.01)
-    assert worst_position(noise(200, 4.0) + 7) == pytest.approx(1, abs=0.02)
 
 
 def test_fine_detail_passes_what_repeats_and_drops_what_is_slow():
