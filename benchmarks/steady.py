@@ -4,7 +4,7 @@
     python -m benchmarks.steady --count 400 --every 100 -- --mode compress
 
 The pictures are the photographs that scikit-image ships, scaled down to three sizes, again and again. Resident memory is
-the process's as Linux tells it, Python and PyTorch included; the rows of the table, a kilobyte or two each, grow with it.
+the process's as Linux tells it, Python and PyTorch included; the rows of the table, some kilobytes each, grow with it.
 """
 
 import argparse
