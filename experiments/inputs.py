@@ -23,14 +23,7 @@ from utils.version import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARIES = (
-    *(
-        "torch",
-        "numpy",
-        "constriction",
-        "pillow",
-        "pillow-heif",
-        "pillow-jxl-plugin",
-    ),  # Pillow's bring the other codecs
+    *("torch", "numpy", "constriction", "pillow", "pillow-heif", "pillow-jxl-plugin"),
     *("pyiqa", "pytorch-msssim", "stlpips-pytorch", "cvvdp", "torchmetrics", "bjontegaard"),
 )
 

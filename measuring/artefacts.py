@@ -10,12 +10,11 @@ import torch
 import torch.nn.functional as F
 
 from measuring.metrics import require_pair
+from models.bitstream import CELL as PERIOD  # what repeats with it shows at multiples of 1/16 cycles per pixel
+from models.losses import GROUND, SMOOTH  # of Kodak, some 200 blocks are smooth
 
-PERIOD = 16  # pixels of a latent position: what repeats with it shows at multiples of 1/16 cycles per pixel
 BORDER = 4  # pixels
 LEAST = 12 * PERIOD  # pixels of a spectrum whose lines have neighbours of their own
-GROUND = 4 * PERIOD  # side of a block of smooth ground
-SMOOTH = 8.0  # grey values: the largest deviation of the original's luma inside one; Kodak has some 200
 NEIGHBOURS = range(2, 6)  # bins of the spectrum on either side that a line is compared with
 
 

@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.bitstream import CELL
 from utils.imports import quiet
 
 # BT.601 luma of RGB in [0, 1]
 LUMA = (0.299, 0.587, 0.114)
 GROUND = 64  # side of a block of smooth ground, in pixels
-SMOOTH = 8 / 127.5  # the largest deviation of the original's luma inside one: 8 grey values
-PERIOD = 16  # pixels of a latent position
+SMOOTH = 8.0  # grey values: the largest deviation of the original's luma inside one
 
 
 def distortion(image: Tensor, target: Tensor) -> Tensor:
@@ -52,10 +52,10 @@ def weave_loss(image: Tensor, target: Tensor) -> Tensor:
     counted whole, grain of their own not at all: its products are 0 on average. Blocks are 64x64 pixels, 32 apart; s_b is 1
     where the original is smooth, its luma (the mean of RGB) deviating by less than 8 grey values, and 0 elsewhere.
     """
-    n = (GROUND // PERIOD) ** 2
+    n = (GROUND // CELL) ** 2
     luma, reference = (F.unfold(v.mean(1, keepdim=True), GROUND, stride=GROUND // 2) for v in (image, target))
-    smooth = (reference.std(1, correction=0) < SMOOTH).to(luma)
-    cells = (luma - reference).unflatten(1, (GROUND // PERIOD, PERIOD, GROUND // PERIOD, PERIOD))
+    smooth = (reference.std(1, correction=0) < SMOOTH / 127.5).to(luma)
+    cells = (luma - reference).unflatten(1, (GROUND // CELL, CELL, GROUND // CELL, CELL))
     e = cells - cells.mean((2, 4), keepdim=True)
     shared, own = e.mean((1, 3)).square().mean((1, 2)), e.square().mean((1, 2, 3, 4))  # N x blocks
     power = (n * shared - own) / (n - 1)

@@ -118,6 +118,9 @@ def test_weave_counts_smooth_ground_alone():
     assert weave_loss(torch.cat([(rough + woven)[..., :96], rough[..., 96:]], dim=3), rough).item() == 0
     loss = weave_loss(torch.cat([rough[..., :96], (rough + woven)[..., 96:]], dim=3), rough).item()
     assert loss == pytest.approx(2 / 5 * GREY**2, rel=1e-5)
+    for deviation, expected in ((7, GREY**2), (9, 0)):  # grey values, on either side of the bound
+        original = stripes(64) * deviation
+        assert weave_loss(original + stripes(16), original).item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_hinge_of_the_discriminator():

@@ -125,8 +125,8 @@ def test_tf32_moves_a_distance_by_less_than_half_a_percent(pair):
 def test_a_term_in_tf32_has_its_gradient_as_often_as_it_is_asked(pair):
     """The same as without: no CPU has TF32."""
     image, clean = pair[0][..., :32, :32].clone().requires_grad_(), pair[1][..., :32, :32]
-    terms = perceptual_terms({"features": 1.0, "ms_ssim": 1.0}, tf32=True)
-    assert isinstance(terms["ms_ssim"], Plain)  # no network, nothing to speed up
+    terms = perceptual_terms({"features": 1.0, "ms_ssim": 1.0, "weave": 1.0}, tf32=True)
+    assert all(isinstance(terms[name], Plain) for name in ("ms_ssim", "weave"))  # no network, nothing to speed up
     term, plain = terms["features"], FeatureDistance()
     before = torch.backends.cudnn.allow_tf32
     (expected,) = torch.autograd.grad(3 * plain(image, clean), image)

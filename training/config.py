@@ -5,13 +5,15 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from datapipe.pictures import DataParams
+from measuring.metrics import MS_SSIM_MIN_SIDE
+from models.losses import GROUND
 from models.records import CodecParams
 from training.speed import SpeedParams
 from utils.config import build, load_mapping, origin_of, require, require_from
 
 RUN_CONFIG = "config.yaml"  # the resolved configuration, in the run's folder
 Factors = dict[Literal["lpips", "stlpips", "features", "ms_ssim", "weave"], float]  # of perceptual terms in the loss
-LEAST_SIDE = {"ms_ssim": 161, "weave": 64}  # pixels of a picture that has such a term
+LEAST_SIDE = {"ms_ssim": MS_SSIM_MIN_SIDE, "weave": GROUND}  # pixels of a picture that has such a term
 # By kind of adversary, in pixels: below, the PatchGAN has nothing to normalise over, and a projected head no logit.
 DISCRIMINATOR_MIN = {"patch": 32, "projected": 64}
 
@@ -212,9 +214,8 @@ class LightStageParams(StageParams):
     """Stage `light`: the light decoder, distilled from the D of a release.
 
     Attributes:
-        target: what distortion_weight, chroma_weight and perceptual terms compare with: the `original`, or the picture that D,
-            the `teacher`, makes of the same latent. A D that paints texture the original cannot tell is imitated by the latter;
-            a distance to the original takes texture away again.
+        target: what distortion_weight, chroma_weight and perceptual terms compare with: the `original`, or the picture that
+            D, the `teacher`, makes of the same latent. A distance to the original would take away texture that D paints.
         teacher_weight: of the squared error to D's picture, beside them.
         clean_share: of samples whose latent is E(X); the others' is the codec's own x^, as a file gives it.
         base_only_share: of samples that are coded at level 0. The others' levels are drawn between the first and the last.

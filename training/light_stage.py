@@ -29,7 +29,8 @@ class Distilled(NamedTuple):
 class LightStage(CodedStage):
     """Stage `light`: L = w_t |D(x^) - X^|^2 + w_d |Y - X^|^2 + w_c |chroma|^2 + w_p perceptual (+ adversary), X^ = L(x^).
 
-    Y is the original X, or D(x^). x^ is the codec's own, at rates that are drawn, or E(X) itself. The light decoder L alone learns.
+    Y is the original X, or D(x^). x^ is the codec's own, at rates that are drawn, or E(X) itself. The light decoder L alone
+    learns.
     """
 
     name = "light"
