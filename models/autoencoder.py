@@ -146,7 +146,7 @@ class Autoencoder(nn.Module):
 
 
 @torch.no_grad()
-def fit_linear(autoencoder: Autoencoder, pictures: Iterable[Tensor]) -> Tensor:
+def fit_linear(autoencoder: Autoencoder, pictures: Iterable[Tensor], kept: int = 0) -> Tensor:
     """Set the linear shortcut to the first d principal components of the blocks of training pictures.
 
     D(E(X)) of an untrained network is then the projection of every block on them, the best that any linear map through
@@ -154,36 +154,50 @@ def fit_linear(autoencoder: Autoencoder, pictures: Iterable[Tensor]) -> Tensor:
 
     Args:
         pictures: N x 3 x H x W in [-1, 1] each, H and W multiples of 16; read once.
+        kept: channels that stay as they are, the first of a latent that has been widened. The others get the principal
+            components of X - D(E(X)), of what these leave, in the scale that these have.
     Returns:
-        variances of all 768 components, float64, the largest first; the first d of them are kept.
+        variances of all 768 components, float64, the largest first; the first d - kept of them are taken.
     Raises:
-        ValueError: pictures all of one colour.
+        ConfigError: pictures all of one colour.
     """
-    mean, covariance = _block_moments(pictures, autoencoder.shortcut.block)
+    shortcut = autoencoder.shortcut
+    mean, covariance = _block_moments(pictures, shortcut.block, autoencoder if kept else None)
     variances, components = torch.linalg.eigh(covariance)  # ascending; in columns
     variances, components = variances.flip(0).clamp(min=0), components.T.flip(0)
-    w = components[: autoencoder.params.embed_dim]  # d 3b^2
+    w = components[: autoencoder.params.embed_dim - kept]  # d 3b^2
     # An eigenvector has no sign of its own: its entry of largest magnitude is made positive.
     w = w * w.gather(1, w.abs().argmax(1, keepdim=True)).sign()
-    scale = variances[: len(w)].mean().sqrt()
+    if kept:
+        scale = 1 / shortcut.analysis.weight[:kept].flatten(1).norm(dim=1).mean()
+    else:
+        scale = variances[: len(w)].mean().sqrt()
     if scale < 1e-3:  # of a range of 2; a smaller deviation is rounding
         raise ConfigError("the linear shortcut cannot be fitted: no training picture has anything but one colour")
-    shortcut = autoencoder.shortcut
-    shortcut.analysis.weight.copy_((w / scale)[..., None, None])
-    shortcut.analysis.bias.copy_(-w @ mean / scale)
-    shortcut.synthesis.weight.copy_((w.T * scale)[..., None, None])
-    shortcut.synthesis.bias.copy_(mean)
+    shortcut.analysis.weight[kept:] = (w / scale)[..., None, None].float()
+    shortcut.analysis.bias[kept:] = (-w @ mean / scale).float()
+    shortcut.synthesis.weight[:, kept:] = (w.T * scale)[..., None, None].float()
+    if not kept:
+        shortcut.synthesis.bias.copy_(mean)
     return variances
 
 
-def _block_moments(pictures: Iterable[Tensor], side: int) -> tuple[Tensor, Tensor]:
-    """Mean (3b^2,) and covariance (3b^2, 3b^2) of the blocks of pictures, in float64 on the CPU."""
-    count, total, squares = 0, 0, 0
+def _block_moments(pictures: Iterable[Tensor], side: int, autoencoder: Autoencoder | None) -> tuple[Tensor, Tensor]:
+    """Mean (3b^2,) of the blocks of pictures, and the covariance (3b^2, 3b^2) of them, or of what D(E(X)) leaves of them.
+
+    In float64 on the CPU.
+    """
+    count, total, left, squares = 0, 0, 0, 0
     for picture in pictures:
-        blocks = F.pixel_unshuffle(picture.to("cpu", torch.float64), side)  # N 3b^2 h w
-        blocks = blocks.transpose(0, 1).flatten(1)  # 3b^2 M
+        blocks = lacking = _blocks(picture, side)
+        if autoencoder:
+            device = autoencoder.quant_conv.weight.device
+            lacking = blocks - _blocks(autoencoder(picture.to(device)), side)
         count += blocks.shape[1]
-        total = total + blocks.sum(1)
-        squares = squares + blocks @ blocks.T
-    mean = total / count
-    return mean, squares / count - torch.outer(mean, mean)
+        total, left = total + blocks.sum(1), left + lacking.sum(1)
+        squares = squares + lacking @ lacking.T
+    return total / count, squares / count - torch.outer(left / count, left / count)
+
+
+def _blocks(picture: Tensor, side: int) -> Tensor:  # N 3 bh bw -> 3b^2 Nhw
+    return F.pixel_unshuffle(picture.to("cpu", torch.float64), side).transpose(0, 1).flatten(1)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from models.codec import Codec
+from models.growth import narrowed, widened
 from models.index_model import IndexModel, IndexNetwork
 from models.records import CodecParams
 from models.released_light import load_light
@@ -105,16 +106,17 @@ def save_triple(
     table: np.ndarray | None = None,
     residual_tables: ResidualTables | None = None,
     index_model: IndexModel | None = None,
+    deflated: bool = False,
 ) -> None:
     """Write the three files.
 
     Args:
         states: state dicts of the networks, in the precision that is to be stored.
         table: integer frequencies of the base indices, int32 (K,), at release. residual_tables: those of the residual.
-        index_model: that of the base indices.
+        index_model: that of the base indices. deflated: compress the files, as releases are.
     """
     for network in ("autoencoder", "unet"):
-        checkpoints.save(getattr(triple, network), {"state_dict": states[network]})
+        checkpoints.save(getattr(triple, network), {"state_dict": states[network]}, deflated)
     networks = {name: value for name, value in to_mapping(params).items() if name != "light"}  # in a file of its own
     ours = {
         "networks": json.dumps(networks, sort_keys=True),
@@ -127,7 +129,7 @@ def save_triple(
         state, densities = parted(states["residual"])
         tables = {key: torch.from_numpy(t) for key, t in vars(residual_tables).items()} if residual_tables else {}
         ours["residual"] = {"state_dict": state, "tables": tables, "densities": densities}
-    checkpoints.save(triple.vq_base, {"state_dict": states["vq_base"], OURS: ours})
+    checkpoints.save(triple.vq_base, {"state_dict": states["vq_base"], OURS: ours}, deflated)
 
 
 def digests_of(states: States) -> dict[str, str]:
@@ -257,8 +259,8 @@ def start_from_release(folder: str | Path, codec: Codec) -> list[str]:
     """Load a release's parameters into a codec that is to be trained, in place; lines that tell what was taken.
 
     Schedule and rate rule stay the codec's own. Densities that the release does not have start around its medians, and a
-    linear shortcut of the VQ base, which it lacks, at zero: so that the codec begins as the release is. `least_side` of the VQ
-    base is the codec's own, too.
+    linear shortcut of the VQ base, which it lacks, at zero: so that the codec begins as the release is; so do channels of the
+    latent and the residual beyond the release's (growth.py). `least_side` of the VQ base is the codec's own, too.
 
     Raises:
         CheckpointError: no release there, a damaged one, or one of other sizes; names keys that differ.
@@ -268,7 +270,7 @@ def start_from_release(folder: str | Path, codec: Codec) -> list[str]:
     theirs, base = released.params, codec.params.vq_base
     grows = base.shortcut == "linear" and theirs.vq_base.shortcut == "none"
     base = replace(base, least_side=theirs.vq_base.least_side, shortcut="none" if grows else base.shortcut)
-    asked = replace(codec.params, diffusion=theirs.diffusion, vq_base=base)
+    asked = narrowed(replace(codec.params, diffusion=theirs.diffusion, vq_base=base), theirs)
     require_same(asked, theirs, f"{folder}: of other networks")
     states = states_of(released)
     told = [f"{', '.join(states)} from {folder}"]
@@ -276,6 +278,12 @@ def start_from_release(folder: str | Path, codec: Codec) -> list[str]:
         zeros = {f"shortcut.{key}": torch.zeros_like(v) for key, v in codec.vq_base.shortcut.state_dict().items()}
         states["vq_base"] |= zeros
         told.append(f"{folder} has no linear shortcut of the VQ base: it starts at zero")
+    wider = codec.params.autoencoder.embed_dim, theirs.autoencoder.embed_dim
+    if len(set(wider)) == 2 or codec.residual and codec.residual.params.channels != theirs.residual.channels:
+        states = widened(states, theirs, codec)
+        told.append(
+            f"{folder} has {wider[1]} latent channels for {wider[0]}: it codes as before with the new ones at zero"
+        )
     anew = codec.residual and "residual" in states and not parted(states["residual"])[1]
     if anew:
         states["residual"] |= parted(codec.residual.state_dict())[1]

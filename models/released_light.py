@@ -28,7 +28,7 @@ def save_light(path: Path, state: Mapping[str, Tensor], params: LightParams, aut
         state: parameters, in the precision that is to be stored. autoencoder: digest of the image autoencoder.
     """
     networks = json.dumps(to_mapping(params), sort_keys=True)
-    checkpoints.save(path, {"state_dict": dict(state), "networks": networks, "autoencoder": autoencoder})
+    checkpoints.save(path, {"state_dict": dict(state), "networks": networks, "autoencoder": autoencoder}, deflated=True)
 
 
 def load_light(path: Path, codec: Codec, about: Path) -> None:

@@ -40,6 +40,18 @@ def test_save_and_read(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["some.pth"]
 
 
+def test_deflated_records_are_smaller_and_the_same(tmp_path):
+    content = {"state_dict": {"a": torch.arange(5000).half(), "b": torch.ones(3)}, "step": 7}
+    for name, deflated in (("plain", False), ("small", True), ("again", True)):
+        checkpoints.save(tmp_path / name, content, deflated)
+    plain, small, again = ((tmp_path / name).read_bytes() for name in ("plain", "small", "again"))
+    assert len(small) < 0.8 * len(plain) and small == again
+    found = checkpoints.read(tmp_path / "small")
+    assert found["state_dict"].keys() == {"a", "b"} and found["step"] == 7
+    assert torch.equal(found["state_dict"]["a"], content["state_dict"]["a"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "plain", "small"]
+
+
 class Malicious:
     def __init__(self, path: Path):
         self.path = path

@@ -126,7 +126,7 @@ class GtParams(StageParams):
         chroma_weight: of a further squared error, that of the colour alone (what remains of RGB without its mean).
         statistics: crops over which the latent's mean and deviation are measured at the end.
         latent_scale: the deviation that becomes 1 then: of every `channel`, or one `common` to all, which keeps the
-            channels' order of variance.
+            channels' order of variance. `kept` leaves the latent as it is, for a codec that was trained on it.
         latent_noise: normal noise on the latent, in shares of its deviation in the micro-batch (of each channel or of
             all, as latent_scale), so that D forgives an inexact latent.
     """
@@ -139,7 +139,7 @@ class GtParams(StageParams):
     chroma_weight: float = 0.0
     adversary: AdversaryParams = field(default_factory=lambda: AdversaryParams(weight=0.8, start=10_000))
     statistics: int = 1024
-    latent_scale: Literal["channel", "common"] = "channel"
+    latent_scale: Literal["channel", "common", "kept"] = "channel"
     latent_noise: float = 0.0
 
     def __post_init__(self):

@@ -35,7 +35,10 @@ class GtStage(Stage):
         self.last_layer = codec.autoencoder.decoder.last_layer
         self.speed.prepare(self.network)
         self.network.train().requires_grad_(True)
-        self.given = bool(config.autoencoder or config.release)
+        # Channels that the linear shortcut has already; those that a wider latent has gained are zero.
+        self.fitted = 0
+        if self.network.shortcut and (config.autoencoder or config.release):
+            self.fitted = int(self.network.shortcut.analysis.weight.flatten(1).any(1).sum())
         if hasattr(self.network, "quantize"):
             self.network.quantize.requires_grad_(False)
         self.distortion = F.l1_loss if p.distortion == "l1" else distortion
@@ -46,7 +49,7 @@ class GtStage(Stage):
         if not self.params.latent_noise:
             return Restored(model(batch.image))
         noise = self.params.latent_noise * batch.draws["noise"]
-        return Restored(model(batch.image, noise, self.params.latent_scale == "common"))
+        return Restored(model(batch.image, noise, self.params.latent_scale != "channel"))
 
     def draw_params(self, height: int, width: int) -> DrawParams | None:
         d = self.codec.params.autoencoder.embed_dim
@@ -63,18 +66,23 @@ class GtStage(Stage):
 
     @property
     def begins(self) -> bool:
-        return self.codec.params.autoencoder.shortcut == "linear" and not self.given
+        shortcut = self.network.shortcut
+        return shortcut is not None and self.fitted < shortcut.analysis.out_channels
 
     def begin(self, batches: Iterable[Batch]) -> str:
-        """Fit the linear shortcut to training pictures."""
-        kept = self.network.params.embed_dim
-        variances = fit_linear(self.network, (batch.image for batch in batches))
-        return f"linear shortcut: {variances[:kept].sum() / variances.sum():.1%} of the variance in {kept} channels"
+        """Fit the linear shortcut, or the part of it that a wider latent has gained, to training pictures."""
+        variances = fit_linear(self.network, (batch.image for batch in batches), self.fitted)
+        new = self.network.params.embed_dim - self.fitted
+        share, of = variances[:new].sum() / variances.sum(), "what they left" if self.fitted else "the variance"
+        beside = f" beside the {self.fitted} that were there" if self.fitted else ""
+        return f"linear shortcut: {share:.1%} of {of} in {new} channels{beside}"
 
     @torch.no_grad()
     def finish(self, batches: Iterable[Batch]) -> None:
         """Rescale the latent to mean 0 and deviation 1, as `scale_input` assumes: of every channel, or of all together."""
         self.network.eval()
+        if self.params.latent_scale == "kept":
+            return
         moments, seen = 0, 0
         for batch in batches:
             x = self.network.encode(batch.image.to(self.device)).double()
