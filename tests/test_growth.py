@@ -15,9 +15,12 @@ from tests.commands import NANO
 from tests.networks import off_zero
 from tests.residual import SMALL as RESIDUAL
 from tests.residual import new_codec
+from tests.small_runs import LIGHT
 from tests.stages import pictures
 from training.config import load_config
 from training.gt_stage import GtStage
+from training.start import start_from
+from utils import checkpoints
 from utils.errors import CheckpointError, ConfigError
 
 D, WIDER = 8, 11  # channels of the latent, before and now
@@ -109,6 +112,20 @@ def test_the_residual_codec_passes_new_channels_on(grown):
     assert s[0, M].eq(1.5).all() and s[0, M + 1].eq(-2.0).all()
     back = grown.residual.synthesis(s, y) - grown.residual.synthesis(torch.zeros_like(s), y)
     assert back[0, D].eq(1.5).all() and back[0, D + 1].eq(-2.0).all() and not back[0, D + 2].any()
+
+
+def test_an_image_autoencoder_takes_the_place_of_the_releases(folder, released, tmp_path):
+    """As stage gt has trained it on, in a run of its own; stage light distils a release as it is."""
+    state = {key: value + 1 for key, value in released.autoencoder.state_dict().items()}
+    checkpoints.save(tmp_path / "gt.pth", {"state_dict": state})
+    config = replace(load_config(str(NANO)), release=str(folder), autoencoder=str(tmp_path / "gt.pth"))
+    codec = Codec(released.params)
+    codec.residual.train_rates()
+    assert len(start_from(config, codec)) == 2
+    assert all(torch.equal(value, state[key]) for key, value in codec.autoencoder.state_dict().items())
+    assert torch.equal(codec.unet.out[2].weight, released.unet.out[2].weight)
+    with pytest.raises(ConfigError, match="release is a whole codec: leave out autoencoder"):
+        load_config(str(NANO), [*LIGHT, "release=folder", "autoencoder=gt.pth"])
 
 
 def test_what_cannot_be_a_wider_latent_is_refused(folder, released):

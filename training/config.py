@@ -271,7 +271,8 @@ class TrainConfig:
 
     Attributes:
         name: folder of the run, below --save_dir. seed: of initial weights, data order and noise, from 0.
-        stages: run in this order. autoencoder: GT checkpoint to start from; without it, stage gt comes first.
+        stages: run in this order. autoencoder: GT checkpoint to start from; without it, stage gt comes first. Beside a
+            release it takes the place of the release's, whose latent it must share.
         vq_base, unet: checkpoints whose published parameters stage codec starts from; without them, from nothing.
         release: folder of a release that training goes on from, with residual codec and densities; stage light, which
             stands alone, leaves all of it as it is.
@@ -315,7 +316,9 @@ class TrainConfig:
         told = f"stages {list(self.stages)}: networks.light is what stage light trains, and no other"
         require(light == (self.networks.light is not None), told)
         require(0 <= self.seed < 2**63, f"seed {self.seed}: from 0 up, below 2^63")
-        single = [name for name in ("autoencoder", "vq_base", "unet") if getattr(self, name)]
+        # Beside a release, an image autoencoder is one that stage gt has trained on from there.
+        apart = ("autoencoder", "vq_base", "unet") if light else ("vq_base", "unet")
+        single = [name for name in apart if getattr(self, name)]
         require(not (self.release and single), f"release is a whole codec: leave out {', '.join(single)}")
         require_from(1, self, "log_every", "save_every", "picture_every", "keep_last")
         crop = self.validation.crop
