@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-EPOCH, CROP, DRAWS, REVIVAL, LEVELS = range(5)  # purposes: independent random streams of one seed
+EPOCH, CROP, DRAWS, REVIVAL, LEVELS, COPIES = range(6)  # purposes: independent random streams of one seed
 
 
 def generator(seed: int, purpose: int, position: int) -> np.random.Generator:

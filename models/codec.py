@@ -30,9 +30,9 @@ from models.records import ONE_STEP, Analysed, CodecOutput, CodecParams, Content
 from models.residual_hyperprior import LEVEL_CODES, ResidualHyperprior, Symbols
 from models.residual_networks import hyper_size
 from models.sizes import memory
-from models.sizes.tiles import SIDE, Tiles, direct
+from models.sizes.tiles import SIDE, Network, Tiles, direct
 from models.unet import UNet
-from models.vq_base import VQBase
+from models.vq_base import VQBase, mirrored
 from utils.errors import BitstreamError, CheckpointError
 from utils.images import to_signed, to_uint8
 from utils.limits import MAX_PIXELS, MIN_SIDE
@@ -126,12 +126,20 @@ class Codec(nn.Module):
 
     # Training -------------------------------------------------------------------------------------------------------
 
-    def forward(self, image: Tensor, draws: Draws, decode: bool = True, twice: bool = False) -> CodecOutput:
+    def forward(
+        self,
+        image: Tensor,
+        draws: Draws,
+        decode: bool = True,
+        twice: bool = False,
+        copies: tuple[int, int] = (1, 1),
+    ) -> CodecOutput:
         """One training pass (DiffO, section 3): N x 3 x H x W in [-1, 1], sides multiples of 16.
 
         Args:
             decode: compute D(x^), nearly all of the work; a loss of the latent alone needs no picture.
             twice: and once more from the noise of the sample before, which is as good.
+            copies: rows and columns of mirror images that U sees a latent among; of what it makes, one is taken.
         """
         with torch.no_grad():  # E is frozen in this stage
             x = self.to_latent(image)  # x = E(X)
@@ -140,9 +148,16 @@ class Codec(nn.Module):
         y_hat, residual_bpp = self.with_residual(x, y, base.indices, draws)  # y^ = y + r^
         known, lq, centre = self.denoiser_inputs(y_hat, base.z_q)
 
+        def among(network: Network, *maps: Tensor) -> Tensor:
+            rows, columns = copies
+            wide = (mirrored(m, rows * m.shape[2], columns * m.shape[3]) for m in maps)
+            return network(*wide)[..., : x.shape[2], : x.shape[3]]
+
+        denoiser = self.denoiser(y_hat, among)
+
         def denoised(draws: Draws) -> Tensor:
             x_t, eta = self.noisy_input(x, known, residual_bpp.detach(), draws)
-            return diffusion.one_step(self.denoiser(y_hat), x_t, lq, eta, self.params.diffusion, centre)
+            return diffusion.one_step(denoiser, x_t, lq, eta, self.params.diffusion, centre)
 
         x_hat = denoised(draws)
         with without_autocast(x.device):

@@ -123,9 +123,9 @@ class Codebook(nn.Module):
         return slots
 
 
-def mirrored(x: Tensor, least: int) -> Tensor:
-    """N C h w, whose sides below `least` become that: the map, then its mirror image with the edge repeated, and so on."""
-    for dim in (2, 3):
+def mirrored(x: Tensor, rows: int, columns: int) -> Tensor:
+    """N C h w, with at least so many rows and columns: the map, then its mirror image with the edge repeated, and so on."""
+    for dim, least in ((2, rows), (3, columns)):
         side = x.shape[dim]
         if side < least:
             place = torch.arange(least, device=x.device) % (2 * side)
@@ -176,7 +176,7 @@ class VQBase(nn.Module):
 
     def _encoded(self, x: Tensor) -> Tensor:  # N d h w -> N d_q h w
         h, w = x.shape[2:]
-        z = self.quant_conv(self.encoder(mirrored(x, self.params.least_side)))[..., :h, :w]
+        z = self.quant_conv(self.encoder(self._large_enough(x)))[..., :h, :w]
         z = z.to(x.dtype)  # distances and averages keep the precision of x
         return z + self.shortcut.encode(x) if self.shortcut else z
 
@@ -197,8 +197,11 @@ class VQBase(nn.Module):
     def reconstruct(self, z_q: Tensor) -> Tensor:
         """y = VQ-D(z_q): N x d_q x h x w -> N x d x h x w."""
         h, w = z_q.shape[2:]
-        y = self.decoder(self.post_quant_conv(mirrored(z_q, self.params.least_side)))[..., :h, :w].to(z_q.dtype)
+        y = self.decoder(self.post_quant_conv(self._large_enough(z_q)))[..., :h, :w].to(z_q.dtype)
         return y + self.shortcut.decode(z_q) if self.shortcut else y
+
+    def _large_enough(self, x: Tensor) -> Tensor:
+        return mirrored(x, self.params.least_side, self.params.least_side)
 
 
 def perplexity(counts: Tensor) -> Tensor:

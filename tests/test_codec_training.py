@@ -115,6 +115,27 @@ def test_training_sees_what_the_decoder_sees(codec):
 
 
 @torch.no_grad()
+def test_the_denoiser_among_mirror_images(codec):
+    """2 rows and 3 columns of a 4 x 3 latent: U sees 8 x 9 positions, each image mirrored at its edge, and the first is taken."""
+    image, given = to_signed(picture(64, 48))[None], draws(codec, [3], [0.5], (D, 4, 3))
+    plain = codec(image, given, decode=False)
+    seen = []
+    handle = codec.unet.register_forward_hook(lambda _, args, out: seen.append((*args, out)))
+    try:
+        out = codec(image, given, decode=False, copies=(2, 3))
+        codec(image, given, decode=False)
+    finally:
+        handle.remove()
+    (x, t, lq, made), (alone, t_alone, lq_alone, _) = seen
+    assert x.shape == (1, D, 8, 9) and lq.shape[2:] == (8, 9) and torch.equal(t, t_alone)
+    for wide, narrow in ((x, alone), (lq, lq_alone)):
+        row = torch.cat([narrow, narrow.flip(3), narrow], dim=3)
+        assert torch.equal(wide, torch.cat([row, row.flip(2)], dim=2))
+    torch.testing.assert_close(out.x_hat, made[:, :, :4, :3])
+    assert torch.equal(out.y_hat, plain.y_hat) and not torch.allclose(out.x_hat, plain.x_hat, atol=1e-4)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("adapter", ["difference", "published"])
 def test_a_correction_is_added_to_what_the_decoder_knows(adapter):
     """prediction: correction. x^ = y^ + U in training and decoding, and U starts silent; `latent` has U alone."""

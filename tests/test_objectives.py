@@ -21,6 +21,7 @@ from training.codec_stage import Seen
 from training.config import AdversaryParams, CodecStageParams
 from training.perceptual import Lpips, perceptual_terms
 from training.stage import Restored
+from utils.errors import ConfigError
 
 RANDOM = np.random.default_rng(0)
 
@@ -240,10 +241,26 @@ def test_the_codec_stage_asks_for_its_random_numbers():
     assert published == DrawParams((8, 2, 3), steps=2, base_only_share=0.2)
     assert new_stage("gt").draw_params(32, 48) is None
     given = stage.forward(
-        lambda image, draws, decode, twice: SimpleNamespace(image=image, draws=draws), Batch(None, None, drawn)
+        lambda image, draws, decode, twice, copies: SimpleNamespace(image=image, draws=draws),
+        Batch(None, torch.tensor([7, 3]), drawn),
     )
     assert given.draws.shift is False and torch.equal(given.draws.noise, drawn["noise"])
     assert math.isclose(given.draws.spread[0], drawn["spread"][0])
+
+
+def test_the_size_of_the_denoisers_maps_is_drawn_for_every_step():
+    """By the position of its first crop: rows and columns apart, all of what is asked for."""
+    stage = new_stage("codec", "codec.copies=[1, 3]")
+
+    def copies(*positions: int) -> tuple[int, int]:
+        batch = Batch(None, torch.tensor(positions), stage.drawn(positions, (32, 32)))
+        return stage.forward(lambda image, draws, decode, twice, copies: copies, batch)
+
+    found = [copies(position, 0) for position in range(0, 60, 2)]
+    assert set(found) == {(1, 1), (1, 3), (3, 1), (3, 3)} and copies(4, 5) == found[2]
+    assert new_stage("codec").params.copies == (1,)
+    with pytest.raises(ConfigError, match=r"copies \[0\]: whole numbers from 1"):
+        new_stage("codec", "codec.copies=[0]")
 
 
 @pytest.mark.parametrize("deviation, told", [(0.5, True), (0.8, False), (1.3, False), (2.0, True)])

@@ -182,8 +182,9 @@ def test_perplexity():
 
 def test_a_small_map_is_mirrored_with_its_edge_repeated():
     x = torch.tensor([[1.0, 2.0, 3.0]]).view(1, 1, 1, 3)
-    assert mirrored(x, 8).tolist() == [[[[1.0, 2.0, 3.0, 3.0, 2.0, 1.0, 1.0, 2.0]] * 8]]
-    assert mirrored(x, 1) is x
+    assert mirrored(x, 8, 8).tolist() == [[[[1.0, 2.0, 3.0, 3.0, 2.0, 1.0, 1.0, 2.0]] * 8]]
+    assert mirrored(x, 3, 5).shape == (1, 1, 3, 5)
+    assert mirrored(x, 1, 1) is x
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from datapipe.draws import REVIVAL, DrawParams, generator
+from datapipe.draws import COPIES, REVIVAL, DrawParams, generator
 from datapipe.pictures import Batch
 from models.codec import Codec
 from models.losses import commitment, distortion
@@ -86,7 +86,10 @@ class CodecStage(CodedStage):
 
     def forward(self, model: nn.Module, batch: Batch) -> CodecOutput:
         draws = Draws(**batch.draws, shift=self.params.shift)
-        return model(batch.image, draws, self.params.decodes, self.energy is not None)
+        # All crops of a step share a size, drawn at the position of the first.
+        random = generator(self.seed, COPIES, int(batch.position[0]))
+        rows, columns = random.choice(self.params.copies, 2).tolist()
+        return model(batch.image, draws, self.params.decodes, self.energy is not None, (rows, columns))
 
     def terms(self, out: CodecOutput, batch: Batch) -> dict[str, Tensor]:
         terms = {"commitment": commitment(out.base.z, out.base.z_q)}

@@ -164,6 +164,8 @@ class CodecStageParams(StageParams):
             of EfficientNet-Lite0: a loss for which noise is of use. A step takes twice as long.
         latent_weight: of |x - x^|^2, the squared error of the latent (ResShift's loss, Yue et al. 2023). Without any
             term of the picture D is not run, and a step takes a third of the time: a cheap start.
+        copies: U sees each latent among mirror images of it, in as many rows and columns as are drawn from these for every
+            step. Maps of one size would teach it to rely on what their borders do to its normalisations.
         train_decoder: D goes on learning, at this share of the learning rate; 0 freezes it. E is always frozen.
     """
 
@@ -178,6 +180,7 @@ class CodecStageParams(StageParams):
     commitment: float = 0.25
     energy_weight: float = 0.0
     latent_weight: float = 0.0
+    copies: tuple[int, ...] = (1,)
     train_decoder: float = 0.0
     rate_weights: tuple[float, ...] = (1.0, 0.05)
     base_only_share: float = 0.2
@@ -187,6 +190,7 @@ class CodecStageParams(StageParams):
         good = len(self.rate_weights) == 2 and min(self.rate_weights) > 0
         require(good, f"rate_weights {list(self.rate_weights)}: two, above 0")
         require(0 <= self.base_only_share < 1, f"base_only_share {self.base_only_share}: in [0, 1)")
+        require(self.copies and min(self.copies) >= 1, f"copies {list(self.copies)}: whole numbers from 1")
         share = self.last_step_share
         require(share is None or 0 <= share <= 1, f"last_step_share {share}: in [0, 1], or null")
         factors = ("distortion_weight", "chroma_weight", "commitment", "energy_weight", "latent_weight")
