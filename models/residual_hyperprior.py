@@ -4,8 +4,6 @@
     i = h_s(n_z, k)           index of the table of sigma: integers in, integers out
     mu = m_s(n_z, k, y)       n = round(s_g - mu)        s^ = n + mu           r^ = g_s(s^ / gain_g, y)
 
-The encoder takes an n that is a step nearer to 0 where that saves more than it costs (`cheaper`).
-
 Level g is real, from 1 to L; between two levels the gains are interpolated geometrically (Cui et al. 2021), so that
 one model has a continuous range of rates, and beyond 1 and L they can be extrapolated. In a file it is one byte, 1 to
 255. Axes: N batch, d latent channels, M channels of s, C_z channels of z, h and w latent rows and columns.
@@ -19,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.entropy_coding import symbol_bits
 from models.integers import bounded, round_through
 from models.residual_networks import (
     HYPER_STRIDE,
@@ -36,7 +33,6 @@ from models.residual_networks import (
 LEVEL_CODES = 255
 HYPER_REACH = 15  # |n_z| at most: 16 n_z must stay an activation
 SYMBOL_REACH = 31  # |n| at most
-BIT = 0.03  # what a bit of n is worth, in squared steps
 _TILE, _RIM = 32, 2  # of h_s, in positions of z: the rim's outer half sees padding in place of its neighbours
 
 
@@ -87,22 +83,6 @@ def level_of(code: int, params: ResidualParams) -> float:
 def node_of(code: int, params: ResidualParams) -> int:
     """The nearest level of 1 to L, counted from 0: its hyper tables serve."""
     return min(max(math.floor(level_of(code, params) - 0.5), 0), params.levels - 1)
-
-
-def cheaper(n: np.ndarray, u: np.ndarray, index: np.ndarray, tables: np.ndarray, bit: float = BIT) -> np.ndarray:
-    """Symbols, each a step nearer to 0 where the bits which that saves are worth the error: rate-distortion optimised
-    quantisation, which moves n where (u - n)^2 + bit * bits(n) falls.
-
-    Args:
-        n, u: rounded and before, of one shape; n within the tables. index: of each symbol's table.
-        tables: integer frequencies, `ResidualTables.symbols`. bit: what a bit is worth, in squared steps.
-    """
-    nearer = n - np.sign(n)
-
-    def cost(n: np.ndarray) -> np.ndarray:
-        return (u - n) ** 2 + bit * symbol_bits(n, index, tables)
-
-    return np.where(cost(nearer) < cost(n), nearer, n)
 
 
 def _tile(start: int) -> tuple[slice, slice, slice]:
@@ -207,12 +187,10 @@ class ResidualHyperprior(nn.Module):
         reach = HYPER_REACH if tables is None else tables.reach("hyper")[node_of(code, self.params), :, None, None]
         n_z = np.clip(z, -reach, reach)
         index = self.table_index(n_z, k)
-        u = (s_g - self._mean(n_z, k, y))[0].double().cpu().numpy()  # M h w
-        n = np.round(u).astype(np.int64)
-        if tables is None:
-            return Symbols(n_z, n.clip(-SYMBOL_REACH, SYMBOL_REACH), index)
-        reach = tables.reach("symbols")[index]
-        return Symbols(n_z, cheaper(n.clip(-reach, reach), u, index, tables.symbols), index)
+        mu = self._mean(n_z, k, y)
+        n = (s_g - mu)[0].double().cpu().round().numpy().astype(np.int64)  # M h w
+        reach = SYMBOL_REACH if tables is None else tables.reach("symbols")[index]
+        return Symbols(n_z, np.clip(n, -reach, reach), index)
 
     def table_index(self, n_z: np.ndarray, k: Tensor) -> np.ndarray:
         """i = h_s(n_z, k), exactly: integers (C_z, h', w') and 1 x h x w -> uint8 (M, h, w).

@@ -76,13 +76,6 @@ def gaussian_pmf() -> np.ndarray:
     return np.diff(0.5 * (1 + np.vectorize(math.erf)(edges / math.sqrt(2))), axis=1)
 
 
-def expected_tables(params: ResidualParams) -> ResidualTables:
-    """Before anything is counted, what the encoder weighs its symbols by: Gaussians for n, and every symbol allowed."""
-    hyper = np.ones((params.levels, params.hyper_channels, 2 * HYPER_REACH + 1), dtype=np.int64)
-    seldom = np.rint(PRIOR_WEIGHT * _UNIT * gaussian_pmf()).astype(np.int64).clip(min=1)
-    return ResidualTables(*(np.apply_along_axis(centred_table, -1, counts) for counts in (hyper, seldom)))
-
-
 def _with_margin(counts: np.ndarray) -> np.ndarray:
     distance = np.abs(np.arange(len(counts)) - len(counts) // 2)
     return counts + (distance <= 1 + distance[counts > 0].max(initial=0))
@@ -94,16 +87,15 @@ def count(codec: Codec, config: TrainConfig, crops: int, batch: int = BATCH) -> 
     """Code crops of the configuration's training pictures on the codec's device, at every level, and count."""
     pictures = Pictures(config.data, config.codec.crop_size, config.seed)
     counts = Counts.none(codec)
-    tables = expected_tables(codec.params.residual) if codec.residual else None
     with closing(stream(pictures, batch, rank=0, world=1, first=0)) as batches:
         for start in tqdm(range(0, crops, batch), desc="counting symbols"):
-            _count_crops(codec, next(batches)[: crops - start], config.seed, counts, tables)
+            _count_crops(codec, next(batches)[: crops - start], config.seed, counts)
     for line in pictures.source.unreadable_lines():
         print(line, file=sys.stderr)
     return counts
 
 
-def _count_crops(codec: Codec, crops: Batch, seed: int, counts: Counts, tables: ResidualTables | None) -> None:
+def _count_crops(codec: Codec, crops: Batch, seed: int, counts: Counts) -> None:
     x = codec.to_latent(crops.image.to(codec.device))
     k = codec.vq_base.indices(x)
     counts.crops.extend(k.cpu().numpy().astype(np.int16))
@@ -115,7 +107,7 @@ def _count_crops(codec: Codec, crops: Batch, seed: int, counts: Counts, tables: 
     for i, position in enumerate(crops.position.tolist()):
         one = slice(i, i + 1)
         for code in _codes(codec.residual.params, seed, position):
-            found = codec.residual.symbols(s[one], y[one], k[one], code, tables)
+            found = codec.residual.symbols(s[one], y[one], k[one], code)
             counts.add(found, node_of(code, codec.residual.params))
 
 

@@ -11,15 +11,7 @@ from models import residual_hyperprior
 from models.entropy_coding import symbol_bits
 from models.rate_model import EntropyBottleneck
 from models.records import Draws
-from models.residual_hyperprior import (
-    HYPER_REACH,
-    SYMBOL_REACH,
-    ResidualHyperprior,
-    ResidualTables,
-    cheaper,
-    level_of,
-    node_of,
-)
+from models.residual_hyperprior import HYPER_REACH, SYMBOL_REACH, ResidualHyperprior, ResidualTables, level_of, node_of
 from models.residual_networks import SCALE_MIN, SCALE_STEP, SCALES, ResidualParams, hyper_size
 from tests.residual import SMALL, D, K, new_codec, new_residual, residual_tables
 
@@ -204,35 +196,6 @@ def test_coding_by_hand(plain):
 
 
 @torch.no_grad()
-def test_a_symbol_moves_towards_zero_where_the_bits_are_worth_it():
-    """0 takes 1 bit, 1 and -1 take 3, 2 and -2 take 4: from 1 to 0 the error grows by 1.1025 - 0.0025 = 1.1 at u = 1.05, and by
-    0.1 at u = 0.55; from -2 to -1 by 0.3 at u = -1.65."""
-    tables = np.zeros((2, 2 * SYMBOL_REACH + 1), dtype=np.int32)
-    tables[1, SYMBOL_REACH - 2 : SYMBOL_REACH + 3] = [4096, 8192, 32768, 8192, 4096]
-    u = np.array([1.05, 0.55, -0.55, -1.65, 0.2])
-    n, index = np.array([1, 1, -1, -2, 0]), np.ones(5, dtype=np.uint8)
-
-    def moved(bit: float) -> list[int]:
-        return cheaper(n, u, index, tables, bit).tolist()
-
-    assert moved(0.0) == moved(0.049) == [1, 1, -1, -2, 0]
-    assert moved(0.051) == moved(0.299) == [1, 0, 0, -2, 0]
-    assert moved(0.301) == moved(0.549) == [1, 0, 0, -1, 0]
-    assert moved(0.551) == moved(9.0) == [0, 0, 0, -1, 0]  # one step alone
-
-
-@torch.no_grad()
-def test_the_encoder_takes_cheaper_symbols(residual):
-    x, y, k = latents(9, 9)
-    s = residual.analysis(x - y, y)
-    found, rounded = residual.symbols(s, y, k, 40, residual.tables), residual.symbols(s, y, k, 40)
-    saved = np.abs(rounded.residual) - np.abs(found.residual)
-    assert np.array_equal(found.index, rounded.index) and set(np.unique(saved)) == {0, 1}
-    groups = found.index.ravel()
-    bits = [symbol_bits(n.residual.ravel(), groups, residual.tables.symbols).sum() for n in (found, rounded)]
-    assert bits[0] < bits[1]
-
-
 def test_symbols_stay_within_their_tables(residual):
     """Where a picture has symbols that no table can code, they are brought to its reach."""
     _, y, k = latents(6, 7)
