@@ -9,7 +9,7 @@ import itertools
 import multiprocessing.util
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -77,7 +77,7 @@ class Batch:
     """Some positions of the stream.
 
     Attributes:
-        image: crops, float32 N x 3 x S x S in [-1, 1]. position: int64 (N,).
+        image: crops, float32 N x 3 x S x S in [-1, 1]. position: int64 (N,), on the CPU wherever the rest is.
         draws: random numbers by name (`datapipe.draws.draw`), each with first axis N; empty where none are drawn.
     """
 
@@ -93,7 +93,8 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on a device; without waiting for the copy where it comes from pinned memory."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        there = self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        return replace(there, position=self.position)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         draws = {name: change(tensor) for name, tensor in self.draws.items()}

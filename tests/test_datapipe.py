@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from datapipe.draws import DrawParams, draw
-from datapipe.pictures import DataParams, Pictures, enlarged_crop, epoch_order, positions, stream
+from datapipe.pictures import Batch, DataParams, Pictures, enlarged_crop, epoch_order, positions, stream
 from tests.commands import photograph
 from utils.images import find_pictures, read_image
 
@@ -210,3 +210,9 @@ def test_square_crops_hold_the_whole_short_side(coordinates):
         torch.testing.assert_close(columns[0], left + 1.5 + 4 * torch.arange(20.0), rtol=0, atol=1e-3)
         lefts.add(round(left))
     assert 0 <= min(lefts) and max(lefts) <= 40 and len(lefts) > 10
+
+
+def test_positions_stay_on_the_cpu():
+    """What is drawn at them is drawn there; to read them must not wait for a device."""
+    batch = Batch(torch.ones(2, 3, 16, 16), torch.arange(2), {"t": torch.zeros(2)}).to("meta")
+    assert batch.image.is_meta and batch.draws["t"].is_meta and batch.position.tolist() == [0, 1]

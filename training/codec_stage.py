@@ -86,10 +86,15 @@ class CodecStage(CodedStage):
 
     def forward(self, model: nn.Module, batch: Batch) -> CodecOutput:
         draws = Draws(**batch.draws, shift=self.params.shift)
-        # All crops of a step share a size, drawn at the position of the first.
-        random = generator(self.seed, COPIES, int(batch.position[0]))
-        rows, columns = random.choice(self.params.copies, 2).tolist()
-        return model(batch.image, draws, self.params.decodes, self.energy is not None, (rows, columns))
+        return model(batch.image, draws, self.params.decodes, self.energy is not None, self._copies(batch))
+
+    def _copies(self, batch: Batch) -> tuple[int, int]:
+        """Rows and columns of mirror images: all crops of a step share them, drawn at the position of the first."""
+        choices = self.params.copies
+        if len(set(choices)) == 1:
+            return choices[0], choices[0]
+        rows, columns = generator(self.seed, COPIES, int(batch.position[0])).choice(choices, 2).tolist()
+        return rows, columns
 
     def terms(self, out: CodecOutput, batch: Batch) -> dict[str, Tensor]:
         terms = {"commitment": commitment(out.base.z, out.base.z_q)}

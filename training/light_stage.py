@@ -59,7 +59,7 @@ class LightStage(CodedStage):
     def latent(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """What the decoder is given: x^, or E(X) at evenly spread positions of the stream; and rates of the residual."""
         out = self.codec(batch.image, self.as_decoded(Draws(**batch.draws)), decode=False)
-        place = batch.position.double() * self.params.clean_share
+        place = batch.position.to(self.device).double() * self.params.clean_share
         clean = (place + self.params.clean_share).floor() > place.floor()
         return torch.where(clean.view(-1, 1, 1, 1), out.x, out.x_hat), out.residual_bpp
 
