@@ -13,6 +13,7 @@ columns, h = ceil(H/16) and w = ceil(W/16) latent ones.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -30,9 +31,10 @@ from models.records import ONE_STEP, Analysed, CodecOutput, CodecParams, Content
 from models.residual_hyperprior import LEVEL_CODES, ResidualHyperprior, Symbols
 from models.residual_networks import hyper_size
 from models.sizes import memory
-from models.sizes.tiles import SIDE, Network, Tiles, direct
+from models.sizes.mirrors import among_images
+from models.sizes.tiles import SIDE, Tiles, direct
 from models.unet import UNet
-from models.vq_base import VQBase, mirrored
+from models.vq_base import VQBase
 from utils.errors import BitstreamError, CheckpointError
 from utils.images import to_signed, to_uint8
 from utils.limits import MAX_PIXELS, MIN_SIDE
@@ -147,13 +149,7 @@ class Codec(nn.Module):
         y = self.vq_base.reconstruct(base.z_q)  # y = VQ-D(z_q)
         y_hat, residual_bpp = self.with_residual(x, y, base.indices, draws)  # y^ = y + r^
         known, lq, centre = self.denoiser_inputs(y_hat, base.z_q)
-
-        def among(network: Network, *maps: Tensor) -> Tensor:
-            rows, columns = copies
-            wide = (mirrored(m, rows * m.shape[2], columns * m.shape[3]) for m in maps)
-            return network(*wide)[..., : x.shape[2], : x.shape[3]]
-
-        denoiser = self.denoiser(y_hat, among)
+        denoiser = self.denoiser(y_hat, partial(among_images, copies))
 
         def denoised(draws: Draws) -> Tensor:
             x_t, eta = self.noisy_input(x, known, residual_bpp.detach(), draws)

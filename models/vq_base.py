@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.blocks import Decoder, Encoder, LinearMaps, nearest_codes, start_linear
+from models.sizes.mirrors import mirrored
 from utils.config import require, require_from
 
 
@@ -121,16 +122,6 @@ class Codebook(nn.Module):
         self.embedding.embed_avg[slots] = fresh
         n[slots] = 1.0
         return slots
-
-
-def mirrored(x: Tensor, rows: int, columns: int) -> Tensor:
-    """N C h w, with at least so many rows and columns: the map, then its mirror image with the edge repeated, and so on."""
-    for dim, least in ((2, rows), (3, columns)):
-        side = x.shape[dim]
-        if side < least:
-            place = torch.arange(least, device=x.device) % (2 * side)
-            x = x.index_select(dim, torch.minimum(place, 2 * side - 1 - place))
-    return x
 
 
 class LinearChannels(LinearMaps):

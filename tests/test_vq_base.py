@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from models.blocks import nearest_codes
-from models.vq_base import Codebook, VQBase, VQBaseParams, mirrored, perplexity
+from models.sizes.mirrors import mirrored
+from models.vq_base import Codebook, VQBase, VQBaseParams, perplexity
 
 PARAMS = VQBaseParams(
     ch=8, ch_mult=(2,), num_res_blocks=1, z_channels=8, embed_dim=5, in_channels=6, codebook_size=16, groups=4

@@ -89,7 +89,7 @@ class CodecStage(CodedStage):
         return model(batch.image, draws, self.params.decodes, self.energy is not None, self._copies(batch))
 
     def _copies(self, batch: Batch) -> tuple[int, int]:
-        """Rows and columns of mirror images: all crops of a step share them, drawn at the position of the first."""
+        """Rows and columns of mirror images: all crops of a micro-batch share them, drawn at the position of the first."""
         choices = self.params.copies
         if len(set(choices)) == 1:
             return choices[0], choices[0]

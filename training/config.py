@@ -165,7 +165,7 @@ class CodecStageParams(StageParams):
         latent_weight: of |x - x^|^2, the squared error of the latent (ResShift's loss, Yue et al. 2023). Without any
             term of the picture D is not run, and a step takes a third of the time: a cheap start.
         copies: U sees each latent among mirror images of it, in as many rows and columns as are drawn from these for every
-            step. Maps of one size would teach it to rely on what their borders do to its normalisations.
+            micro-batch. Maps of one size would teach it to rely on what their borders do to its normalisations.
         train_decoder: D goes on learning, at this share of the learning rate; 0 freezes it. E is always frozen.
     """
 

@@ -20,9 +20,10 @@ SHOWN = 4  # differing keys that an error names
 
 def save(path: str | Path, content: dict, deflated: bool = False) -> None:
     """torch.save to a temporary name, then rename; `deflated`: its records compressed. Raises DiffoError as `atomic_path`."""
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+    with atomic_path(path) as temporary:
         try:
-            torch.save(content, file)
+            with open(temporary, "wb") as file:
+                torch.save(content, file)
         except RuntimeError as error:  # PyTorch's own complaint hides what the disk said
             raise error.__context__ if isinstance(error.__context__, OSError) else error from None
         if deflated:
