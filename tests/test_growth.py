@@ -49,6 +49,7 @@ def released():
     codec = Codec(params)
     off_zero(codec)
     codec.residual.train_rates()
+    torch.nn.init.normal_(codec.residual.log_gain)
     return codec.eval().requires_grad_(False)
 
 

@@ -220,6 +220,8 @@ def test_the_noise_on_stage_gts_latent():
     assert given["noise"].shape == (2, 8, 2, 2)
     new_stage("gt", "gt.latent_noise=0.25").forward(model, batch)
     assert given["common"] is False
+    new_stage("gt", "gt.latent_noise=0.25", "gt.latent_scale=kept").forward(model, batch)
+    assert given["common"] is True
     plain = new_stage("gt")
     plain.forward(model, batch_of(plain))
     assert given["noise"] is None
@@ -252,11 +254,13 @@ def test_the_size_of_the_denoisers_maps_is_drawn_for_every_step():
     """By the position of its first crop: rows and columns apart, all of what is asked for."""
     stage = new_stage("codec", "codec.copies=[1, 3]")
 
-    def copies(*positions: int) -> tuple[int, int]:
+    def copies(*positions: int, stage=stage) -> tuple[int, int]:
         batch = Batch(None, torch.tensor(positions), stage.drawn(positions, (32, 32)))
         return stage.forward(lambda image, draws, decode, twice, copies: copies, batch)
 
     found = [copies(position, 0) for position in range(0, 60, 2)]
+    other = new_stage("codec", "codec.copies=[1, 3]", "seed=7")
+    assert [copies(p, stage=other) for p in range(0, 60, 2)] != found
     assert set(found) == {(1, 1), (1, 3), (3, 1), (3, 3)} and copies(4, 5) == found[2]
     assert new_stage("codec").params.copies == (1,)
     with pytest.raises(ConfigError, match=r"copies \[0\]: whole numbers from 1"):

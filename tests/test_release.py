@@ -1,6 +1,7 @@
 """A release: half precision, densities, what it is made of, and training that starts from it."""
 
 import json
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -163,6 +164,12 @@ def test_densities_stay_beside_the_tables_and_change_no_fingerprint(folder, roun
     about = write_release(tmp_path, 7, plain, config, "float16")
     with_densities = load_triple(Triple.in_folder(folder), densities=True)
     assert about["fingerprint"] == plain.fingerprint.hex() == with_densities.fingerprint.hex()
+
+
+def test_the_files_of_a_release_are_deflated(folder):
+    for path in vars(Triple.in_folder(folder)).values():
+        with zipfile.ZipFile(path) as archive:
+            assert {entry.compress_type for entry in archive.infolist()} == {zipfile.ZIP_DEFLATED}
 
 
 def fresh(params: CodecParams) -> Codec:
