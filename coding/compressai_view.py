@@ -5,7 +5,6 @@ import torch
 from torch import Tensor, nn
 
 from models.codec import Codec
-from models.entropy_coding import symbol_bits
 from models.records import Contents
 from utils.images import to_uint8
 
@@ -68,6 +67,6 @@ class CompressAIView(nn.Module):
         base = 2.0 ** -self.codec.base_bits(file, contents.k)
         likelihoods = {"header": np.array([2.0 ** (-8 * (file.header_bytes + file.check_bytes))]), "base": base}
         if found is not None:
-            for name, section in self.codec.residual.coded(found, file.residual.code).items():
-                likelihoods[name] = 2.0 ** -symbol_bits(*section).reshape(getattr(found, name).shape)
+            bits = self.codec.residual.bits(found, file.residual.code)
+            likelihoods |= {name: 2.0**-each for name, each in bits.items()}
         return {name: torch.from_numpy(p) for name, p in likelihoods.items()}

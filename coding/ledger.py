@@ -5,7 +5,6 @@ import math
 from measuring.metrics import bpp
 from models.bitstream import CodedPicture
 from models.codec import Codec
-from models.entropy_coding import symbol_bits
 from models.records import Contents
 
 Facts = dict[str, float | int]
@@ -34,6 +33,5 @@ def beside(codec: Codec, contents: Contents) -> Facts:
     bits = 8 * (file.header_bytes + file.check_bytes)
     bits += codec.base_bits(file, contents.k).sum()
     if contents.symbols is not None:
-        coded = codec.residual.coded(contents.symbols, file.residual.code)
-        bits += sum(float(symbol_bits(*section).sum()) for section in coded.values())
+        bits += sum(each.sum() for each in codec.residual.bits(contents.symbols, file.residual.code).values())
     return {"estimated_bits": round(float(bits), 1), "fixed_length_base_bits": fixed}

@@ -191,9 +191,10 @@ def enlarged_crop(picture: Tensor, enlarged: Sequence[int], top: int, left: int,
 def plain_crop(size: int, random: np.random.Generator) -> Tensor:
     """A square of one colour, or in half of the cases a slope between two: float32 3 x size x size in [-1, 1].
 
-    Half of the colours are grey. Values are drawn from a range that is half as wide again and cut: one in three is 0 or 255.
+    Half of the colours are grey. Values are drawn from a range that is twice as wide and cut: half are 0 or 255, an eighth of the colours
+    pure red, green, blue or between two of them, black or white.
     """
-    ends = random.uniform(-1.5, 1.5, (2, 3)).clip(-1, 1)
+    ends = random.uniform(-2, 2, (2, 3)).clip(-1, 1)
     if random.random() < 0.5:
         ends[:] = ends[:, :1]
     if random.random() < 0.5:

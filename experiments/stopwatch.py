@@ -4,6 +4,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import reduce
 
 import torch
 from torch import nn
@@ -25,7 +26,14 @@ NETWORKS = (
     ("", "denoise", "U: denoiser, one step"),
     ("", "picture", "D: image decoder, latent x^ to picture"),
 )
-PASSES = [("index_model", name, "index model: indices in passes, in exact integers") for name in ("encode", "decode")]
+PASSES = [
+    (model, name, part)
+    for model, part in (
+        ("index_model", "index model: indices in passes, in exact integers"),
+        ("residual.context_model", "context model: symbols of the residual in passes, in exact integers"),
+    )
+    for name in ("encode", "decode")
+]
 CODER = ("encode_indices", "encode_symbols", "decode_indices", "decode_symbols")
 ENTROPY, NOISE = "entropy coding of indices and symbols", "noise: standard normal, from the file's seed"
 READ, WRITE = "file I/O: reading the input", "file I/O: writing the output"
@@ -53,9 +61,7 @@ class Stopwatch:
     @contextmanager
     def watching(self, codec: Codec) -> Iterator[None]:
         """Inside it, every call of the codec's parts is counted."""
-        watched = [
-            (getattr(codec, owner) if owner else codec, name, part) for owner, name, part in (*NETWORKS, *PASSES)
-        ]
+        watched = [(_part_of(codec, owner), name, part) for owner, name, part in (*NETWORKS, *PASSES)]
         watched += [(entropy_coding, name, ENTROPY) for name in CODER]
         saved = []
         try:
@@ -86,6 +92,11 @@ class Stopwatch:
                 yield self.count(NOISE, next, source)
 
         return draws
+
+
+def _part_of(codec: Codec, path: str) -> object | None:
+    """The codec's part of a dotted path, the codec of an empty one; None where there is none."""
+    return reduce(lambda owner, name: getattr(owner, name, None), filter(None, path.split(".")), codec)
 
 
 def seconds(device: torch.device) -> float:

@@ -11,11 +11,9 @@ import torch.nn.functional as F
 
 from measuring.metrics import require_pair
 from models.bitstream import CELL as PERIOD  # what repeats with it shows at multiples of 1/16 cycles per pixel
-from models.losses import GROUND, SMOOTH  # of Kodak, some 200 blocks are smooth
+from models.losses import GROUND, LEAST_LINES, SMOOTH, line_bins  # of Kodak, some 200 blocks are smooth
 
 BORDER = 4  # pixels
-LEAST = 12 * PERIOD  # pixels of a spectrum whose lines have neighbours of their own
-NEIGHBOURS = range(2, 6)  # bins of the spectrum on either side that a line is compared with
 
 
 def error_spectrum(original: torch.Tensor, decoded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,18 +34,17 @@ def strongest_line(spectrum: torch.Tensor) -> tuple[float, float]:
     """The multiple of 1/16 cycles per pixel at which a spectrum stands out most from its neighbours.
 
     Args:
-        spectrum: (n / 2 + 1,) of `error_spectrum`, n a multiple of 16 from LEAST up.
+        spectrum: (n / 2 + 1,) of `error_spectrum`, n a multiple of 16 from LEAST_LINES up.
     Returns:
         frequency in cycles per pixel, and its power over the mean power 2 to 5 bins away on either side.
     """
     length = 2 * (len(spectrum) - 1)
-    if length < LEAST:
-        raise ValueError(f"{length} pixels: a line needs {LEAST} to have neighbours of its own")
-    ratios = {}
-    for multiple in range(1, PERIOD // 2 + 1):
-        at = multiple * length // PERIOD
-        beside = [at + sign * n for n in NEIGHBOURS for sign in (-1, 1) if at + sign * n < len(spectrum)]
-        ratios[multiple / PERIOD] = (spectrum[at] / spectrum[beside].mean().clamp(min=1e-12)).item()
+    if length < LEAST_LINES:
+        raise ValueError(f"{length} pixels: a line needs {LEAST_LINES} to have neighbours of its own")
+    ratios = {
+        line / length: (spectrum[line] / spectrum[beside].mean().clamp(min=1e-12)).item()
+        for line, beside in line_bins(length)
+    }
     return max(ratios.items(), key=lambda line: line[1])
 
 
@@ -55,14 +52,14 @@ def lines(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, tuple
     """The strongest line of the mean error spectrum of a set, along `x` and along `y`, as `strongest_line`.
 
     Pictures of several sizes are interpolated to none: only those of the commonest length along an axis count there. An
-    axis where that is under LEAST has no line.
+    axis where that is under LEAST_LINES has no line.
     """
     spectra: dict[str, dict[int, list[torch.Tensor]]] = {"x": {}, "y": {}}
     for pair in pairs:
         for axis, spectrum in zip("xy", error_spectrum(*pair), strict=True):
             spectra[axis].setdefault(len(spectrum), []).append(spectrum)
     commonest = {axis: max(by_length.values(), key=len) for axis, by_length in spectra.items()}
-    long = {axis: alike for axis, alike in commonest.items() if 2 * (len(alike[0]) - 1) >= LEAST}
+    long = {axis: alike for axis, alike in commonest.items() if 2 * (len(alike[0]) - 1) >= LEAST_LINES}
     return {axis: strongest_line(torch.stack(alike).mean(0)) for axis, alike in long.items()}
 
 

@@ -29,7 +29,6 @@ from models.light import LightDecoder
 from models.noise import drawn, portable_noise
 from models.records import ONE_STEP, Analysed, CodecOutput, CodecParams, Contents, Decoded, Draws, Sampling
 from models.residual_hyperprior import LEVEL_CODES, ResidualHyperprior, Symbols
-from models.residual_networks import hyper_size
 from models.sizes import memory
 from models.sizes.mirrors import among_images
 from models.sizes.tiles import SIDE, Tiles, direct
@@ -248,8 +247,8 @@ class Codec(nn.Module):
         if code == 0:
             return bitstream.pack(analysed.file)
         symbols = self.residual.symbols(analysed.s, analysed.y, analysed.k, code, self.residual.tables)
-        sections = [entropy_coding.encode_symbols(*coded) for coded in self.residual.coded(symbols, code).values()]
-        return bitstream.pack(replace(analysed.file, residual=CodedResidual(code, *sections)))
+        residual = CodedResidual(code, *self.residual.sections(symbols, code))
+        return bitstream.pack(replace(analysed.file, residual=residual))
 
     @torch.inference_mode()
     def read(self, data: bytes, preview: bool = False) -> Contents:
@@ -299,13 +298,7 @@ class Codec(nn.Module):
     def _read_residual(self, coded: CodedResidual, k: Tensor) -> Symbols:
         if not self.has_levels:
             raise BitstreamError("the file has a residual and its weights have no residual codec: it is damaged")
-        p = self.params.residual
-        shape = (p.hyper_channels, *hyper_size(*k.shape[1:]))
-        n_z = entropy_coding.decode_symbols(coded.hyper, *self.residual.hyper_coding(shape, coded.code), "hyper")
-        n_z = n_z.reshape(shape)
-        index = self.residual.table_index(n_z, k)
-        n = entropy_coding.decode_symbols(coded.symbols, *self.residual.residual_coding(index), "residual")
-        return Symbols(n_z, n.reshape(index.shape), index)
+        return self.residual.read(coded.hyper, coded.symbols, k, coded.code)
 
     @torch.inference_mode()
     def decompress(self, data: bytes) -> Tensor:

@@ -24,11 +24,11 @@ from models.entropy_coding import SectionDecoder, SectionEncoder, own_bits, own_
 from models.integers import (
     ACTIVATION_MAX,
     ACTIVATION_UNIT,
-    BIAS_MAX,
-    WEIGHT_MAX,
-    WEIGHT_UNIT,
     IntegerConv,
     IntegerEmbedding,
+    IntegerNetwork,
+    matrix,
+    product,
     rectified,
 )
 
@@ -95,16 +95,7 @@ def contexts(grid: np.ndarray, number: int, rows: np.ndarray, columns: np.ndarra
     return grid[rows[:, None] + down, columns[:, None] + right]
 
 
-def _stored(key: str) -> tuple[int, int, torch.dtype]:
-    """Unit, largest magnitude and type of a parameter's integers."""
-    if key == "embedding.weight":
-        return ACTIVATION_UNIT, ACTIVATION_MAX, torch.int16
-    if key.endswith(".bias"):
-        return ACTIVATION_UNIT, BIAS_MAX, torch.int16
-    return WEIGHT_UNIT, WEIGHT_MAX, torch.int8
-
-
-class IndexNetwork(nn.Module):
+class IndexNetwork(IntegerNetwork):
     """Contexts -> scores, an integer network: a first layer for each pass, and two that all share."""
 
     def __init__(self, codes: int, channels: int = 16, width: int = 96):
@@ -115,19 +106,6 @@ class IndexNetwork(nn.Module):
         self.first = nn.ModuleList(IntegerConv(CONTEXT * channels, width, 1) for _ in range(PASSES))
         self.hidden = IntegerConv(width, width, 1)
         self.out = IntegerConv(width, codes, 1)
-
-    def integers(self) -> dict[str, Tensor]:
-        """What it computes with, by parameter: weights in 1/64 as int8, biases and embedding in 1/16 as int16."""
-        found = {}
-        for key, value in self.state_dict().items():
-            unit, largest, kind = _stored(key)
-            found[key] = (value * unit).round().clamp(-largest, largest).to(kind)
-        return found
-
-    @staticmethod
-    def natural(integers: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The state dict of `integers`."""
-        return {key: value / _stored(key)[0] for key, value in integers.items()}
 
     @staticmethod
     def sizes(state: Mapping[str, Tensor]) -> tuple[int, ...]:
@@ -150,16 +128,6 @@ def shares(scores: np.ndarray) -> np.ndarray:
     return np.take(_SHARES, distance.astype(np.intp), mode="clip")
 
 
-def _matrix(layer: IntegerConv) -> tuple[Tensor, Tensor]:
-    """Integers of a 1x1 convolution as a matrix product needs them: weight, C_in x C_out, and bias."""
-    weight, bias = layer.integers()
-    return weight[:, :, 0, 0].T.contiguous(), bias
-
-
-def _layer(a: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # M C_in -> M C_out
-    return torch.addmm(bias, a, weight).mul_(1 / WEIGHT_UNIT).floor_()
-
-
 class IndexModel:
     """The released model: codes and decodes the indices of a picture, on the CPU whatever becomes of the codec.
 
@@ -170,15 +138,15 @@ class IndexModel:
         self.network = network = copy.deepcopy(network).float().cpu().eval().requires_grad_(False)
         symbols = torch.arange(network.codes + 1)[None, None]
         self._rows = network.embedding(symbols)[0, :, 0].T.contiguous()  # K+1 C
-        self._first = [_matrix(layer) for layer in network.first]
-        self._hidden, self._out = _matrix(network.hidden), _matrix(network.out)
+        self._first = [matrix(layer) for layer in network.first]
+        self._hidden, self._out = matrix(network.hidden), matrix(network.out)
 
     def scores(self, number: int, context: Tensor) -> Tensor:
         """What the network gives, (M, CONTEXT) of a pass -> (M, K), from integers that are made once."""
         a = F.embedding(context, self._rows).flatten(1)  # M CONTEXT*C
-        for matrix in (self._first[number], self._hidden):
-            a = _layer(a, *matrix).clamp_(0, ACTIVATION_MAX)
-        return _layer(a, *self._out)
+        for layer in (self._first[number], self._hidden):
+            a = product(a, *layer).clamp_(0, ACTIVATION_MAX)
+        return product(a, *self._out)
 
     def encode(self, k: np.ndarray) -> bytes:
         """The section of indices (h, w) in [0, K)."""

@@ -6,6 +6,8 @@ below 2^24, and lets gradients pass straight through the roundings (Ballé, John
 data compression with latent-variable models", ICLR 2019).
 """
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -58,21 +60,23 @@ def rectified(x: Tensor) -> Tensor:
     return bounded(x, 0, ACTIVATION_MAX)
 
 
-def sums_are_exact(in_channels: int, kernel_size: int) -> bool:
-    """Whether float32 holds every sum of a convolution of integers."""
-    largest = in_channels * kernel_size**2 * WEIGHT_MAX * ACTIVATION_MAX + BIAS_MAX * WEIGHT_UNIT
-    return largest < _EXACT
+def sums_are_exact(in_channels: int, kernel_size: int, largest: int = ACTIVATION_MAX) -> bool:
+    """Whether float32 holds every sum of a convolution of integers, of activations that are `largest` at most."""
+    return in_channels * kernel_size**2 * WEIGHT_MAX * largest + BIAS_MAX * WEIGHT_UNIT < _EXACT
 
 
 class IntegerConv(nn.Module):
     """Convolution of integer activations |a| <= 255 with integer weights: N x C_in x H x W -> N x C_out x H x W.
 
     The parameters are floats in natural units; what is computed with are their integers.
+
+    Args:
+        largest: |a| at most, where that is less: more channels then have exact sums.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int):
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, largest: int = ACTIVATION_MAX):
         super().__init__()
-        if not sums_are_exact(in_channels, kernel_size):
+        if not sums_are_exact(in_channels, kernel_size, largest):
             raise ValueError(f"{in_channels} channels in a {kernel_size}x{kernel_size} kernel: sums would not be exact")
         self.padding = kernel_size // 2
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels, kernel_size, kernel_size))
@@ -100,3 +104,41 @@ class IntegerEmbedding(nn.Module):
     def forward(self, symbols: Tensor) -> Tensor:
         rows = F.embedding(symbols, self.weight).permute(0, 3, 1, 2)
         return round_through(bounded(rows * ACTIVATION_UNIT, -ACTIVATION_MAX, ACTIVATION_MAX))
+
+
+class IntegerNetwork(nn.Module):
+    """A network of the layers above, which is stored as the integers that it computes with."""
+
+    def integers(self) -> dict[str, Tensor]:
+        """By parameter: weights in 1/64 as int8, biases and embeddings in 1/16 as int16; buffers as they are."""
+        found, units = self.state_dict(), self._units()
+        for key, (unit, largest, kind) in units.items():
+            found[key] = (found[key] * unit).round().clamp(-largest, largest).to(kind)
+        return found
+
+    def natural(self, integers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The state dict of `integers`; what this network does not have comes back as it is."""
+        units = self._units()
+        return {key: value / units[key][0] if key in units else value for key, value in integers.items()}
+
+    def _units(self) -> dict[str, tuple[int, int, torch.dtype]]:
+        """Unit, largest magnitude and type of every parameter's integers."""
+        units = {}
+        for name, module in self.named_modules():
+            if isinstance(module, IntegerEmbedding):
+                units[f"{name}.weight"] = ACTIVATION_UNIT, ACTIVATION_MAX, torch.int16
+            elif isinstance(module, IntegerConv):
+                units[f"{name}.weight"] = WEIGHT_UNIT, WEIGHT_MAX, torch.int8
+                units[f"{name}.bias"] = ACTIVATION_UNIT, BIAS_MAX, torch.int16
+        return units
+
+
+def matrix(layer: IntegerConv) -> tuple[Tensor, Tensor]:
+    """Integers of a 1x1 convolution as a matrix product needs them: weight, C_in x C_out, and bias."""
+    weight, bias = layer.integers()
+    return weight[:, :, 0, 0].T.contiguous(), bias
+
+
+def product(a: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """What a 1x1 convolution gives of activations, M x C_in -> M x C_out, by its `matrix`: exact in float32, in any order."""
+    return torch.addmm(bias, a, weight).mul_(1 / WEIGHT_UNIT).floor_()

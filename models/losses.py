@@ -13,6 +13,9 @@ from utils.imports import quiet
 # BT.601 luma of RGB in [0, 1]
 LUMA = (0.299, 0.587, 0.114)
 GROUND = 64  # side of a block of smooth ground, in pixels
+LEAST_LINES = 12 * CELL  # pixels of a spectrum whose lines have neighbours of their own
+NEIGHBOURS = range(2, 6)  # bins of the spectrum on either side that a line is compared with
+TINY = 1e-12  # of a power: no error is exactly 0 there
 SMOOTH = 8.0  # grey values: the largest deviation of the original's luma inside one
 
 
@@ -60,6 +63,35 @@ def weave_loss(image: Tensor, target: Tensor) -> Tensor:
     shared, own = e.mean((1, 3)).square().mean((1, 2)), e.square().mean((1, 2, 3, 4))  # N x blocks
     power = (n * shared - own) / (n - 1)
     return (smooth * power).mean().relu()
+
+
+def lines_loss(image: Tensor, target: Tensor) -> Tensor:
+    """How far the luma error's power at multiples of 1/16 cycles per pixel stands out from its neighbours.
+
+        loss = mean over k = 1 .. 8 and both axes of max(0, ln(P(k/16) / mean_b P(k/16 + b)))
+
+    P is the power of the error (of the mean of RGB) by frequency along one axis, a mean over the batch and the other axis; b
+    are 2 to 5 bins on either side, inside the spectrum. Only the line has a gradient: a line must not hide among louder
+    neighbours. Sides from 192 pixels, cut to multiples of 16. A pixel shuffle makes such lines.
+    """
+    error = (image - target).mean(1)
+    height, width = (side // CELL * CELL for side in error.shape[1:])
+    error = error[:, :height, :width]
+    excess = []
+    for axis, length in ((2, width), (1, height)):
+        power = torch.view_as_real(torch.fft.rfft(error, dim=axis)).square().sum(-1).mean((0, 3 - axis))
+        for line, beside in line_bins(length):
+            around = power[beside].mean().detach()
+            excess.append((power[line].clamp(min=TINY).log() - around.clamp(min=TINY).log()).relu())
+    return torch.stack(excess).mean()
+
+
+def line_bins(length: int) -> list[tuple[int, list[int]]]:
+    """Bins of a spectrum (length / 2 + 1,) at 1/16 to 8/16 cycles per pixel, each with the bins 2 to 5 away from it."""
+    return [
+        (at, [at + sign * n for n in NEIGHBOURS for sign in (-1, 1) if at + sign * n <= length // 2])
+        for at in range(length // CELL, length // 2 + 1, length // CELL)
+    ]
 
 
 class PatchDiscriminator(nn.Module):

@@ -7,7 +7,8 @@ autoencoder). Each holds exactly the published parameters under `state_dict`; al
             digests      SHA-256 of the parameters in the two other files
             base_table   int32 (K,), or None before release
             index_model  absent without one: the network's integers
-            residual     absent without one: state_dict, tables and densities, which training alone needs
+            residual     absent without one: state_dict, tables and densities, which training alone needs; with a
+                         context model, context_model: its integers and tables
 
 A fourth file, `light_model_<it>.pth`, is optional: released_light.py.
 """
@@ -23,11 +24,14 @@ import torch
 from torch import Tensor
 
 from models.codec import Codec
+from models.context_model import GROUPS, TABLES, TABLES_SHAPE, ContextModel, ContextNetwork
+from models.entropy_coding import TOTAL
 from models.growth import narrowed, widened
 from models.index_model import IndexModel, IndexNetwork
+from models.integers import IntegerNetwork
 from models.records import CodecParams
 from models.released_light import load_light
-from models.residual_hyperprior import ResidualTables
+from models.residual_hyperprior import ResidualHyperprior, ResidualTables
 from models.stated import meaning, params_of, require_same
 from utils import checkpoints
 from utils.config import to_mapping
@@ -106,6 +110,7 @@ def save_triple(
     table: np.ndarray | None = None,
     residual_tables: ResidualTables | None = None,
     index_model: IndexModel | None = None,
+    context_model: ContextModel | None = None,
     deflated: bool = False,
 ) -> None:
     """Write the three files.
@@ -113,7 +118,7 @@ def save_triple(
     Args:
         states: state dicts of the networks, in the precision that is to be stored.
         table: integer frequencies of the base indices, int32 (K,), at release. residual_tables: those of the residual.
-        index_model: that of the base indices. deflated: compress the files, as releases are.
+        index_model: that of the base indices. context_model: that of the residual's symbols. deflated: compress the files, as releases are.
     """
     for network in ("autoencoder", "unet"):
         checkpoints.save(getattr(triple, network), {"state_dict": states[network]}, deflated)
@@ -129,6 +134,8 @@ def save_triple(
         state, densities = parted(states["residual"])
         tables = {key: torch.from_numpy(t) for key, t in vars(residual_tables).items()} if residual_tables else {}
         ours["residual"] = {"state_dict": state, "tables": tables, "densities": densities}
+        if context_model is not None:
+            ours["residual"]["context_model"] = context_model.integers()
     checkpoints.save(triple.vq_base, {"state_dict": states["vq_base"], OURS: ours}, deflated)
 
 
@@ -159,6 +166,9 @@ def fingerprint(codec: Codec, digests: dict[str, str]) -> bytes:
         tensors |= {f"{OURS}.residual.{key}": value for key, value in state.items()}
         tables = vars(codec.residual.tables) if codec.residual.tables else {}
         tensors |= {f"{OURS}.residual.tables.{key}": torch.from_numpy(table) for key, table in tables.items()}
+        if codec.residual.context_model is not None:
+            state = codec.residual.context_model.integers()
+            tensors |= {f"{OURS}.residual.context_model.{key}": value for key, value in state.items()}
     rate = codec.rate
     tensors[f"{OURS}.rate"] = torch.tensor([rate.c, rate.eta_min, rate.eta_max])
     # Shapes do not tell everything: into how many groups a normalisation divides its channels, the windows, the noise.
@@ -213,6 +223,9 @@ def load_triple(
         codec.index_model = _index_model(ours["index_model"], codec.params, triple.vq_base)
     if residual and residual["tables"]:
         codec.residual.freeze(ResidualTables(**{key: table.numpy() for key, table in residual["tables"].items()}))
+        if "context_model" in residual:
+            model = _context_model(residual["context_model"], codec.residual, triple.vq_base)
+            codec.residual.context_model = model
     codec.fingerprint = fingerprint(codec, digests)
     return codec.to(device)
 
@@ -220,14 +233,38 @@ def load_triple(
 def _index_model(state: dict[str, Tensor], params: CodecParams, path: Path) -> IndexModel:
     """The index model of its integers. Raises CheckpointError: names keys, shapes and types that are not those of one."""
     place = f"{path}: {OURS}.index_model"
+    _require_tensors(state, place)
+    network = IndexNetwork(params.vq_base.codebook_size, *IndexNetwork.sizes(state))
+    _fill_integers(network, state, place)
+    return IndexModel(network)
+
+
+def _context_model(state: dict[str, Tensor], residual: ResidualHyperprior, path: Path) -> ContextModel:
+    """The context model of its integers and tables. Raises CheckpointError: as for an index model."""
+    place = f"{path}: {OURS}.residual.context_model"
+    _require_tensors(state, place)
+    network = ContextNetwork(residual.params.channels, *ContextNetwork.width_of(state))
+    _fill_integers(network, {key: value for key, value in state.items() if key != TABLES}, place)
+    tables = state.get(TABLES)
+    whole = tables is not None and tables.dtype == torch.int32 and tables.shape == TABLES_SHAPE
+    if not whole or not (tables > 0).all() or not (tables.sum(-1) == TOTAL).all():
+        raise CheckpointError(f"{place}: damaged, no tables of {TABLES_SHAPE} frequencies that sum to {TOTAL}")
+    if not ((network.group >= 0) & (network.group < GROUPS)).all():
+        raise CheckpointError(f"{place}: damaged, groups of channels beyond 0 to {GROUPS - 1}")
+    return ContextModel(network, tables.numpy(), residual.tables.reach("symbols"))
+
+
+def _require_tensors(state: dict[str, Tensor], place: str) -> None:
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"{place}: damaged, it holds more or other than tensors by name")
-    network = IndexNetwork(params.vq_base.codebook_size, *IndexNetwork.sizes(state))
-    checkpoints.load_strictly(network, IndexNetwork.natural(state), place)
+
+
+def _fill_integers(network: IntegerNetwork, state: dict[str, Tensor], place: str) -> None:
+    """Load a network's integers, strictly. Raises CheckpointError: names keys, shapes and types that are not its own."""
+    checkpoints.load_strictly(network, network.natural(state), place)
     kinds = {key: value.dtype for key, value in network.integers().items()}
     if other := [f"{key} {value.dtype} for {kinds[key]}" for key, value in state.items() if value.dtype != kinds[key]]:
         raise CheckpointError(f"{place}: damaged. other type: {checkpoints.first_of(other)}")
-    return IndexModel(network)
 
 
 def assembled(params: CodecParams, states: States, files: Mapping[str, Path]) -> Codec:

@@ -1,7 +1,8 @@
 """Latent residual r = x - y <-> integers: a mean-scale hyperprior (Minnen et al. 2018) with gains per level.
 
     s = g_a(x - y, y)         s_g = gain_g s             z = h_a(s_g)          n_z = round(z - median)
-    i = h_s(n_z, k)           index of the table of sigma: integers in, integers out
+    i = h_s(n_z, k)           index of the table of sigma: integers in, integers out; symbols that are known refine it
+                              (context_model.py) where a release has a model for that
     mu = m_s(n_z, k, y)       n = round(s_g - mu)        s^ = n + mu           r^ = g_s(s^ / gain_g, y)
 
 Level g is real, from 1 to L; between two levels the gains are interpolated geometrically (Cui et al. 2021), so that
@@ -17,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from models import entropy_coding
+from models.context_model import ContextModel
 from models.integers import bounded, round_through
 from models.residual_networks import (
     HYPER_STRIDE,
@@ -97,6 +100,7 @@ class ResidualHyperprior(nn.Module):
 
     Attributes:
         tables: integer tables, built at release; None before.
+        context_model: codes the residual's symbols in passes, fitted at release; None without one.
         rate_model: densities, while training; None in released weights.
     """
 
@@ -113,6 +117,7 @@ class ResidualHyperprior(nn.Module):
         self.log_gain = nn.Parameter(nodes[:, None].repeat(1, p.channels))
         self.register_buffer("median", torch.zeros(p.hyper_channels))
         self.tables: ResidualTables | None = None
+        self.context_model: ContextModel | None = None
         self.rate_model: nn.Module | None = None
         self._exact: tuple[ScaleNetwork] | None = None  # in a tuple, so that no cast and no state dict finds it
 
@@ -219,11 +224,36 @@ class ResidualHyperprior(nn.Module):
         """Group of every symbol of n, flattened, and the tables of the groups."""
         return index.ravel(), self.tables.symbols
 
-    def coded(self, symbols: Symbols, code: int) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Values, groups and tables of both sections, by name and in the file's order: what `encode_symbols` takes."""
+    def sections(self, symbols: Symbols, code: int) -> tuple[bytes, bytes]:
+        """n_z and n of a level, coded: inverse of `read`."""
+        hyper = entropy_coding.encode_symbols(symbols.hyper.ravel(), *self.hyper_coding(symbols.hyper.shape, code))
+        if self.context_model:
+            return hyper, self.context_model.encode(symbols.residual, symbols.index)
+        return hyper, entropy_coding.encode_symbols(symbols.residual.ravel(), *self.residual_coding(symbols.index))
+
+    def read(self, hyper: bytes, residual: bytes, k: Tensor, code: int) -> Symbols:
+        """The integers of both sections, of a base k, 1 x h x w.
+
+        Raises:
+            BitstreamError: sections that no encoder writes with this base.
+        """
+        shape = (self.params.hyper_channels, *hyper_size(*k.shape[1:]))
+        n_z = entropy_coding.decode_symbols(hyper, *self.hyper_coding(shape, code), "hyper").reshape(shape)
+        index = self.table_index(n_z, k)
+        if self.context_model:
+            return Symbols(n_z, self.context_model.decode(residual, index), index)
+        n = entropy_coding.decode_symbols(residual, *self.residual_coding(index), "residual")
+        return Symbols(n_z, n.reshape(index.shape), index)
+
+    def bits(self, symbols: Symbols, code: int) -> dict[str, np.ndarray]:
+        """Ideal cost of every symbol, float64, by section and in its shape."""
+        n_z, n, index = symbols.hyper, symbols.residual, symbols.index
+        hyper = entropy_coding.symbol_bits(n_z.ravel(), *self.hyper_coding(n_z.shape, code)).reshape(n_z.shape)
+        if self.context_model:
+            return {"hyper": hyper, "residual": self.context_model.bits(n, index)}
         return {
-            "hyper": (symbols.hyper.ravel(), *self.hyper_coding(symbols.hyper.shape, code)),
-            "residual": (symbols.residual.ravel(), *self.residual_coding(symbols.index)),
+            "hyper": hyper,
+            "residual": entropy_coding.symbol_bits(n.ravel(), *self.residual_coding(index)).reshape(n.shape),
         }
 
     def restore(self, n_z: np.ndarray, n: np.ndarray, k: Tensor, y: Tensor, code: int) -> Tensor:

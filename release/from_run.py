@@ -1,6 +1,7 @@
 """Make a release from a training run: averaged networks in half precision, integer tables, fingerprint, digests.
 
-Last, a small network is fitted to the indices that were counted: with it, indices take far fewer bits (models/index_model.py).
+Last, two small networks are fitted to what was counted. With one, indices take far fewer bits (models/index_model.py), with the
+other, symbols of the residual do (models/context_model.py).
 
 A run of stage light gives its light decoder to a release that is there, the one that it was distilled from.
 
@@ -16,7 +17,7 @@ from datapipe.sources import data_options
 from models.codec import Codec
 from models.released import NAMES, NETWORKS, Triple, assembled, load_triple
 from models.stated import stored_params
-from release import index_model
+from release import context_model, index_model
 from release.light import add_light
 from release.making import COUNTED, require_empty, round_to_half, write_release
 from release.tables import BATCH, count
@@ -44,6 +45,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default=index_model.STEPS,
         metavar="N",
         help=f"to fit the index model in (default {index_model.STEPS}); 0: without one, indices with one table as the paper",
+    )
+    parser.add_argument(
+        "--context_steps",
+        type=number(int, lambda value: value >= 0, "from 0 up"),
+        default=context_model.STEPS,
+        metavar="N",
+        help=f"to fit the context model in (default {context_model.STEPS}); 0: without one, symbols by the hyperprior alone",
     )
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
     return parser.parse_args(argv)
@@ -109,5 +117,6 @@ def release(args: argparse.Namespace) -> None:
     counts = count(codec.to(device), config, args.crops, args.batch)
     notes = counts.install(codec.cpu())
     notes |= index_model.install(codec, counts.crops, args.index_steps, config.seed, device)
+    notes |= context_model.install(codec, counts.coded, args.context_steps, config.seed, device)
     about = write_release(args.out, iteration, codec, config, "float16", **notes)
     print(json.dumps(about, indent=1))

@@ -80,7 +80,8 @@ def write_release(
     if precision == "float16":
         states = {name: halved(state, name) for name, state in states.items()}
     tables = codec.residual and codec.residual.tables
-    save_triple(triple, states, codec.params, codec.base_table, tables, codec.index_model, deflated=True)
+    contexts = codec.residual and codec.residual.context_model
+    save_triple(triple, states, codec.params, codec.base_table, tables, codec.index_model, contexts, deflated=True)
     about = {
         "fingerprint": load_release(out).fingerprint.hex(),
         "iteration": iteration,

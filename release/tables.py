@@ -29,13 +29,15 @@ class Counts:
 
     Attributes:
         base: indices, (K,). hyper: n_z by level and channel, (L, C_z, 31). symbols: n by table index, (SCALES, 63).
-        These two are None without a residual codec. crops: the indices themselves, int16 (h, w) each.
+        These two are None without a residual codec. crops: the indices themselves, int16 (h, w) each. coded: symbols of
+        every crop at one of the levels, as small integers.
     """
 
     base: np.ndarray
     hyper: np.ndarray | None = None
     symbols: np.ndarray | None = None
     crops: list[np.ndarray] = field(default_factory=list)
+    coded: list[Symbols] = field(default_factory=list)
 
     @classmethod
     def none(cls, codec: Codec) -> "Counts":
@@ -65,14 +67,18 @@ class Counts:
     def residual_tables(self) -> ResidualTables:
         """Hyper symbols start with one count up to one beyond the largest seen, the others with their Gaussian."""
         hyper = np.stack([np.stack([centred_table(_with_margin(row)) for row in node]) for node in self.hyper])
-        prior = np.rint(PRIOR_WEIGHT * _UNIT * gaussian_pmf()).astype(np.int64)
-        return ResidualTables(hyper, np.stack([centred_table(row) for row in self.symbols * _UNIT + prior]))
+        return ResidualTables(hyper, np.stack([centred_table(row) for row in with_prior(self.symbols)]))
 
 
-def gaussian_pmf() -> np.ndarray:
-    """Probability of n = -31..31 for every sigma of the tables: N(0, sigma^2) over [n - 1/2, n + 1/2)."""
+def with_prior(counts: np.ndarray, mean: float = 0.0) -> np.ndarray:
+    """Counts of n by index, (SCALES, 63), with those that a Gaussian of this mean, in sigmas, has beforehand: int64, scaled."""
+    return counts * _UNIT + np.rint(PRIOR_WEIGHT * _UNIT * gaussian_pmf(mean)).astype(np.int64)
+
+
+def gaussian_pmf(mean: float = 0.0) -> np.ndarray:
+    """Probability of n = -31..31 for every sigma of the tables: N(mean sigma, sigma^2) over [n - 1/2, n + 1/2)."""
     sigma = SCALE_MIN * SCALE_STEP ** np.arange(SCALES)
-    edges = (np.arange(2 * SYMBOL_REACH + 2) - SYMBOL_REACH - 0.5) / sigma[:, None]
+    edges = (np.arange(2 * SYMBOL_REACH + 2) - SYMBOL_REACH - 0.5) / sigma[:, None] - mean
     return np.diff(0.5 * (1 + np.vectorize(math.erf)(edges / math.sqrt(2))), axis=1)
 
 
@@ -106,9 +112,11 @@ def _count_crops(codec: Codec, crops: Batch, seed: int, counts: Counts) -> None:
     s = codec.residual.analysis(x - y, y)
     for i, position in enumerate(crops.position.tolist()):
         one = slice(i, i + 1)
-        for code in _codes(codec.residual.params, seed, position):
+        for node, code in enumerate(_codes(codec.residual.params, seed, position)):
             found = codec.residual.symbols(s[one], y[one], k[one], code)
-            counts.add(found, node_of(code, codec.residual.params))
+            counts.add(found, node)
+            if node == position % codec.residual.params.levels:
+                counts.coded.append(Symbols(found.hyper, found.residual.astype(np.int8), found.index))
 
 
 def _codes(params: ResidualParams, seed: int, position: int) -> list[int]:

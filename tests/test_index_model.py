@@ -166,7 +166,7 @@ def test_integers_are_what_a_network_computes_with():
     assert integers["out.bias"].tolist() == [4095, -1, 0, 1]
     assert integers["embedding.weight"].flatten().tolist() == [255, -255, 8, 0, 16]
     other = IndexNetwork(4, channels=1, width=1)
-    other.load_state_dict(IndexNetwork.natural(integers))
+    other.load_state_dict(other.natural(integers))
     context = torch.randint(5, (20, CONTEXT), generator=torch.Generator().manual_seed(0))
     assert torch.equal(other(1, context), network(1, context))
 

@@ -1,7 +1,10 @@
 """Every term of the losses on numbers computed by hand: values, signs, factors, and who is moved."""
 
+import math
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 from models.losses import (
     adaptive_factor,
@@ -10,6 +13,8 @@ from models.losses import (
     distortion,
     hinge_discriminator,
     hinge_generator,
+    line_bins,
+    lines_loss,
     ms_ssim_loss,
     weave_loss,
 )
@@ -121,6 +126,50 @@ def test_weave_counts_smooth_ground_alone():
     for deviation, expected in ((7, GREY**2), (9, 0)):  # grey values, on either side of the bound
         original = stripes(64) * deviation
         assert weave_loss(original + stripes(16), original).item() == pytest.approx(expected, rel=1e-4)
+
+
+# Lines of the error's spectrum ----------------------------------------------------------------------------------------
+
+
+def gratings(powers: dict[int, float], side: int = 256, dim: int = 3) -> torch.Tensor:
+    """Error pictures, one of each bin of 256, cosines along an axis with these powers: a batch whose mean spectrum is known."""
+    place = torch.arange(side).double()  # rounding would stand out where nothing else is
+    waves = torch.stack([power**0.5 * torch.cos(2 * torch.pi * at * place / side) for at, power in powers.items()])
+    waves = waves[:, None, None, :].expand(-1, 3, side, side)
+    return waves if dim == 3 else waves.transpose(2, 3)
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+def test_lines_by_hand(dim):
+    """A line at 4/16 cycles per pixel, bin 64 of 256, four times as strong as each of the eight bins beside it: ln 4 of 16 lines."""
+    beside = {at: 0.01 for n in range(2, 6) for at in (64 - n, 64 + n)}
+    error = gratings(beside | {64: 0.04}, dim=dim)
+    zero = torch.zeros_like(error)
+    # Where there is no error both are 0, and the other axis has nothing but its mean: no line there.
+    assert lines_loss(error, zero).item() == pytest.approx(math.log(4) / 16, rel=1e-3)
+    assert lines_loss(error + 0.7, zero + 0.7).item() == pytest.approx(math.log(4) / 16, rel=1e-3)
+    assert lines_loss(gratings(beside | {64: 0.005}, dim=dim), zero).item() == pytest.approx(0, abs=1e-6)
+    quarter = gratings({at: power / 2 for at, power in (beside | {64: 0.04}).items()}, dim=dim)
+    assert lines_loss(quarter, zero).item() == pytest.approx(math.log(4) / 16, rel=1e-3)  # of no unit
+    grown = F.pad(error, (0, 5, 0, 5))  # sides are cut to multiples of 16
+    assert lines_loss(grown, torch.zeros_like(grown)).item() == pytest.approx(math.log(4) / 16, rel=1e-3)
+
+
+def test_the_finest_line_has_neighbours_on_one_side():
+    error = gratings(
+        {128: 0.01} | {128 - n: 0.01 for n in range(2, 6)}
+    )  # at 1/2 cycle a cosine is its own mirror: four times the power
+    assert lines_loss(error, torch.zeros_like(error)).item() == pytest.approx(math.log(4) / 16, rel=1e-3)
+    assert line_bins(256)[7] == (128, [126, 125, 124, 123]) and line_bins(192)[0] == (12, [10, 14, 9, 15, 8, 16, 7, 17])
+
+
+def test_lines_push_the_line_alone():
+    torch.manual_seed(0)
+    error = (0.02 * torch.randn(2, 3, 256, 256) + gratings({32: 0.01})).requires_grad_()  # float64
+    lines_loss(error, torch.zeros_like(error)).backward()
+    spectrum = torch.fft.rfft(error.grad.mean((0, 1, 2))).abs().square()  # lines along y have no mean over the rows
+    assert spectrum[32] > 100 * spectrum[[30, 29, 28, 27, 34, 35, 36, 37]].mean()
+    assert (error.grad * gratings({32: 0.01})).sum() > 0  # a step of descent takes the line away
 
 
 def test_hinge_of_the_discriminator():

@@ -6,14 +6,15 @@ from typing import Any, Literal
 
 from datapipe.pictures import DataParams
 from measuring.metrics import MS_SSIM_MIN_SIDE
-from models.losses import GROUND
+from models.losses import GROUND, LEAST_LINES
 from models.records import CodecParams
 from training.speed import SpeedParams
 from utils.config import build, load_mapping, origin_of, require, require_from
 
 RUN_CONFIG = "config.yaml"  # the resolved configuration, in the run's folder
-Factors = dict[Literal["lpips", "stlpips", "features", "ms_ssim", "weave"], float]  # of perceptual terms in the loss
-LEAST_SIDE = {"ms_ssim": MS_SSIM_MIN_SIDE, "weave": GROUND}  # pixels of a picture that has such a term
+Factors = dict[Literal["lpips", "stlpips", "features", "ms_ssim", "weave", "lines"], float]  # of perceptual terms
+# Pixels of a picture that has such a term.
+LEAST_SIDE = {"ms_ssim": MS_SSIM_MIN_SIDE, "weave": GROUND, "lines": LEAST_LINES}
 # By kind of adversary, in pixels: below, the PatchGAN has nothing to normalise over, and a projected head no logit.
 DISCRIMINATOR_MIN = {"patch": 32, "projected": 64}
 
@@ -50,8 +51,9 @@ class StageParams:
             gradients of as many micro-batches as it takes. None takes the whole batch.
         crop_size: pixels, a multiple of 16. ema: decay of the averaged weights.
         perceptual: perceptual terms with their factors in the loss: `lpips` (LPIPS-vgg), `stlpips` (ST-LPIPS-vgg),
-            `features` (of EfficientNet-Lite0), `ms_ssim` (1 - MS-SSIM, crops above 160 pixels) and `weave` (what repeats
-            every 16 pixels on smooth ground). A file's replaces the default wholly, and is merged with its base's.
+            `features` (of EfficientNet-Lite0), `ms_ssim` (1 - MS-SSIM, crops above 160 pixels), `weave` (what repeats
+            every 16 pixels on smooth ground) and `lines` (what stands out of the error's spectrum at multiples of 1/16
+            cycles per pixel). A file's replaces the default wholly, and is merged with its base's.
         vgg_window: side in pixels of the square in the middle of a crop that `lpips` and `stlpips` see; None shows them
             whole crops. Crops lie anywhere in their pictures, so their middles do too. On a CPU, VGG costs several times
             what a small model does.
