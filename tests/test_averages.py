@@ -188,7 +188,11 @@ def test_stage_gt_begins_with_its_linear_shortcut():
     """Fitted to the pictures: an untrained D(E(X)) is their projection. Not where the weights are given."""
     linear = "networks.autoencoder.shortcut=linear"
     stage, batch = new_stage("gt", linear), Batch(pictures(8), torch.arange(8))
-    assert stage.begins and not new_stage("gt").begins and not new_stage("gt", linear, "release=folder").begins
+    assert (
+        stage.begins
+        and not new_stage("gt").begins
+        and not new_stage("gt", linear, "gt.latent_scale=kept", "release=folder").begins
+    )
     told = stage.begin([batch])
     variances = fit_linear(new_stage("gt", linear).network, [batch.image])
     assert f"{variances[:8].sum() / variances.sum():.1%} of the variance in 8 channels" in told

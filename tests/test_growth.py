@@ -119,7 +119,7 @@ def test_an_image_autoencoder_takes_the_place_of_the_releases(folder, released, 
     """As stage gt has trained it on, in a run of its own; stage light distils a release as it is."""
     state = {key: value + 1 for key, value in released.autoencoder.state_dict().items()}
     checkpoints.save(tmp_path / "gt.pth", {"state_dict": state})
-    config = replace(load_config(str(NANO)), release=str(folder), autoencoder=str(tmp_path / "gt.pth"))
+    config = load_config(str(NANO), ["stages=[codec]", f"release={folder}", f"autoencoder={tmp_path / 'gt.pth'}"])
     codec = Codec(released.params)
     codec.residual.train_rates()
     assert len(start_from(config, codec)) == 2

@@ -326,6 +326,9 @@ class TrainConfig:
         apart = ("autoencoder", "vq_base", "unet") if light else ("vq_base", "unet")
         single = [name for name in apart if getattr(self, name)]
         require(not (self.release and single), f"release is a whole codec: leave out {', '.join(single)}")
+        rescaled = self.release and "gt" in self.stages and self.gt.latent_scale != "kept"
+        told = "kept beside a release, whose codec knows the latent as it is (or leave stage gt out: 'stages=[codec]')"
+        require(not rescaled, f"gt.latent_scale {self.gt.latent_scale}: {told}")
         require_from(1, self, "log_every", "save_every", "picture_every", "keep_last")
         crop = self.validation.crop
         for name, side in [each for stage in self.stages for each in getattr(self, stage).least_sides.items()]:
