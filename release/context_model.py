@@ -24,7 +24,7 @@ from training.optimiser import Optimiser
 
 STEPS = 4000
 BATCH = 256  # positions of each pass
-OPTIM = OptimParams(lr=3e-3, lr_end=0.0, warmup=30, betas=(0.9, 0.98))
+OPTIM = OptimParams(lr=6e-3, lr_end=0.0, warmup=50, betas=(0.9, 0.98))
 HELD_OUT = 16  # one crop in so many is not trained on: what the model saves is measured there
 ENOUGH = 256  # crops; with fewer, tables by h_s alone are what can be learnt
 _LEAST = 2.0**-16  # of a probability: no table has less

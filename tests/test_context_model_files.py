@@ -207,6 +207,17 @@ def test_a_model_is_fitted_where_it_pays(capsys, monkeypatch):
         assert told in capsys.readouterr().err
 
 
+def test_what_a_model_saves_is_measured_on_crops_that_it_was_not_fitted_to(monkeypatch):
+    monkeypatch.setattr(fitting, "ENOUGH", 16)
+    crops, fit, counted = repeated(33), fitting.fit, fitting.counted
+    trained, read = [], []
+    monkeypatch.setattr(fitting, "fit", lambda own, *rest: (trained.extend(map(id, own)), fit(own, *rest))[1])
+    monkeypatch.setattr(fitting, "counted", lambda network, own: (read.extend(map(id, own)), counted(network, own))[1])
+    fitting.install(new_codec(), crops, 2, 0, CPU)
+    apart = {id(crop) for crop in crops[::16]}
+    assert len(trained) == len(read) == 30 and not apart & {*trained, *read}
+
+
 def test_no_model_where_it_saves_nothing(capsys, monkeypatch):
     monkeypatch.setattr(fitting, "ENOUGH", 16)
     random = np.random.default_rng(0)
@@ -230,6 +241,18 @@ def test_counts_of_a_negative_mean_are_those_of_a_positive_one_mirrored(codec):
     assert busy[SYMBOL_REACH + 3] > 0.4 and busy[SYMBOL_REACH - 1] > 0.4
     assert busy[SYMBOL_REACH - 3] < 0.01 and busy[SYMBOL_REACH + 1] < 0.1  # what the prior alone says
     assert (tables > 0).all() and (tables.sum(-1) == 2**16).all() and tables.shape == (SCALES, SKEWS + 1, 63)
+
+
+def test_tables_that_were_never_seen_are_gaussian(codec):
+    network = ContextNetwork(6, 4)
+    tables = fitting.counted(network, [Symbols(None, np.zeros((6, 1, 2), np.int8), np.zeros((6, 1, 2), np.uint8))])
+    for index, u in ((20, 0), (20, 8), (30, 6)):
+        n, sigma = np.arange(-8, 9), SCALE_MIN * SCALE_STEP**index
+        share = tables[index, u, SYMBOL_REACH - 8 : SYMBOL_REACH + 9] / 2**16  # further out, 1 stands for what is less
+        assert (share * n).sum() == pytest.approx(sigma * u / 8, abs=0.1)
+        assert ((share * n**2).sum() - (share * n).sum() ** 2) ** 0.5 == pytest.approx(
+            (sigma**2 + 1 / 12) ** 0.5, rel=0.05
+        )
 
 
 def test_a_fit_is_repeatable_and_a_pass_is_trained_as_it_codes():

@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from models.codec import Codec
+from models.context_model import ContextModel
 from models.records import CodecParams
 from models.released import (
     DENSITIES,
@@ -22,8 +23,9 @@ from models.released import (
     start_from_release,
     states_of,
 )
-from models.residual_hyperprior import HYPER_REACH
+from models.residual_hyperprior import HYPER_REACH, SYMBOL_REACH
 from models.stated import meaning
+from release import context_model
 from release.__main__ import main
 from release.from_run import averaged, chosen
 from release.making import halved, round_to_half, with_rate, write_release
@@ -308,6 +310,32 @@ def test_tables_are_counted_with_the_rounded_networks(run_folder, config, rounde
     tables = load_release(tmp_path / "out").residual.tables
     assert np.array_equal(tables.hyper, expected.residual_tables().hyper)
     assert np.array_equal(tables.symbols, expected.residual_tables().symbols)
+
+
+def test_symbols_of_every_crop_are_kept_at_one_level_in_turn(config, rounded):
+    """For the context model: of crop 4, whose turn is the second of three levels, what a file of a code of that level holds."""
+    counts = count(rounded, config, crops=7)
+    assert len(counts.coded) == 7 and all(crop.residual.dtype == np.int8 for crop in counts.coded)
+    sums = [np.abs(crop.residual).sum() for crop in counts.coded]
+    assert sums[0] < sums[2] and sums[3] < sums[5]  # the first level and the last
+    total = np.zeros_like(counts.symbols)
+    for crop in counts.coded:
+        np.add.at(total, (crop.index, crop.residual.astype(int) + SYMBOL_REACH), 1)
+    assert (total <= counts.symbols).all() and 3 * total.sum() == counts.symbols.sum()
+
+
+def test_a_release_has_a_context_model_where_crops_are_enough(run_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(context_model, "ENOUGH", 20)
+    monkeypatch.setattr(context_model, "BATCH", 16)
+    monkeypatch.setattr(ContextModel, "bits", lambda self, n, index: np.zeros(n.shape))  # two steps save nothing
+    asked = [str(run_folder), "--crops", "20", "--index_steps", "0", "--device", "cpu"]
+    assert main([*asked, str(tmp_path / "with"), "--context_steps", "2"]) == 0
+    assert main([*asked, str(tmp_path / "without"), "--context_steps", "0"]) == 0
+    about = [json.loads((tmp_path / name / "release.json").read_text()) for name in ("with", "without")]
+    assert about[0]["context_model"]["held_out_bits_per_position"] == 0 < about[0]["context_model"]["without"]
+    assert "context_model" not in about[1] and about[0]["fingerprint"] != about[1]["fingerprint"]
+    assert load_release(tmp_path / "with").residual.context_model
+    assert not load_release(tmp_path / "without").residual.context_model
 
 
 def test_tables_of_hyper_symbols_reach_one_beyond_the_largest_seen(rounded):

@@ -141,6 +141,7 @@ def test_the_published_command_on_two_gloo_processes(data, tmp_path):
         (["validation.crop=100"], "multiple of 16"),
         (["gt.perceptual.ms_ssim=1", "gt.crop_size=176", "validation.crop=160"], "ms_ssim needs sides from 161 pixels"),
         (["gt.perceptual.weave=1", "gt.crop_size=48"], "crop_size 48: perceptual.weave needs sides from 64 pixels"),
+        (["gt.perceptual.lines=1", "gt.crop_size=176"], "crop_size 176: perceptual.lines needs sides from 192 pixels"),
         (["networks.vq_base.codebook_size=300"], "power of two"),
         (["networks.unet.latent_channels=4"], "must equal"),
         (["release=weights/small", "unet=x.pth"], "release is a whole codec: leave out unet"),
