@@ -14,7 +14,17 @@ from torch import Tensor
 from tqdm import tqdm, trange
 
 from models.codec import Codec
-from models.context_model import PASSES, SKEWS, TAPS, ContextModel, ContextNetwork, bordered, grouped, parts
+from models.context_model import (
+    MOST_CHANNELS,
+    PASSES,
+    SKEWS,
+    TAPS,
+    ContextModel,
+    ContextNetwork,
+    bordered,
+    grouped,
+    parts,
+)
 from models.entropy_coding import frequency_table, symbol_bits
 from models.residual_hyperprior import SYMBOL_REACH, Symbols
 from models.residual_networks import SCALE_MIN, SCALE_STEP, SCALES
@@ -37,6 +47,12 @@ def install(codec: Codec, crops: Sequence[Symbols], steps: int, seed: int, devic
         entries of release.json; none, and no model, without steps, with too few crops, or where it saves nothing.
     """
     if not steps or codec.residual is None:
+        return {}
+    if (channels := codec.residual.params.channels) > MOST_CHANNELS:
+        print(
+            f"no context model: {channels} channels of the residual, and it takes up to {MOST_CHANNELS}",
+            file=sys.stderr,
+        )
         return {}
     if len(crops) < ENOUGH:
         print(

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from models import context_model
 from models.context_model import (
     GROUPS,
+    MOST_CHANNELS,
     PASSES,
     SKEWS,
     TABLES_SHAPE,
@@ -194,11 +195,11 @@ def test_the_network_computes_in_integers(model):
         np.testing.assert_array_equal(chosen[1], skew)
 
 
-def test_192_channels_have_exact_sums_and_193_need_not():
-    """11 x 192 inputs of at most 48, weights of at most 127, a bias of at most 4095 x 64: 13,137,600 of 16,777,216."""
-    assert ContextNetwork(192, 8).first.weight.shape == (8, 2112, 1, 1)
+def test_the_most_channels_that_have_exact_sums():
+    """11 x 246 inputs of at most 48, weights of at most 127 and a bias of at most 4095 x 64: 16,757,856 of 16,777,216."""
+    assert ContextNetwork(MOST_CHANNELS, 8).first.weight.shape == (8, 2706, 1, 1)
     with pytest.raises(ValueError, match="sums would not be exact"):
-        ContextNetwork(256, 8)
+        ContextNetwork(MOST_CHANNELS + 1, 8)
 
 
 def test_threads_parts_and_autocast_do_not_matter(model, monkeypatch):

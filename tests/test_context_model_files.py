@@ -201,6 +201,10 @@ def test_a_model_is_fitted_where_it_pays(capsys, monkeypatch):
     assert notes == {"held_out_bits_per_position": round(own, 3), "without": round(alone, 3)}
     assert own < 0.6 * alone
     json.dumps(notes)
+    monkeypatch.setattr(fitting, "MOST_CHANNELS", 5)
+    assert fitting.install(new_codec(), crops, 5, 0, CPU) == {}
+    assert "no context model: 6 channels of the residual, and it takes up to 5" in capsys.readouterr().err
+    monkeypatch.setattr(fitting, "MOST_CHANNELS", 6)
     for few, steps, told in ((repeated(47), 5, "it takes 48 crops, and 47 were counted"), (crops, 0, "")):
         codec = new_codec()
         assert fitting.install(codec, few, steps, 0, CPU) == {} and codec.residual.context_model is None
