@@ -138,7 +138,7 @@ def test_rates_on_kodak(tmp_path):
         if quality == 0.4:
             smallest = {row["picture"]: row["bytes"] for row in rows}
         largest = {row["picture"]: row["bytes"] for row in rows}
-    assert means == sorted(means) and means[0] < 0.036 and means[1] < 0.045 and means[-1] > 0.2
+    assert means == sorted(means) and means[0] < 0.036 and means[1] < 0.047 and means[-1] > 0.2
     for allowed in (2200, 2500, 3000, 4000, 6000, 8000):  # every base alone is smaller
         out = tmp_path / f"{allowed} bytes"
         flags = ["--mode", "compress", "-i", KODAK, "-o", out, "--max_bytes", allowed]
