@@ -29,8 +29,8 @@ from datapipe.sources import demo_photographs
 from experiments.inputs import photographs
 from models.bitstream import MAX_SIDE, MIN_SIDE, CodedResidual, pack, unpack
 from models.codec import Codec
-from models.entropy_coding import encode_symbols
 from models.released import SMALL, load_release
+from models.residual_hyperprior import Symbols
 from models.residual_networks import hyper_size
 from utils.commandline import answer, command_parser, positive
 from utils.errors import BitstreamError, DiffoError
@@ -174,16 +174,15 @@ def nonsense(codec: Codec, files: list[bytes], random: Random) -> bytes:
         return pack(file)
     residual, code = codec.residual, int(random.integers(1, 256))
     shape = (codec.params.residual.hyper_channels, *hyper_size(h, w))
-    n_z, hyper = _random_symbols(*residual.hyper_coding(shape, code), random)
-    index = residual.table_index(n_z.reshape(shape), torch.from_numpy(k)[None])
-    _, symbols = _random_symbols(*residual.residual_coding(index), random)
-    return pack(replace(file, residual=CodedResidual(code, hyper, symbols)))
+    n_z = _random_symbols(*residual.hyper_coding(shape, code), random).reshape(shape)
+    index = residual.table_index(n_z, torch.from_numpy(k)[None])
+    n = _random_symbols(*residual.residual_coding(index), random).reshape(index.shape)
+    return pack(replace(file, residual=CodedResidual(code, *residual.sections(Symbols(n_z, n, index), code))))
 
 
-def _random_symbols(groups: np.ndarray, tables: np.ndarray, random: Random) -> tuple[np.ndarray, bytes]:
+def _random_symbols(groups: np.ndarray, tables: np.ndarray, random: Random) -> np.ndarray:
     reach = (np.count_nonzero(tables, axis=1) // 2)[groups]
-    symbols = random.integers(-reach, reach + 1)
-    return symbols, encode_symbols(symbols, groups, tables)
+    return random.integers(-reach, reach + 1)
 
 
 def decode_resealed(codec: Codec, files: list[bytes], count: int, seed: int = 0) -> Set:

@@ -24,14 +24,13 @@ import torch
 from torch import Tensor
 
 from models.codec import Codec
-from models.context_model import GROUPS, TABLES, TABLES_SHAPE, ContextModel, ContextNetwork
-from models.entropy_coding import TOTAL
+from models.context_model import ContextModel
 from models.growth import narrowed, widened
-from models.index_model import IndexModel, IndexNetwork
-from models.integers import IntegerNetwork
+from models.index_model import IndexModel
 from models.records import CodecParams
 from models.released_light import load_light
-from models.residual_hyperprior import ResidualHyperprior, ResidualTables
+from models.released_passes import context_model_of, index_model_of
+from models.residual_hyperprior import ResidualTables
 from models.stated import meaning, params_of, require_same
 from utils import checkpoints
 from utils.config import to_mapping
@@ -220,51 +219,15 @@ def load_triple(
     if ours and ours["base_table"] is not None:
         codec.base_table = ours["base_table"].numpy()
     if ours and "index_model" in ours:
-        codec.index_model = _index_model(ours["index_model"], codec.params, triple.vq_base)
+        place = f"{triple.vq_base}: {OURS}.index_model"
+        codec.index_model = index_model_of(ours["index_model"], codec.params.vq_base.codebook_size, place)
     if residual and residual["tables"]:
         codec.residual.freeze(ResidualTables(**{key: table.numpy() for key, table in residual["tables"].items()}))
         if "context_model" in residual:
-            model = _context_model(residual["context_model"], codec.residual, triple.vq_base)
-            codec.residual.context_model = model
+            place = f"{triple.vq_base}: {OURS}.residual.context_model"
+            codec.residual.context_model = context_model_of(residual["context_model"], codec.residual, place)
     codec.fingerprint = fingerprint(codec, digests)
     return codec.to(device)
-
-
-def _index_model(state: dict[str, Tensor], params: CodecParams, path: Path) -> IndexModel:
-    """The index model of its integers. Raises CheckpointError: names keys, shapes and types that are not those of one."""
-    place = f"{path}: {OURS}.index_model"
-    _require_tensors(state, place)
-    network = IndexNetwork(params.vq_base.codebook_size, *IndexNetwork.sizes(state))
-    _fill_integers(network, state, place)
-    return IndexModel(network)
-
-
-def _context_model(state: dict[str, Tensor], residual: ResidualHyperprior, path: Path) -> ContextModel:
-    """The context model of its integers and tables. Raises CheckpointError: as for an index model."""
-    place = f"{path}: {OURS}.residual.context_model"
-    _require_tensors(state, place)
-    network = ContextNetwork(residual.params.channels, *ContextNetwork.width_of(state))
-    _fill_integers(network, {key: value for key, value in state.items() if key != TABLES}, place)
-    tables = state.get(TABLES)
-    whole = tables is not None and tables.dtype == torch.int32 and tables.shape == TABLES_SHAPE
-    if not whole or not (tables > 0).all() or not (tables.sum(-1) == TOTAL).all():
-        raise CheckpointError(f"{place}: damaged, no tables of {TABLES_SHAPE} frequencies that sum to {TOTAL}")
-    if not ((network.group >= 0) & (network.group < GROUPS)).all():
-        raise CheckpointError(f"{place}: damaged, groups of channels beyond 0 to {GROUPS - 1}")
-    return ContextModel(network, tables.numpy(), residual.tables.reach("symbols"))
-
-
-def _require_tensors(state: dict[str, Tensor], place: str) -> None:
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(f"{place}: damaged, it holds more or other than tensors by name")
-
-
-def _fill_integers(network: IntegerNetwork, state: dict[str, Tensor], place: str) -> None:
-    """Load a network's integers, strictly. Raises CheckpointError: names keys, shapes and types that are not its own."""
-    checkpoints.load_strictly(network, network.natural(state), place)
-    kinds = {key: value.dtype for key, value in network.integers().items()}
-    if other := [f"{key} {value.dtype} for {kinds[key]}" for key, value in state.items() if value.dtype != kinds[key]]:
-        raise CheckpointError(f"{place}: damaged. other type: {checkpoints.first_of(other)}")
 
 
 def assembled(params: CodecParams, states: States, files: Mapping[str, Path]) -> Codec:

@@ -73,6 +73,11 @@ def test_files_are_shorter_and_hold_the_same_picture(codec):
 def test_altered_files_are_refused_or_decode_to_nonsense(codec):
     files = hostile.valid_files(codec, [picture(250, 333, seed=5), picture(16, 16)])
     assert not hostile.read_altered(codec, files, 100).violations
+    assert not hostile.decode_resealed(codec, files, 40).violations
+    nonsense = [codec.read(hostile.nonsense(codec, files[-1:], np.random.default_rng(seed))) for seed in range(4)]
+    assert any(
+        each.symbols is not None and each.symbols.residual.any() for each in nonsense
+    )  # it is valid, and is read
     file = unpack(codec.compress(picture(250, 333, seed=9), 60))
     for section in (file.residual.symbols[:-1], file.residual.symbols + b"\1", b"\0"):
         with pytest.raises(BitstreamError, match="the residual section is no string"):
