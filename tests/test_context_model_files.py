@@ -2,6 +2,7 @@
 
 import copy
 import json
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from benchmarks import hostile
 from coding import ledger
 from coding.compressai_view import CompressAIView
+from experiments.stopwatch import Stopwatch
 from models.bitstream import pack, unpack
 from models.context_model import SKEWS, TABLES, ContextModel, ContextNetwork, bordered, parts
 from models.entropy_coding import symbol_bits
@@ -84,6 +86,16 @@ def test_altered_files_are_refused_or_decode_to_nonsense(codec):
             codec.read(pack(replace(file, residual=replace(file.residual, symbols=section))))
 
 
+def test_its_time_is_counted_as_its_own(codec):
+    watch = Stopwatch(time.perf_counter)
+    with watch.watching(codec):
+        data = codec.compress(picture(64, 80), 60)
+        written = dict(watch.spent)
+        codec.decompress(data)
+    (part,) = [part for part in written if part.startswith("context model")]
+    assert 0 < written[part] < watch.spent[part]
+
+
 def test_a_cast_codec_reads_the_same(codec):
     data = codec.compress(picture(250, 333, seed=5), 60)
     cast = copy.deepcopy(codec).bfloat16().read(data).symbols
@@ -149,6 +161,10 @@ def without(key):
         (lambda state: state | {"group": state["group"].float()}, "other type: group torch.float32 for torch.int64"),
         (lambda state: state | {TABLES: state[TABLES] + 1}, "frequencies that sum to 65536"),
         (lambda state: state | {TABLES: state[TABLES][:, :4]}, "no tables of"),
+        (
+            lambda state: state | {TABLES: torch.zeros_like(state[TABLES]).index_fill_(2, torch.tensor([31]), 2**16)},
+            "no tables",
+        ),
         (lambda state: state | {TABLES: 3}, "damaged"),
         (lambda state: [1, 2], "damaged"),
     ],
@@ -180,6 +196,16 @@ def test_positions_are_of_the_pass():
         assert ((row + column) % 2 == number % 2).all()
         assert set(crop.tolist()) == set(range(5)) and set(row.tolist()) == set(range(6))
         assert set(column.tolist()) == set(range(8))
+
+
+def test_a_crop_is_trained_on_with_its_own_indices(monkeypatch):
+    """i = 10 + n everywhere in each of six crops; the network that has not learnt yet gives i itself."""
+    values = [np.full((6, 4, 4), n) for n in range(6)]
+    seen = []
+    bits = fitting.gaussian_bits
+    monkeypatch.setattr(fitting, "gaussian_bits", lambda n, i, u: (seen.append((n, i)), bits(n, i, u))[1])
+    fitting.fit([Symbols(None, n.astype(np.int8), (10 + n).astype(np.uint8)) for n in values], 1, 0, CPU)
+    assert sum(n.numel() for n, _ in seen) == 12 * 64 and all(torch.equal(i, 10 + n) for n, i in seen)
 
 
 def repeated(count: int, channels: int = 6) -> list[Symbols]:
