@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.bitstream import CELL
-from utils.imports import quiet
 
 # BT.601 luma of RGB in [0, 1]
 LUMA = (0.299, 0.587, 0.114)
+MS_SSIM_EXPONENTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 GROUND = 64  # side of a block of smooth ground, in pixels
 LEAST_LINES = 12 * CELL  # pixels of a spectrum whose lines have neighbours of their own
 NEIGHBOURS = range(2, 6)  # bins of the spectrum on either side that a line is compared with
@@ -36,13 +36,47 @@ def commitment(z: Tensor, z_q: Tensor) -> Tensor:
 
 
 def ms_ssim_loss(image: Tensor, target: Tensor) -> Tensor:
-    """1 - MS-SSIM of the luma: a perceptual term that needs no weights. Sides from 161 pixels."""
-    with quiet():
-        from pytorch_msssim import ms_ssim
+    """1 - MS-SSIM of the luma (Wang, Simoncelli and Bovik 2003): a perceptual term that needs no weights. Sides from 161 pixels.
 
-    shares = torch.tensor(LUMA, device=image.device, dtype=image.dtype).view(1, 3, 1, 1)
-    luma, reference = (((v + 1) / 2 * shares).sum(1, keepdim=True) for v in (image, target))
-    return 1 - ms_ssim(luma, reference, data_range=1.0)
+        MS-SSIM = SSIM(X_5, Y_5)^w_5 prod over j < 5 of CS(X_j, Y_j)^w_j,    X_(j+1) = X_j averaged over 2x2 pixels
+
+    Windows are Gaussian, 11 pixels, without padding; negative terms are cut to 0 after the mean over a picture. The same numbers as
+    pytorch-msssim's, which takes windows and exponents from the host at every call: no CUDA graph can be recorded of that.
+    """
+    red, green, blue = LUMA
+    x, y = (
+        (v[:, :1] * red + v[:, 1:2] * green + v[:, 2:] * blue + 1) / 2 for v in (image, target)
+    )  # N 1 H W in [0, 1]
+    window = _window(x)
+    value = 1.0
+    for scale, exponent in enumerate(MS_SSIM_EXPONENTS):
+        if scale:
+            x, y = (F.avg_pool2d(v, 2, padding=[side % 2 for side in v.shape[2:]]) for v in (x, y))
+        luminance, contrast = _similarity(x, y, window)
+        last = scale == len(MS_SSIM_EXPONENTS) - 1
+        terms = (luminance * contrast if last else contrast).mean((1, 2, 3))
+        value = value * terms.clamp(min=TINY) ** exponent  # at 0 its slope is infinite
+    return 1 - value.mean()
+
+
+def _window(like: Tensor) -> Tensor:
+    """Gaussian of deviation 1.5 over 11 pixels: (11,), sum 1."""
+    place = torch.arange(11, device=like.device, dtype=like.dtype) - 5
+    window = torch.exp(-place.square() / (2 * 1.5**2))
+    return window / window.sum()
+
+
+def _similarity(x: Tensor, y: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:
+    """SSIM's terms of luminance, and of contrast and structure: N 1 H W in [0, 1] -> N 1 H-10 W-10 each."""
+
+    def local(v: Tensor) -> Tensor:
+        return F.conv2d(F.conv2d(v, window.view(1, 1, -1, 1)), window.view(1, 1, 1, -1))
+
+    mean_x, mean_y = local(x), local(y)
+    variance_x, variance_y = local(x * x) - mean_x.square(), local(y * y) - mean_y.square()
+    c1, c2 = 0.01**2, 0.03**2
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x.square() + mean_y.square() + c1)
+    return luminance, (2 * (local(x * y) - mean_x * mean_y) + c2) / (variance_x + variance_y + c2)
 
 
 def weave_loss(image: Tensor, target: Tensor) -> Tensor:
@@ -55,12 +89,12 @@ def weave_loss(image: Tensor, target: Tensor) -> Tensor:
     counted whole, grain of their own not at all: its products are 0 on average. Blocks are 64x64 pixels, 32 apart; s_b is 1
     where the original is smooth, its luma (the mean of RGB) deviating by less than 8 grey values, and 0 elsewhere.
     """
-    n = (GROUND // CELL) ** 2
-    luma, reference = (F.unfold(v.mean(1, keepdim=True), GROUND, stride=GROUND // 2) for v in (image, target))
-    smooth = (reference.std(1, correction=0) < SMOOTH / 127.5).to(luma)
-    cells = (luma - reference).unflatten(1, (GROUND // CELL, CELL, GROUND // CELL, CELL))
-    e = cells - cells.mean((2, 4), keepdim=True)
-    shared, own = e.mean((1, 3)).square().mean((1, 2)), e.square().mean((1, 2, 3, 4))  # N x blocks
+    n, step = (GROUND // CELL) ** 2, GROUND // 2
+    luma, reference = (v.mean(1).unfold(1, GROUND, step).unfold(2, GROUND, step) for v in (image, target))
+    smooth = (reference.std((3, 4), correction=0) < SMOOTH / 127.5).to(luma)  # N rows columns, of blocks
+    cells = (luma - reference).unflatten(4, (-1, CELL)).unflatten(3, (-1, CELL))  # by row, pixel, column and pixel
+    e = cells - cells.mean((4, 6), keepdim=True)
+    shared, own = e.mean((3, 5)).square().mean((3, 4)), e.square().mean((3, 4, 5, 6))
     power = (n * shared - own) / (n - 1)
     return (smooth * power).mean().relu()
 
@@ -81,7 +115,7 @@ def lines_loss(image: Tensor, target: Tensor) -> Tensor:
     for axis, length in ((2, width), (1, height)):
         power = torch.view_as_real(torch.fft.rfft(error, dim=axis)).square().sum(-1).mean((0, 3 - axis))
         for line, beside in line_bins(length):
-            around = power[beside].mean().detach()
+            around = torch.stack([power[at] for at in beside]).mean().detach()
             excess.append((power[line].clamp(min=TINY).log() - around.clamp(min=TINY).log()).relu())
     return torch.stack(excess).mean()
 

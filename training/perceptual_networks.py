@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from measuring.weights import LITE0, LITE0_NETWORK, STLPIPS_VGG, lacking
 from utils import checkpoints
@@ -18,6 +19,12 @@ from utils.errors import ConfigError
 EPSILON = 1e-10  # inside the root: where all features are 0, the gradient of their norm is infinite
 VGG_STAGES = (2, 2, 3, 3, 3)  # convolutions
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # LPIPS' normalisation of [-1, 1]
+NORMALISED = (  # convolutions of its package's network, and what follows each
+    ("_conv_stem", "_bn0"),
+    ("_expand_conv", "_bn0"),
+    ("_depthwise_conv", "_bn1"),
+    ("_project_conv", "_bn2"),
+)
 LITE0_BLOCKS = (0, 2, 4, 10, 15)  # the last of each resolution, 1/2 to 1/32: 16, 24, 40, 112 and 320 channels
 
 PACKAGED = {"stlpips": (STLPIPS_VGG,), "features": (LITE0, LITE0_NETWORK)}  # by term, the weights first
@@ -103,13 +110,14 @@ class Lite0(nn.Module):
 
         network = EfficientNet.from_name("efficientnet-lite0")
         network.load_state_dict(checkpoints.read(path), strict=True)
-        self.stem = nn.Sequential(network._conv_stem, network._bn0, nn.ReLU6())
+        for part in network.eval().modules():  # normalisations of fixed statistics are part of the convolutions
+            for conv, norm in NORMALISED:
+                if hasattr(part, conv):
+                    setattr(part, conv, fuse_conv_bn_eval(getattr(part, conv), getattr(part, norm)))
+                    setattr(part, norm, nn.Identity())
+        self.stem = nn.Sequential(network._conv_stem, nn.ReLU6())
         self.blocks = network._blocks
         self.eval().requires_grad_(False)
-
-    def train(self, mode: bool = True) -> "Lite0":
-        """Its normalisations keep the statistics of ImageNet."""
-        return super().train(False)
 
     def forward(self, image: Tensor) -> list[Tensor]:
         h = self.stem((image * 127.5 + 0.5) / 128)  # (v - 127) / 128 of v in 0..255
