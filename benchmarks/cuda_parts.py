@@ -19,6 +19,7 @@ from experiments.timing import fitted, measure
 from measuring.metrics import psnr
 from models.codec import Codec
 from models.entropy_coding import frequency_table
+from models.layers import fused_norm
 from models.records import Contents
 from models.released import SMALL, load_release
 from models.speed.fast import FAST_PATHS, prepare
@@ -41,7 +42,7 @@ class Sizes:
     small: str = "configs/small.yaml"
     picture: str = "512x768"
     large: int = 4096  # side
-    photographs: int = 5
+    photographs: int = 3
     batch: int = 16
     repeats: int = 7
     steps: int = 6  # of a round of training, of which there are three
@@ -244,16 +245,22 @@ class Bench:
     def training(self, stage: str, option: str, config: str | None = None, *overrides: str) -> Iterator[Row]:
         made = load_config(config or self.sizes.config, [*self.sizes.overrides, *overrides])
         made = replace(made, speed=OPTIONS[option])
+        fused_norm.enabled = option != "plain"  # whatever the parts before have left
         rate, peak = measured(made, stage, self.device, self.sizes.steps, 3, untrained=True)
         how = {"what": f"{made.name}: stage {stage}, batch {getattr(made, stage).batch_size}", "way": option}
         yield how | {"figure": "training", "value": rate, "unit": "pictures/s"}
         yield how | {"figure": "peak memory", "value": peak, "unit": "MiB"}
 
     def small_training(self) -> Iterator[Row]:
-        """Batch 32 where the sizes say nothing else, with a perceptual term on VGG-16 and a PatchGAN."""
+        """Batch 32 where the sizes say nothing else, with the perceptual terms that it is trained with, and a PatchGAN."""
         for stage in ("gt", "codec"):
-            asked = {"batch_size": 32, "crop_size": 256} if self.sizes == Sizes() else {}
-            asked |= {"perceptual": "{stlpips: 1.0}", "adversary": "{weight: 0.1, start: 0}", "distortion_weight": 1.0}
+            asked = {"perceptual": "{stlpips: 1.0}", "adversary": "{weight: 0.1, start: 0}", "distortion_weight": 1.0}
+            if self.sizes == Sizes():
+                given = load_config("configs/small-pictures.yaml", self.sizes.overrides).codec
+                terms = ", ".join(f"{name}: {factor}" for name, factor in given.perceptual.items())
+                asked |= {"batch_size": 32, "crop_size": 256, "perceptual": f"{{{terms}}}"}
+                asked |= {"vgg_window": given.vgg_window, "adversary": "{weight: 0.1, start: 0}"}
+                asked |= {"train_decoder": given.train_decoder} if stage == "codec" else {}
             own = [f"{stage}.{key}={value}" for key, value in asked.items()]
             yield from self.training(stage, "defaults", self.sizes.small, *own)
 

@@ -42,6 +42,7 @@ OPTIONS = {
     "tf32": replace(PLAIN, tf32=True),
     "bfloat16": replace(PLAIN, precision="bfloat16"),
     "defaults": SpeedParams(),
+    "without graphs": SpeedParams(graphs=False),
     "defaults+compile": SpeedParams(compile=True),
 }
 OWN = "config"  # the configuration's own block, overrides included
@@ -96,7 +97,9 @@ def measured(
     progress = Progress(params)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    for _ in range(1 + rounds):  # the first warms up
+    for _ in range(2 * BATCHES if step.graphs else steps):  # warm up; the second batch of a kind records a graph
+        step(next(batches), progress)
+    for _ in range(rounds):
         began = seconds(device)
         for _ in range(steps):
             step(next(batches), progress)  # waits for its flags
@@ -105,7 +108,7 @@ def measured(
         peak = torch.cuda.max_memory_allocated(device) / 2**20
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    return steps * params.batch_size / statistics.median(times[1:]), peak
+    return steps * params.batch_size / statistics.median(times), peak
 
 
 def profiled(config: TrainConfig, name: str, device: torch.device) -> tuple[int, float, float]:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from models import swin
-from models.layers.attention import attention, kernel_width
+from models.layers.attention import attention, by_products, kernel_width
 from models.layers.kept import Kept, holding
 from models.swin import SwinLayer
 
@@ -32,6 +32,17 @@ def test_padded_heads_attend_as_narrow_ones(width):
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-10)
     assert torch.equal(attention(*theirs, bias), plain)  # on the CPU nothing is padded
+
+
+def test_products_attend_as_the_kernel_does():
+    """CUDA's way for heads of more than 256 channels, in half precision there."""
+    made = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 7, 20, dtype=torch.float64, generator=made).requires_grad_() for _ in range(3))
+    ours, theirs = by_products(q, k, v), F.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)  # float32 between the products
+    wanted = torch.autograd.grad(theirs.square().sum(), (q, k, v))
+    for a, b in zip(torch.autograd.grad(ours.square().sum(), (q, k, v)), wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def layer() -> SwinLayer:

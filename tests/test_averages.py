@@ -28,7 +28,7 @@ def test_three_updates_by_hand():
     averages, expected = Ema(network, 0.15), 2.0
     for decay, value in ((0.1, 5.0), (0.15, -1.0), (0.15, 8.0)):
         network.weight.data.fill_(value)
-        averages.update(network)
+        averages.update()
         expected = decay * expected + (1 - decay) * value
         assert averages.average["weight"].item() == pytest.approx(expected, rel=1e-5)
 

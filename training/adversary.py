@@ -33,6 +33,11 @@ class Adversary:
             self.discriminator.named_parameters(), params.optim, params.iterations, speed.fused_adamw
         )
 
+    @property
+    def varies(self) -> bool:
+        """Whether a pass draws numbers on the host, so that no graph can be recorded of it."""
+        return self.params.kind == "projected"
+
     def joins(self, at: float) -> bool:
         """Whether it takes part at a place in the stage, in iterations."""
         return at >= self.params.start
@@ -54,7 +59,7 @@ class Adversary:
         return self.params.weight * adaptive_factor(*distributed.all_reduce_mean(torch.stack(gradients)))
 
     def judge(self, image: Tensor, restored: Tensor, parts: list[slice]) -> Tensor:
-        """L_D of a batch in micro-batches; its gradient is accumulated for `update`."""
+        """L_D of a batch in micro-batches; its gradient is accumulated for `optimiser.update`."""
         total: dict[str, Tensor] = {}
         self.optimiser.zero_grad()
         for part in parts:

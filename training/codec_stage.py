@@ -86,9 +86,9 @@ class CodecStage(CodedStage):
 
     def forward(self, model: nn.Module, batch: Batch) -> CodecOutput:
         draws = Draws(**batch.draws, shift=self.params.shift)
-        return model(batch.image, draws, self.params.decodes, self.energy is not None, self._copies(batch))
+        return model(batch.image, draws, self.params.decodes, self.energy is not None, self.kind(batch))
 
-    def _copies(self, batch: Batch) -> tuple[int, int]:
+    def kind(self, batch: Batch) -> tuple[int, int]:
         """Rows and columns of mirror images: all crops of a micro-batch share them, drawn at the position of the first."""
         choices = self.params.copies
         if len(set(choices)) == 1:

@@ -55,6 +55,10 @@ class LightStage(CodedStage):
     def forward(self, model: nn.Module, batch: Batch) -> Distilled:
         return self.distilled(model, *self.latent(batch))
 
+    def kind(self, batch: Batch) -> None:
+        """None: which latents are clean follows from their positions."""
+        return None
+
     @torch.no_grad()
     def latent(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """What the decoder is given: x^, or E(X) at evenly spread positions of the stream; and rates of the residual."""

@@ -39,6 +39,8 @@ class SpeedParams:
         channels_last: layout NHWC of feature maps; `auto` on CUDA and on CPUs with AVX-512.
         compile: torch.compile of the large networks; the first steps take minutes.
         fused_adamw: one kernel for the update of the weights; `auto` on CUDA.
+        graphs: CUDA, one process: forward and backward passes are recorded, and started as one program (training/graphs.py);
+            `auto` on CUDA, but where networks are compiled.
         checkpointing: activations of the blocks are computed again in the backward pass instead of kept.
         keep_memory: Linux: memory that was freed stays with the process instead of going back and being cleared again
             by the system; `auto` on the CPU.
@@ -50,6 +52,7 @@ class SpeedParams:
     channels_last: Switch = "auto"
     compile: bool = False
     fused_adamw: Switch = "auto"
+    graphs: Switch = "auto"
     checkpointing: bool = False
     keep_memory: Switch = "auto"
 
@@ -62,7 +65,7 @@ class Speed:
     """A block `speed`, decided for a device.
 
     Attributes:
-        bfloat16, compile, perceptual_tf32, channels_last, fused_adamw, keep_memory: what is done.
+        bfloat16, compile, perceptual_tf32, channels_last, fused_adamw, graphs, keep_memory: what is done.
     """
 
     def __init__(self, params: SpeedParams, device: torch.device):
@@ -78,6 +81,7 @@ class Speed:
         self.compile = real and params.compile
         self.channels_last = _decided(params.channels_last, cuda or (device.type == "cpu" and "avx512_f" in cpu))
         self.fused_adamw = real and _decided(params.fused_adamw, cuda)
+        self.graphs = cuda and not self.compile and _decided(params.graphs, cuda)
         self.keep_memory = _decided(params.keep_memory, not cuda) and platform.libc_ver()[0] == "glibc"
 
     def settle(self) -> None:
@@ -112,7 +116,7 @@ class Speed:
     def __str__(self) -> str:
         on = [
             name
-            for name in ("perceptual_tf32", "channels_last", "fused_adamw", "keep_memory", "compile")
+            for name in ("perceptual_tf32", "channels_last", "fused_adamw", "graphs", "keep_memory", "compile")
             if getattr(self, name)
         ]
         on += [name for name in ("tf32", "checkpointing") if getattr(self.params, name)]

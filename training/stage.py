@@ -5,7 +5,7 @@ batches and saves what is to be saved.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -114,6 +114,11 @@ class Stage(ABC):
         """The random numbers of pictures of one size at positions of the stream."""
         params = self.draw_params(*size)
         return draw_batch(params, self.seed, positions) if params else {}
+
+    def kind(self, batch: Batch) -> Hashable | None:
+        """All that decides which programs the passes over a batch run, beside its sizes; None where they take more from
+        the host than the batch on the device, so that no graph can be recorded of them."""
+        return ()
 
     def kept(self, out: Any, batch: Batch) -> Any:
         """Results of a micro-batch that are needed after its backward pass, without gradient."""

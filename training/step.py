@@ -2,12 +2,14 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from datapipe.pictures import Batch
 from training.adversary import Adversary
+from training.graphs import Graphs
 from training.optimiser import Optimiser
 from training.parallel import accumulate, micro_batches, parallel, settle, synchronised
 from training.progress import Progress
@@ -26,6 +28,21 @@ class Flags:
     stop: bool
     dead: bool
     seconds: float
+
+
+@dataclass(frozen=True)
+class Passed:
+    """What forward and backward passes over a batch leave beside the gradients, on the device.
+
+    Attributes:
+        terms: means over the batch, scalars. seen: results of its micro-batches. restored: N x 3 x H x W, or None.
+        factor: of the adversary's term; None without one.
+    """
+
+    terms: dict[str, Tensor]
+    seen: list
+    restored: Tensor | None
+    factor: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -61,6 +78,9 @@ class Step:
             stage.network.named_parameters(), p.optim, p.iterations, self.speed.fused_adamw, stage.shares
         )
         self.adversary = Adversary(p, stage.last_layer, self.speed) if p.adversary.weight else None
+        judging = list(self.adversary.discriminator.parameters()) if self.adversary else []
+        own = [parameter for parameter in (*stage.network.parameters(), *judging) if parameter.requires_grad]
+        self.graphs = Graphs(own) if self.speed.graphs and distributed.world_size() == 1 else None
         settle(self.model, lambda: self.rehearse(self.blank()))
         if self.adversary:
             self.adversary.settle(self.blank().image)
@@ -75,27 +95,15 @@ class Step:
         """
         at, stage = progress.at, self.stage
         adversary = self.adversary if self.adversary and self.adversary.joins(at) else None
-        parts = micro_batches(len(batch), stage.params.microbatch)
-        terms, seen, factor = {}, [], None
         self.optimiser.zero_grad()
-        for part in parts:
-            piece, share = batch[part], (part.stop - part.start) / len(batch)
-            with synchronised(self.model, part is parts[-1]):
-                out, own = self.losses(piece)
-                objective = own["loss"] + own.get("auxiliary", 0)
-                if adversary:
-                    own["adversarial"] = adversary.generator_term(out.image)
-                    if factor is None:  # of the first micro-batch, for all of them
-                        factor = adversary.factor(own["loss"], own["adversarial"], stage.last_layer)
-                    objective = objective + factor * own["adversarial"]
-                (share * objective).backward()
-            accumulate(terms, own, share)
-            seen.append(stage.kept(out, piece))
-        restored = None if out.image is None else torch.cat([one.image for one in seen])
+        kind = stage.kind(batch) if self.graphs and not (adversary and adversary.varies) else None
+        passes = partial(self.passes, adversary=adversary)
+        passed = passes(batch) if kind is None else self.graphs(passes, batch, (kind, adversary is not None))
+        terms, seen, restored = passed.terms, passed.seen, passed.restored
         numbers = {"grad_norm": self.optimiser.clip(), "lr": self.optimiser.lr(at)}
         if adversary:
-            terms["discriminator"] = adversary.judge(batch.image, restored, parts)
-            numbers |= {"adversarial_factor": factor, "discriminator_grad_norm": adversary.optimiser.clip()}
+            discriminator_norm = adversary.optimiser.clip()
+            numbers |= {"adversarial_factor": passed.factor, "discriminator_grad_norm": discriminator_norm}
         statistics = stage.gathered(seen, progress.step)
         dead = terms["loss"].new_zeros(()) if statistics is None else statistics.dead
 
@@ -104,9 +112,31 @@ class Step:
         if adversary:
             adversary.optimiser.update(at)
         numbers |= stage.follow(statistics, flags.dead, progress.step, self.averages)
-        self.averages.update(stage.trained)
+        self.averages.update()
         progress.advance(flags.seconds)
         return Done(flags, means, numbers, seen, batch.image, restored)
+
+    def passes(self, batch: Batch, adversary: Adversary | None) -> Passed:
+        """Forward and backward passes over a batch in micro-batches, an adversary's own among them."""
+        parts = micro_batches(len(batch), self.stage.params.microbatch)
+        terms, seen, factor = {}, [], None
+        for part in parts:
+            piece, share = batch[part], (part.stop - part.start) / len(batch)
+            with synchronised(self.model, part is parts[-1]):
+                out, own = self.losses(piece)
+                objective = own["loss"] + own.get("auxiliary", 0)
+                if adversary:
+                    own["adversarial"] = adversary.generator_term(out.image)
+                    if factor is None:  # of the first micro-batch, for all of them
+                        factor = adversary.factor(own["loss"], own["adversarial"], self.stage.last_layer)
+                    objective = objective + factor * own["adversarial"]
+                (share * objective).backward()
+            accumulate(terms, own, share)
+            seen.append(self.stage.kept(out, piece))
+        restored = None if out.image is None else torch.cat([one.image for one in seen])
+        if adversary:
+            terms["discriminator"] = adversary.judge(batch.image, restored, parts)
+        return Passed(terms, seen, restored, factor)
 
     def losses(self, batch: Batch) -> tuple:
         """The stage's forward pass, under DDP and autocast, and its terms, in float32."""

@@ -22,14 +22,16 @@ class Ema:
     def __init__(self, network: nn.Module, decay: float):
         self.decay, self.updates = decay, 0
         self.average = {key: value.detach().clone() for key, value in network.state_dict().items()}
+        # The network's own, whatever becomes of their memory: its state dict would be built anew in every step.
+        self._values = [(key, v) for key, v in network.state_dict(keep_vars=True).items() if v.is_floating_point()]
 
     @torch.no_grad()
-    def update(self, network: nn.Module) -> None:
+    def update(self) -> None:
+        """Take in the network as it is."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        state = network.state_dict()
-        ours = [v for v in self.average.values() if v.is_floating_point()]
-        theirs = [in_layout_of(v, state[k].detach()) for k, v in self.average.items() if v.is_floating_point()]
+        ours = [self.average[key] for key, _ in self._values]
+        theirs = [in_layout_of(average, value) for average, (_, value) in zip(ours, self._values, strict=True)]
         torch._foreach_lerp_(ours, theirs, 1 - decay)
 
     def copy_to(self, network: nn.Module) -> None:
