@@ -8,6 +8,8 @@ from torch import Tensor
 
 NARROWEST, STEP = 32, 8  # widths that CUDA's kernels of every precision have: multiples of 8, of which 32 is everywhere
 ROWS = 512  # queries at a time, where logits are held
+WIDEST = 256  # channels of a head that CUDA's fast kernels take
+LOGITS = 1 << 28  # numbers, at most, that are held on CUDA
 
 
 def kernel_width(width: int) -> int:
@@ -19,7 +21,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, padde
     """V softmax(QK / sqrt(C) + bias): N heads T C each, and a bias that broadcasts to N heads T T.
 
     Without a bias on a CPU in bfloat16 by matrix products, a few rows of logits at a time: they take a quarter of the time
-    of PyTorch's own kernel, which serves everywhere else.
+    of PyTorch's own kernel. So do they on CUDA, all rows at once, in half precision for heads that only its slow kernel takes.
+    PyTorch's own serves everywhere else.
 
     Args:
         padded: heads that are no kernel's width get zeros, which change no product; None does so on CUDA. There some
@@ -29,11 +32,24 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, padde
         heads = zip(*(part.flatten(0, 1) for part in (q, k, v)), strict=True)
         return torch.stack([_by_rows(*head) for head in heads]).view(q.shape)
     width = q.shape[-1]
+    few = q[..., 0].numel() * k.shape[2] <= LOGITS
+    if bias is None and q.is_cuda and q.dtype != torch.float32 and width > WIDEST and few:
+        return by_products(q, k, v)
     missing = kernel_width(width) - width
     if not missing or not (q.is_cuda if padded is None else padded):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     q, k, v = (F.pad(part, (0, missing)) for part in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1 / math.sqrt(width))[..., :width]
+
+
+def by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """V softmax(QK / sqrt(C)): N heads T C each, in float32 between the two products."""
+    if q.is_cuda and not torch.is_grad_enabled():  # logits as they are summed; that product has no gradient
+        logits = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), out_dtype=torch.float32)
+    else:
+        logits = (q.flatten(0, 1) @ k.flatten(0, 1).transpose(1, 2)).float()
+    shares = torch.softmax(logits / math.sqrt(q.shape[-1]), dim=2).to(v.dtype)
+    return (shares @ v.flatten(0, 1)).view(q.shape)
 
 
 def _by_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # T C each
