@@ -266,6 +266,7 @@ class Bench:
 
     def launches(self) -> Iterator[Row]:
         """Programs that a step of stage `codec` starts, and how long they keep the device busy."""
+        fused_norm.enabled = True
         config = load_config(self.sizes.config, self.sizes.overrides)
         started, busy, whole = profiled(replace(config, speed=OPTIONS["defaults"]), "codec", self.device)
         how = {"what": f"{config.name}: a step of stage codec", "way": "defaults"}

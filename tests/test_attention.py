@@ -35,7 +35,7 @@ def test_padded_heads_attend_as_narrow_ones(width):
 
 
 def test_products_attend_as_the_kernel_does():
-    """CUDA's way for heads of more than 256 channels, in half precision there."""
+    """CUDA's way for heads of more than 256 channels, in half precision there, where weights learn."""
     made = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 3, 7, 20, dtype=torch.float64, generator=made).requires_grad_() for _ in range(3))
     ours, theirs = by_products(q, k, v), F.scaled_dot_product_attention(q, k, v)

@@ -9,7 +9,6 @@ from torch import Tensor
 NARROWEST, STEP = 32, 8  # widths that CUDA's kernels of every precision have: multiples of 8, of which 32 is everywhere
 ROWS = 512  # queries at a time, where logits are held
 WIDEST = 256  # channels of a head that CUDA's fast kernels take
-LOGITS = 1 << 28  # numbers, at most, that are held on CUDA
 
 
 def kernel_width(width: int) -> int:
@@ -21,7 +20,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, padde
     """V softmax(QK / sqrt(C) + bias): N heads T C each, and a bias that broadcasts to N heads T T.
 
     Without a bias on a CPU in bfloat16 by matrix products, a few rows of logits at a time: they take a quarter of the time
-    of PyTorch's own kernel. So do they on CUDA, all rows at once, in half precision for heads that only its slow kernel takes.
+    of PyTorch's own kernel. So do they where weights learn on CUDA in half precision, for heads that only a slow kernel takes.
     PyTorch's own serves everywhere else.
 
     Args:
@@ -32,8 +31,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, padde
         heads = zip(*(part.flatten(0, 1) for part in (q, k, v)), strict=True)
         return torch.stack([_by_rows(*head) for head in heads]).view(q.shape)
     width = q.shape[-1]
-    few = q[..., 0].numel() * k.shape[2] <= LOGITS
-    if bias is None and q.is_cuda and q.dtype != torch.float32 and width > WIDEST and few:
+    if bias is None and q.is_cuda and q.dtype != torch.float32 and width > WIDEST and torch.is_grad_enabled():
         return by_products(q, k, v)
     missing = kernel_width(width) - width
     if not missing or not (q.is_cuda if padded is None else padded):
@@ -44,12 +42,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, padde
 
 def by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """V softmax(QK / sqrt(C)): N heads T C each, in float32 between the two products."""
-    if q.is_cuda and not torch.is_grad_enabled():  # logits as they are summed; that product has no gradient
-        logits = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), out_dtype=torch.float32)
-    else:
-        logits = (q.flatten(0, 1) @ k.flatten(0, 1).transpose(1, 2)).float()
-    shares = torch.softmax(logits / math.sqrt(q.shape[-1]), dim=2).to(v.dtype)
-    return (shares @ v.flatten(0, 1)).view(q.shape)
+    logits = (q @ k.transpose(2, 3)).float() / math.sqrt(q.shape[-1])
+    return torch.softmax(logits, dim=3).to(v.dtype) @ v
 
 
 def _by_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # T C each

@@ -56,7 +56,7 @@ def prepare(codec: Codec, precision: Precision = "auto", without: Sequence[str] 
     if codec.light and (not automatic or codec.light.params.ch[-1] >= WIDE):
         _cast_blocks(codec.light)
     if not automatic or p.unet.model_channels >= WIDE:
-        (_cast if codec.device.type == "cuda" else _cast_layers)(codec.unet)  # there every cast is a program more
+        _cast_layers(codec.unet)
     return codec
 
 
