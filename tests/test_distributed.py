@@ -13,9 +13,11 @@ from datapipe.pictures import Batch
 from models.codec import Codec
 from models.released import NETWORKS
 from tests.commands import NANO, run
+from tests.recorded import Fixed
 from tests.small_runs import ALL_PARTS, LIGHT, ranks
 from training.config import load_config
 from training.progress import Progress
+from training.speed import Speed
 from training.stages import STAGES
 from training.step import Step
 from utils import distributed
@@ -90,6 +92,19 @@ def shares(rank: int, path: str) -> None:
         torch.save(found, f"{path}/{rank}.pt")
 
 
+def graphed(rank: int, path: str) -> None:
+    """The same as `shares`, as on CUDA: passes that are recorded, where they can be, and no DDP."""
+    with distributed.process_group(torch.device("cpu")), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Speed, "graphs", property(lambda _: True, lambda *_: None), raising=False)
+        patch.setattr("training.step.Graphs", Fixed)
+        found = {}
+        for name in ("gt", "codec"):
+            runs = (WHOLE[name], (*PIECES[name], f"{name}.microbatch=1"))
+            found[name] = [train(name, distributed.world_size(), rank, *overrides) for overrides in runs]
+        assert Fixed.in_all == len(found)  # of the steps that have no adaptive factor
+        torch.save(found, f"{path}/{rank}.pt")
+
+
 def assert_equal(found: tuple[dict, list], expected: tuple[dict, list]) -> None:
     assert found[0].keys() == expected[0].keys() and any(key.startswith("grad.") for key in expected[0])
     for key, value in expected[0].items():
@@ -112,6 +127,15 @@ def test_two_processes_train_as_one(processes, tmp_path):
             assert_equal(ours, alone(name, *overrides))
     revived = [logs["revived"] for logs in alone("codec")[1]]
     assert revived[1] == 0 < revived[2] < revived[0] == 16
+
+
+def test_two_processes_with_graphs_train_as_one(processes, tmp_path):
+    assert ranks(processes, 2, graphed, str(tmp_path)) == [0, 0]
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    for name, runs in first.items():
+        for ours, theirs, overrides in zip(runs, second[name], (WHOLE[name], PIECES[name]), strict=True):
+            assert all(torch.equal(theirs[0][key], value) for key, value in ours[0].items()), "the ranks differ"
+            assert_equal(ours, alone(name, *overrides))
 
 
 def go_on(rank: int, path: str) -> None:

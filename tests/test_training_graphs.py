@@ -9,56 +9,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.commands import NANO
+from tests.recorded import Fixed, tensors
 from tests.small_runs import LIGHT, RESIDUAL
 from tests.stages import batch_of, new_stage
 from training.config import load_config
 from training.dry_run import META
-from training.graphs import Graphs
 from training.perceptual import perceptual_terms
 from training.progress import Progress
 from training.speed import Speed, SpeedParams
 from training.stages import STAGES
 from training.start import new_codec
 from training.step import Step
-
-
-def tensors(value) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, dict):
-        return tensors(list(value.values()))
-    if isinstance(value, list | tuple):
-        return [tensor for each in value for tensor in tensors(each)]
-    return tensors(vars(value)) if hasattr(value, "__dict__") else []
-
-
-class Fixed(Graphs):
-    """Replays on the CPU as a graph does: from memory of its own, into memory of its own."""
-
-    def __init__(self, parameters, broken: bool = False):
-        super().__init__(parameters)
-        self.recorded, self.replayed, self.broken = 0, 0, broken
-
-    def run(self, work):
-        return work()
-
-    def capture(self, work):
-        if self.broken:
-            work()
-            raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
-        self.recorded += 1
-        result, gradients = work(), [parameter.grad for parameter in self.parameters]
-
-        def replay():
-            self.replayed += 1
-            self._without_gradients()
-            again = [*tensors(work()), *(p.grad for p in self.parameters if p.grad is not None)]
-            kept = [*tensors(result), *(gradient for gradient in gradients if gradient is not None)]
-            with torch.no_grad():
-                for own, new in zip(kept, again, strict=True):
-                    own.copy_(new)
-
-        return result, replay
 
 
 def steps(name: str, count: int, *overrides: str, graphs: bool, broken: bool = False) -> tuple[Step, list]:
@@ -118,17 +79,29 @@ def test_where_none_can_be_recorded_one_line_says_so_and_the_step_goes_on(capsys
     )
 
 
-def test_the_light_decoder_and_a_projected_adversary_draw_on_the_host():
+def test_the_light_decoder_draws_on_the_host():
     step, _ = steps("light", 3, "light.adversary.weight=0", graphs=True)
     assert step.graphs.recorded == 0
-    step, _ = steps("gt", 3, "gt.adversary.weight=0", graphs=True)
-    step.adversary = type("Other", (), {"varies": True, "joins": lambda *_: True})()
-    step.adversary.optimiser = step.optimiser
-    step.passes = lambda batch, adversary: (_ for _ in ()).throw(InterruptedError)  # whatever it does, not in a graph
-    before = step.graphs.recorded, step.graphs.replayed
-    with pytest.raises(InterruptedError):
-        step(batch_of(step.stage), Progress(step.stage.params))
-    assert (step.graphs.recorded, step.graphs.replayed) == before
+
+
+@pytest.mark.parametrize(
+    "kind, adaptive, world, can",
+    [
+        ("patch", True, 1, True),
+        ("patch", True, 2, False),
+        ("patch", False, 2, True),
+        ("projected", False, 1, False),
+    ],
+)
+def test_adversaries_that_take_more_are_not_recorded(kind, adaptive, world, can, monkeypatch):
+    """A projected one draws on the host; the adaptive factor takes gradients of other ranks."""
+    step, _ = steps("gt", 1, "gt.adversary={weight: 0.5, start: 0, adaptive: true}", graphs=True)
+    step.adversary.params = replace(step.adversary.params, kind=kind, adaptive=adaptive)
+    monkeypatch.setattr("utils.distributed.world_size", lambda: world)
+    monkeypatch.setattr("training.step.average_gradients", lambda _: None)
+    for number in range(2):
+        step._passed(batch_of(step.stage, seed=number), step.adversary) if can or world == 1 else None
+    assert step.adversary.recordable == can and step.graphs.recorded == int(can)
 
 
 def test_graphs_are_for_cuda_where_nothing_is_compiled():

@@ -28,15 +28,16 @@ class Adversary:
         self.params, self.speed = params.adversary, speed
         self.discriminator = DISCRIMINATORS[self.params.kind]().to(like.device, like.dtype)
         speed.prepare(self.discriminator)
-        self.model = parallel(self.discriminator)
+        self.model = parallel(self.discriminator, speed.graphs)
         self.optimiser = Optimiser(
             self.discriminator.named_parameters(), params.optim, params.iterations, speed.fused_adamw
         )
 
     @property
-    def varies(self) -> bool:
-        """Whether a pass draws numbers on the host, so that no graph can be recorded of it."""
-        return self.params.kind == "projected"
+    def recordable(self) -> bool:
+        """Whether a graph can be recorded of its passes: a projected one draws numbers on the host, and the adaptive factor
+        takes gradients of all ranks."""
+        return self.params.kind == "patch" and not (self.params.adaptive and distributed.world_size() > 1)
 
     def joins(self, at: float) -> bool:
         """Whether it takes part at a place in the stage, in iterations."""

@@ -11,7 +11,7 @@ from datapipe.pictures import Batch
 from training.adversary import Adversary
 from training.graphs import Graphs
 from training.optimiser import Optimiser
-from training.parallel import accumulate, micro_batches, parallel, settle, synchronised
+from training.parallel import accumulate, average_gradients, micro_batches, parallel, settle, synchronised
 from training.progress import Progress
 from training.stage import Stage
 from utils import distributed
@@ -72,7 +72,7 @@ class Step:
     def __init__(self, stage: Stage):
         p = stage.params
         self.stage, self.speed = stage, stage.speed
-        self.model = parallel(stage.network)
+        self.model = parallel(stage.network, self.speed.graphs)
         self.averages = Ema(stage.trained, p.ema)
         self.optimiser = Optimiser(
             stage.network.named_parameters(), p.optim, p.iterations, self.speed.fused_adamw, stage.shares
@@ -80,7 +80,7 @@ class Step:
         self.adversary = Adversary(p, stage.last_layer, self.speed) if p.adversary.weight else None
         judging = list(self.adversary.discriminator.parameters()) if self.adversary else []
         own = [parameter for parameter in (*stage.network.parameters(), *judging) if parameter.requires_grad]
-        self.graphs = Graphs(own) if self.speed.graphs and distributed.world_size() == 1 else None
+        self.graphs = Graphs(own) if self.speed.graphs else None
         settle(self.model, lambda: self.rehearse(self.blank()))
         if self.adversary:
             self.adversary.settle(self.blank().image)
@@ -96,9 +96,7 @@ class Step:
         at, stage = progress.at, self.stage
         adversary = self.adversary if self.adversary and self.adversary.joins(at) else None
         self.optimiser.zero_grad()
-        kind = stage.kind(batch) if self.graphs and not (adversary and adversary.varies) else None
-        passes = partial(self.passes, adversary=adversary)
-        passed = passes(batch) if kind is None else self.graphs(passes, batch, (kind, adversary is not None))
+        passed = self._passed(batch, adversary)
         terms, seen, restored = passed.terms, passed.seen, passed.restored
         numbers = {"grad_norm": self.optimiser.clip(), "lr": self.optimiser.lr(at)}
         if adversary:
@@ -115,6 +113,16 @@ class Step:
         self.averages.update()
         progress.advance(flags.seconds)
         return Done(flags, means, numbers, seen, batch.image, restored)
+
+    def _passed(self, batch: Batch, adversary: Adversary | None) -> Passed:
+        """`passes`, by a graph where one can be recorded."""
+        passes = partial(self.passes, adversary=adversary)
+        if not self.graphs:
+            return passes(batch)
+        kind = None if adversary and not adversary.recordable else self.stage.kind(batch)
+        passed = passes(batch) if kind is None else self.graphs(passes, batch, (kind, adversary is not None))
+        average_gradients(self.graphs.parameters)  # in DDP's place
+        return passed
 
     def passes(self, batch: Batch, adversary: Adversary | None) -> Passed:
         """Forward and backward passes over a batch in micro-batches, an adversary's own among them."""

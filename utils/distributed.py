@@ -2,6 +2,7 @@
 
 import gc
 import os
+from collections.abc import Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -95,6 +96,23 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 def all_reduce_mean(tensor: Tensor) -> Tensor:
     """The mean over all ranks, in place."""
     return all_reduce_sum(tensor).div_(world_size())
+
+
+@torch.no_grad()
+def average(tensors: Sequence[Tensor]) -> None:
+    """The mean over all ranks of each tensor, in place; they travel as one."""
+    if world_size() > 1:
+        flat = all_reduce_mean(torch.cat([tensor.flatten() for tensor in tensors]))
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        torch._foreach_copy_(list(tensors), [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)])
+
+
+@torch.no_grad()
+def broadcast(tensors: Sequence[Tensor]) -> None:
+    """The main process's values on every rank, in place."""
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
 
 
 def gather_samples(batch: Tensor) -> Tensor:
