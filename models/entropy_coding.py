@@ -22,7 +22,7 @@ TOTAL = 1 << PRECISION
 _CODER_PRECISION = 24
 _STATE_BITS, _WORD_BYTES = 64, 4
 _OWN = constriction.stream.model.Categorical(perfect=False)  # symbols that each bring a table
-_RUN = 1 << 20  # symbols looked at together: what they take is all that coding needs beside them
+_RUN = 1 << 20  # symbols looked at together: beside them, coding needs 4 bytes a symbol for their order
 
 
 def frequency_table(counts: np.ndarray) -> np.ndarray:
@@ -158,7 +158,7 @@ def encode_symbols(symbols: np.ndarray, groups: np.ndarray, tables: np.ndarray) 
 def decode_symbols(section: bytes, groups: np.ndarray, tables: np.ndarray, what: str) -> np.ndarray:
     """Inverse of `encode_symbols`: (count,) int8, int16 for wide tables. Accepts exactly what the encoder writes.
 
-    Memory beside the result does not grow with the count, and a string that cannot last is given up early.
+    Memory beside the result is 4 bytes a symbol and a little, and a string that cannot last is given up early.
 
     Args:
         section: any bytes are safe. groups, tables: as given to the encoder. what: the section's name in errors.
@@ -257,14 +257,21 @@ def _damaged(what: str) -> BitstreamError:
 
 def _runs(groups: np.ndarray, tables: np.ndarray):
     """(positions, coder's model, reach) of every group that occurs, in the order of the groups; long ones in parts."""
+    parts = [_by_group(groups[start : start + _RUN], len(tables)) for start in range(0, len(groups), _RUN)]
     for group, table in enumerate(tables):
         table = table[table > 0]
         model = None
-        for start in range(0, len(groups), _RUN):
-            members = np.flatnonzero(groups[start : start + _RUN] == group) + start
+        for number, (order, ends) in enumerate(parts):
+            members = order[ends[group] : ends[group + 1]]
             if members.size:
                 model = model or _coder_model(table)
-                yield members, model, len(table) // 2
+                yield number * _RUN + members.astype(np.int64), model, len(table) // 2
+
+
+def _by_group(groups: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions in the order of their groups, uint32, and where each group's begin and end there, (count + 1,)."""
+    order = np.argsort(groups, kind="stable").astype(np.uint32)
+    return order, np.concatenate([[0], np.bincount(groups, minlength=count).cumsum()])
 
 
 def _least_bits(groups: np.ndarray, tables: np.ndarray) -> float:
