@@ -15,6 +15,7 @@ from models.codec import Codec
 from models.layers.norms import GroupNorm
 from models.light import LightDecoder, LightParams, fit_linear
 from models.records import Draws
+from models.released_light import save_light
 from models.speed import fast
 from models.speed.fast import prepare
 from models.speed.graphs import Graphed, use_graphs
@@ -24,10 +25,30 @@ from tests.small_runs import LIGHT
 from tests.stages import batch_of, new_stage
 from tests.test_objectives import Recorder, as_floats, numbers
 from training.config import load_config
-from training.light_stage import Distilled
+from training.light_stage import Distilled, LightStage
 from training.progress import Progress
+from training.start import new_codec, start_from
 from training.step import Step
 from utils.errors import ConfigError
+
+
+def test_it_goes_on_from_that_of_an_earlier_release(tmp_path, monkeypatch):
+    """Its parameters, as they were stored; the linear map is not fitted again. Another size is refused by name."""
+    config = load_config(str(NANO), [*LIGHT, f"light.start={tmp_path / 'light_model_7.pth'}"])
+    monkeypatch.setattr("training.start.start_from_release", lambda *_: [])
+    codec, other = new_codec(config), new_codec(replace(config, seed=1))
+    off_zero(other)
+    save_light(tmp_path / "light_model_7.pth", other.light.state_dict(), config.networks.light, "of another D")
+    told = start_from(config, codec)
+    assert told == [f"light decoder from {tmp_path / 'light_model_7.pth'}"]
+    assert all(torch.equal(value, codec.light.state_dict()[key]) for key, value in other.light.state_dict().items())
+    assert not LightStage(config, codec, torch.device("cpu")).begins and new_stage("light").begins
+    save_light(
+        tmp_path / "light_model_7.pth", LightDecoder(LightParams((4, 2), (1, 1), 1), 2).state_dict(), LightParams(), ""
+    )
+    with pytest.raises(ConfigError, match="does not fit the configuration. other shape: conv_in"):
+        start_from(config, codec)
+
 
 # The network ----------------------------------------------------------------------------------------------------------
 

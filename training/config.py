@@ -225,12 +225,15 @@ class LightStageParams(StageParams):
         teacher_weight: of the squared error to D's picture, beside them.
         clean_share: of samples whose latent is E(X); the others' is the codec's own x^, as a file gives it.
         base_only_share: of samples that are coded at level 0. The others' levels are drawn between the first and the last.
+        start: light decoder of another release, `light_model_<it>.pth`, to go on from; None fits the linear map and starts
+            the rest from nothing.
         statistics: crops that the linear map is fitted to before the first step.
     """
 
     iterations: int = 20_000
     optim: OptimParams = field(default_factory=OptimParams)
     perceptual: Factors = field(default_factory=lambda: {"lpips": 0.2})
+    start: str | None = None
     target: Literal["original", "teacher"] = "original"
     teacher_weight: float = 1.0
     distortion_weight: float = 0.8

@@ -34,7 +34,6 @@ class LightStage(CodedStage):
     """
 
     name = "light"
-    begins = True
     params: LightStageParams
 
     def __init__(self, config: TrainConfig, codec: Codec, device: torch.device):
@@ -81,6 +80,10 @@ class LightStage(CodedStage):
         target = out.teacher if self.params.target == "teacher" else batch.image
         terms = {"distortion": distortion(out.image, target)} | self.shared_terms(out.image, target)
         return terms | {"teacher": distortion(out.image, out.teacher)} if self.params.teacher_weight else terms
+
+    @property
+    def begins(self) -> bool:
+        return self.params.start is None
 
     def begin(self, batches: Iterable[Batch]) -> str:
         """Fit the linear map to latents of training pictures and the pictures."""

@@ -95,4 +95,8 @@ def start_from(config: TrainConfig, codec: Codec) -> list[str]:
                 state, dropped = checkpoints.parameters_of(checkpoints.read(path))
                 checkpoints.load_strictly(getattr(codec, name), state, path)
             told.append(f"{name} from {path}, without {len(dropped)} other entries")
+    if codec.light and (path := config.light.start):
+        with named("light.start"):
+            checkpoints.load_strictly(codec.light, checkpoints.parameters_of(checkpoints.read(path))[0], path)
+        told.append(f"light decoder from {path}")
     return told
