@@ -39,7 +39,7 @@ class SpeedParams:
         channels_last: layout NHWC of feature maps; `auto` on CUDA and on CPUs with AVX-512.
         compile: torch.compile of the large networks; the first steps take minutes.
         fused_adamw: one kernel for the update of the weights; `auto` on CUDA.
-        graphs: CUDA, one process: forward and backward passes are recorded, and started as one program (training/graphs.py);
+        graphs: CUDA: forward and backward passes are recorded, and started as one program (training/graphs.py);
             `auto` on CUDA, but where networks are compiled.
         checkpointing: activations of the blocks are computed again in the backward pass instead of kept.
         keep_memory: Linux: memory that was freed stays with the process instead of going back and being cleared again
