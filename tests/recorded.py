@@ -47,5 +47,6 @@ class Fixed(Graphs):
             with torch.no_grad():
                 for own, new in zip(kept, again, strict=True):
                     own.copy_(new)
+            self._without_gradients()  # a graph writes memory, and knows no parameter
 
         return result, replay

@@ -30,7 +30,9 @@ def steps(name: str, count: int, *overrides: str, graphs: bool, broken: bool = F
         step.graphs = Fixed([p for p in own if p.requires_grad], broken)
     progress, terms = Progress(step.stage.params), []
     for number in range(count):
-        done = step(batch_of(step.stage, 2, seed=number), progress)
+        batch = batch_of(step.stage, 2, seed=number)
+        drawn = step.stage.drawn(range(2 * number, 2 * number + 2), batch.image.shape[2:])
+        done = step(replace(batch, draws=drawn), progress)
         terms.append(
             {key: value.item() for key, value in done.means.items()} | {"norm": done.numbers["grad_norm"].item()}
         )
