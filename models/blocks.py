@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from models.layers.attention import attention
-from models.layers.norms import GroupNorm
+from models.layers.norms import GroupNorm, added, convolved
 from models.layers.sharing import shared, spread
 from utils.precision import without_autocast
 
@@ -52,9 +52,9 @@ class ResnetBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:  # N C_in H W
-        h = self.conv1(self.norm1(x))  # N C_out H W
-        h = self.conv2(self.norm2(h))  # N C_out H W
-        return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h
+        h, bias = convolved(self.conv1, self.norm1(x))  # N C_out H W
+        h, bias = convolved(self.conv2, self.norm2(h, before=bias))  # N C_out H W
+        return added(self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x, h, bias)
 
 
 class AttnBlock(nn.Module):
@@ -82,7 +82,7 @@ class AttnBlock(nn.Module):
         q, k, v = (m.flatten(2).transpose(1, 2).contiguous().view(shape) for m in (q, k, v))
         h = attention(q, k, v)  # N 1 HW C
         h = h.squeeze(1).transpose(1, 2).reshape(x.shape)  # N C H W
-        return x + self.proj_out(h)
+        return added(x, *convolved(self.proj_out, h))
 
 
 def halving(channels: int) -> nn.Sequential:

@@ -1,4 +1,4 @@
-"""The fused normalisation, interpreted on the CPU, against PyTorch's in float64; compiled for an H100, unrun."""
+"""The fused normalisation and sum, interpreted on the CPU, against PyTorch's in float64; compiled for an H100, unrun."""
 
 import json
 import re
@@ -9,15 +9,15 @@ import torch
 from models.layers import fused_norm
 from tests.commands import run
 
-# precision, N, C, H, W, groups, modulated, SiLU: odd sizes, groups of 1, 5 and 6 channels, several tiles, large means
+# precision, N, C, H, W, groups, modulated, SiLU, biased: odd sizes, groups of 1, 5 and 6 channels, several tiles, large means
 CASES = [
-    ("float32", 1, 32, 5, 7, 32, False, True),
-    ("float32", 2, 20, 9, 3, 4, True, True),
-    ("float32", 1, 160, 6, 5, 32, True, False),
-    ("float32", 2, 192, 1, 1, 32, False, False),
-    ("float32", 1, 8, 70, 61, 2, False, True),
-    ("bfloat16", 2, 160, 9, 11, 32, True, True),
-    ("bfloat16", 1, 48, 33, 17, 8, False, True),
+    ("float32", 1, 32, 5, 7, 32, False, True, False),
+    ("float32", 2, 20, 9, 3, 4, True, True, True),
+    ("float32", 1, 160, 6, 5, 32, True, False, False),
+    ("float32", 2, 192, 1, 1, 32, False, False, True),
+    ("float32", 1, 8, 70, 61, 2, False, True, True),
+    ("bfloat16", 2, 160, 9, 11, 32, True, True, False),
+    ("bfloat16", 1, 48, 33, 17, 8, False, True, True),
 ]
 
 COMPARE = """
@@ -32,21 +32,34 @@ from models.codec import Codec
 def largest(ours, exact):
     return ((ours.double() - exact).abs().max() / exact.abs().max()).item()
 
-def compared(precision, n, c, h, w, groups, modulated, silu):
+def compared(precision, n, c, h, w, groups, modulated, silu, biased):
     dtype = getattr(torch, precision)
     x, weight, bias, dy = 2 * torch.randn(n, c, h, w) + 20, torch.randn(c), torch.randn(c), torch.randn(n, c, h, w)
     inputs = [x.to(dtype).contiguous(memory_format=torch.channels_last), weight, bias]
     inputs += [torch.randn(n, c, 1, 1), torch.randn(n, c, 1, 1)] if modulated else []
+    inputs += [5 * torch.randn(c)] if biased else []
     ours, exact = ([v.detach().to(t).requires_grad_() for v, t in zip(inputs, kinds)] for kinds in
-                   ([v.dtype for v in inputs], [torch.float64] * 5))
-    y = fused_norm.group_norm(ours[0], groups, *ours[1:3], 1e-5, *ours[3:], silu=silu)
+                   ([v.dtype for v in inputs], [torch.float64] * 6))
+    modulation, before = slice(3, 3 + 2 * modulated), (lambda v: v[-1] if biased else None)
+    y = fused_norm.group_norm(ours[0], groups, *ours[1:3], 1e-5, *ours[modulation], silu=silu, before=before(ours))
     norm = GroupNorm(groups, c, silu=silu).double()
     norm.weight, norm.bias = map(torch.nn.Parameter, (weight.double(), bias.double()))
-    expected = norm(exact[0], *exact[3:])
+    expected = norm(exact[0] + (before(exact).view(-1, 1, 1) if biased else 0), *exact[modulation])
     y.backward(dy.to(dtype)); expected.backward(dy.to(dtype).double())
     gradients = [norm.weight.grad if i == 1 else norm.bias.grad if i == 2 else v.grad for i, v in enumerate(exact)]
     layout = y.stride() == ours[0].stride() and y.dtype == dtype
     return [layout, largest(y, expected), *(largest(v.grad, g) for v, g in zip(ours, gradients))]
+
+def summed(precision):
+    # x + h + bias, and its gradients.
+    kind = getattr(torch, precision)
+    maps = [torch.randn(2, 36, 9, 70).to(kind).contiguous(memory_format=torch.channels_last) for _ in range(3)]
+    *ours, dy = [v.requires_grad_() for v in (*maps[:2], torch.randn(36))] + [maps[2]]
+    exact = [v.detach().double().requires_grad_() for v in ours]
+    y, expected = fused_norm.added(*ours), exact[0] + exact[1] + exact[2].view(-1, 1, 1)
+    y.backward(dy); expected.backward(dy.double())
+    return [y.stride() == maps[0].stride() and y.dtype == kind, largest(y, expected),
+            *(largest(v.grad, g.grad) for v, g in zip(ours, exact))]
 
 def network():
     # A whole denoiser and image autoencoder, every norm of them fused and none.
@@ -65,7 +78,7 @@ def network():
 torch.manual_seed(0)
 with torch.inference_mode():
     tried = fused_norm._runs(torch.device("cpu"))
-print(json.dumps([[compared(*case) for case in json.loads(sys.argv[1])], network(), tried]))
+print(json.dumps([[compared(*case) for case in json.loads(sys.argv[1])], network(), tried, [summed(kind) for kind in ("float32", "bfloat16")]]))
 """
 
 
@@ -81,12 +94,22 @@ def found():
 def test_values_and_gradients_are_those_of_float64(number, found):
     """To a relative 5e-6 in float32; in bfloat16, whose values the interpreter cuts off, to one unit of 2^-7.
 
-    Sums for weights and modulation are float32 in either case.
+    Sums for weights and modulation are float32 in either case. That for the bias before is one of dx as it is written,
+    as a convolution's own would be.
     """
     layout, y, dx, *others = found[0][number]
     assert layout
-    bound = 5e-6 if CASES[number][0] == "float32" else 2**-7
-    assert max(y, dx) < bound and max(others) < 5e-6
+    precision, *_, biased = CASES[number]
+    bound = 5e-6 if precision == "float32" else 2**-7
+    rounded = [others.pop()] if biased else []
+    assert max(y, dx, *rounded) < bound and max(others) < 5e-6
+
+
+@pytest.mark.parametrize("precision", [0, 1], ids=["float32", "bfloat16"])
+def test_a_sum_takes_the_bias_along(precision, found):
+    layout, y, dx, dh, dbias = found[3][precision]
+    assert layout
+    assert y < (2**-7 if precision else 1e-6) and dx == dh == 0 and dbias < 1e-6
 
 
 def test_networks_with_fused_norms_compute_as_those_without(found):
@@ -104,7 +127,7 @@ def test_where_either_precision_or_direction_fails_one_line_says_so(broken, monk
     def fail(*_):
         raise RuntimeError("no such instruction\nmore of it")
 
-    def group_norm(x, *_):
+    def group_norm(x, *_, before):
         if x.dtype == torch.bfloat16 and broken == "bfloat16":
             fail()
         y = x + 1
@@ -113,6 +136,7 @@ def test_where_either_precision_or_direction_fails_one_line_says_so(broken, monk
         return y
 
     monkeypatch.setattr(fused_norm, "group_norm", group_norm)
+    monkeypatch.setattr(fused_norm, "added", lambda x, h, bias: x)
     with torch.inference_mode():
         assert not fused_norm._runs.__wrapped__(torch.device("cpu"))
     said = capsys.readouterr().err
@@ -125,12 +149,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from models.layers import fused_norm_kernels as kernels
 
-SIZES = {"ROWS": 128, "WIDE": 32, "PARTS": 64, "MODULATED": True, "SILU": True}
-for name in ("moments", "merged", "apply", "gradient_sums", "gradient"):
+SIZES = {"ROWS": 128, "WIDE": 32, "PARTS": 64, "BIASED": True, "MODULATED": True, "SILU": True}
+for name in ("moments", "merged", "apply", "gradient_sums", "gradient", "added"):
     program = getattr(kernels, name)
     names, kinds, known = program.arg_names, {}, {}
     for i, arg in enumerate(names):
-        wide = arg in ("x", "y", "dx", "dy", "scale", "shift")
+        wide = arg in ("x", "h", "y", "dx", "dy", "scale", "shift")
         number = "fp32" if arg == "eps" else "i32"
         scalar = arg in ("positions", "channels", "of_group", "groups", "spans", "eps")
         kinds[arg] = "constexpr" if arg in SIZES else number if scalar else "*bf16" if wide else "*fp32"
@@ -146,7 +170,7 @@ for name in ("moments", "merged", "apply", "gradient_sums", "gradient"):
 def test_the_programs_compile_for_an_h100_and_read_sixteen_bytes_at_a_time():
     pytest.importorskip("triton")
     lines = run("-c", COMPILE).stdout.splitlines()
-    assert [line.split()[0] for line in lines] == ["moments", "merged", "apply", "gradient_sums", "gradient"]
+    assert [line.split()[0] for line in lines] == ["moments", "merged", "apply", "gradient_sums", "gradient", "added"]
     assert all(int(line.split()[1]) > 1000 for line in lines)
     wide = {line.split()[0] for line in lines if re.search(r"\.v4\.b32", line)}
-    assert wide >= {"moments", "apply", "gradient_sums", "gradient"}
+    assert wide >= {"moments", "apply", "gradient_sums", "gradient", "added"}

@@ -17,11 +17,22 @@ def _tile(positions, channels, ROWS: tl.constexpr, WIDE: tl.constexpr):
     return place, (row < positions)[:, None] & real[None, :], channel, real
 
 
+@triton.jit
+def _values(x, before, place, there, channel, real, BIASED: tl.constexpr):
+    """The tile of a map, with the bias before the norm."""
+    values = tl.load(x + place, mask=there, other=0.0).to(tl.float32)
+    if BIASED:
+        values += tl.load(before + channel, mask=real, other=0.0).to(tl.float32)[None, :]
+    return values
+
+
 @triton.jit(do_not_specialize=_SIZES)
-def moments(x, mean, squares, positions, channels, spans, ROWS: tl.constexpr, WIDE: tl.constexpr):
+def moments(
+    x, before, mean, squares, positions, channels, spans, ROWS: tl.constexpr, WIDE: tl.constexpr, BIASED: tl.constexpr,
+):  # fmt: skip
     """Mean and sum of squared deviations of every channel of a tile."""
     place, there, channel, real = _tile(positions, channels, ROWS, WIDE)
-    values = tl.load(x + place, mask=there, other=0.0).to(tl.float32)
+    values = tl.where(there, _values(x, before, place, there, channel, real, BIASED), 0.0)
     count = tl.minimum(positions - tl.program_id(0) * ROWS, ROWS).to(tl.float32)
     average = tl.sum(values, axis=0) / count
     off = tl.where(there, values - average[None, :], 0.0)
@@ -62,10 +73,10 @@ def merged(
 
 
 @triton.jit
-def _normalised(x, mean, rstd, place, there, channel, real, of_group, groups):
+def _normalised(x, before, mean, rstd, place, there, channel, real, of_group, groups, BIASED: tl.constexpr):
     """xhat, and where the groups' numbers lie."""
     group = tl.program_id(2) * groups + channel // of_group
-    values = tl.load(x + place, mask=there, other=0.0).to(tl.float32)
+    values = _values(x, before, place, there, channel, real, BIASED)
     centre, factor = tl.load(mean + group, mask=real, other=0.0), tl.load(rstd + group, mask=real, other=0.0)
     return (values - centre[None, :]) * factor[None, :], group, factor
 
@@ -94,12 +105,12 @@ def _gradient_of_g(dy, place, there, xhat, p, q, SILU: tl.constexpr):
 
 @triton.jit(do_not_specialize=_SIZES)
 def apply(
-    x, mean, rstd, weight, bias, scale, shift, y, positions, channels, of_group, groups,
-    ROWS: tl.constexpr, WIDE: tl.constexpr, MODULATED: tl.constexpr, SILU: tl.constexpr,
+    x, before, mean, rstd, weight, bias, scale, shift, y, positions, channels, of_group, groups,
+    ROWS: tl.constexpr, WIDE: tl.constexpr, BIASED: tl.constexpr, MODULATED: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """y of a tile."""
     place, there, channel, real = _tile(positions, channels, ROWS, WIDE)
-    xhat, _, _ = _normalised(x, mean, rstd, place, there, channel, real, of_group, groups)
+    xhat, _, _ = _normalised(x, before, mean, rstd, place, there, channel, real, of_group, groups, BIASED)
     p, q = _factors(weight, bias, scale, shift, channel, real, channels, MODULATED)
     g = xhat * p[None, :] + q[None, :]
     if SILU:
@@ -109,12 +120,12 @@ def apply(
 
 @triton.jit(do_not_specialize=_SIZES)
 def gradient_sums(
-    dy, x, mean, rstd, weight, bias, scale, shift, plain, along, positions, channels, of_group, groups, spans,
-    ROWS: tl.constexpr, WIDE: tl.constexpr, MODULATED: tl.constexpr, SILU: tl.constexpr,
+    dy, x, before, mean, rstd, weight, bias, scale, shift, plain, along, positions, channels, of_group, groups, spans,
+    ROWS: tl.constexpr, WIDE: tl.constexpr, BIASED: tl.constexpr, MODULATED: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """Sums over a tile's positions of dg and of dg xhat."""
     place, there, channel, real = _tile(positions, channels, ROWS, WIDE)
-    xhat, _, _ = _normalised(x, mean, rstd, place, there, channel, real, of_group, groups)
+    xhat, _, _ = _normalised(x, before, mean, rstd, place, there, channel, real, of_group, groups, BIASED)
     p, q = _factors(weight, bias, scale, shift, channel, real, channels, MODULATED)
     dg = _gradient_of_g(dy, place, there, xhat, p, q, SILU)
     to = (tl.program_id(2) * spans + tl.program_id(0)) * channels + channel
@@ -124,15 +135,23 @@ def gradient_sums(
 
 @triton.jit(do_not_specialize=_SIZES)
 def gradient(
-    dy, x, mean, rstd, weight, bias, scale, shift, plain, along, dx, positions, channels, of_group, groups,
-    ROWS: tl.constexpr, WIDE: tl.constexpr, MODULATED: tl.constexpr, SILU: tl.constexpr,
+    dy, x, before, mean, rstd, weight, bias, scale, shift, plain, along, dx, positions, channels, of_group, groups,
+    ROWS: tl.constexpr, WIDE: tl.constexpr, BIASED: tl.constexpr, MODULATED: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """dx = rstd (p dg - mean(p dg) - xhat mean(p dg xhat)), the means over a group."""
     place, there, channel, real = _tile(positions, channels, ROWS, WIDE)
-    xhat, group, factor = _normalised(x, mean, rstd, place, there, channel, real, of_group, groups)
+    xhat, group, factor = _normalised(x, before, mean, rstd, place, there, channel, real, of_group, groups, BIASED)
     p, q = _factors(weight, bias, scale, shift, channel, real, channels, MODULATED)
     dg = _gradient_of_g(dy, place, there, xhat, p, q, SILU)
     common = tl.load(plain + group, mask=real, other=0.0)
     slope = tl.load(along + group, mask=real, other=0.0)
     result = factor[None, :] * (dg * p[None, :] - common[None, :] - xhat * slope[None, :])
     tl.store(dx + place, result.to(dx.dtype.element_ty), mask=there)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def added(x, h, bias, y, positions, channels, ROWS: tl.constexpr, WIDE: tl.constexpr):
+    """y = x + h + bias of a tile."""
+    place, there, channel, real = _tile(positions, channels, ROWS, WIDE)
+    values = _values(h, bias, place, there, channel, real, True) + tl.load(x + place, mask=there, other=0.0).to(tl.float32)
+    tl.store(y + place, values.to(y.dtype.element_ty), mask=there)
