@@ -153,5 +153,7 @@ def gradient(
 def added(x, h, bias, y, positions, channels, ROWS: tl.constexpr, WIDE: tl.constexpr):
     """y = x + h + bias of a tile."""
     place, there, channel, real = _tile(positions, channels, ROWS, WIDE)
-    values = _values(h, bias, place, there, channel, real, True) + tl.load(x + place, mask=there, other=0.0).to(tl.float32)
+    values = _values(h, bias, place, there, channel, real, True) + tl.load(x + place, mask=there, other=0.0).to(
+        tl.float32
+    )
     tl.store(y + place, values.to(y.dtype.element_ty), mask=there)
