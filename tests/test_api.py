@@ -101,7 +101,7 @@ def test_an_image_of_pil_is_read_as_its_file_and_stays_as_it_is(codec, rgb, tmp_
         (Image.new("F", (32, 40)), "the PIL image: floating-point samples"),
         ("nowhere.png", "nowhere.png: cannot be read"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_what_is_no_picture_is_told_with_what_came_and_what_is_wanted(codec, image, told):
     with pytest.raises(PictureError, match=told):
