@@ -25,7 +25,7 @@ import re
 import sys
 from pathlib import Path
 
-from coding.options import DECODERS, fast_paths, quality
+from coding.options import DECODERS, fast_paths, quality, rate_weight
 from utils.commandline import answer, command_line, command_parser, loading, number, positive
 
 QUALITIES = (0.0, 0.4, 20.0, 40.0, 60.0, 80.0, 100.0)
@@ -87,6 +87,11 @@ def decoders(add) -> None:
     add(
         "--decoder", choices=DECODERS, nargs="+", default=["full"], help="full: D (default); light: shown as NAME-light"
     )
+
+
+def optimised(add) -> None:
+    told = "and each with indices chosen for their bits, too, as inference.py --rdo W does: NAME-rdo"
+    add("--rdo", type=rate_weight, default=0.0, metavar="W", help=told)
 
 
 def pictures(add) -> None:
@@ -216,7 +221,7 @@ def page(add) -> None:
 COMMANDS = {
     "rates": (
         "scores against the rate (Figs. 6, 8)",
-        [releases, decoders, pictures, scores, qualities, others, distances],
+        [releases, decoders, optimised, pictures, scores, qualities, others, distances],
     ),
     "table1": (
         "BD-rate, parameters, seconds",

@@ -46,6 +46,7 @@ def load_codec(
     decoder: str = "full",
     precision: Precision = "auto",
     without: Sequence[str] = (),
+    rdo: float = 0.0,
 ) -> "ImageCodec":
     """The codec of a release.
 
@@ -57,6 +58,7 @@ def load_codec(
         precision: of the networks: `float32`, `bfloat16`, or `auto`, which takes bfloat16 where the hardware computes in
             it and it pays. Files read with either are the same integers.
         without: fast paths of CUDA to leave out, of `fused_norm`, which is a switch of the process, and `graphs`.
+        rdo: above 0, `compress` chooses indices of the base for their bits, too, at this weight (`Codec.optimised`).
     Raises:
         CheckpointError: no release there, a damaged one, files of several, or no light decoder. DiffoError: no such
         device. ValueError: no such decoder, precision or fast path.
@@ -66,7 +68,9 @@ def load_codec(
         if value not in allowed:
             raise ValueError(f"{name} {value!r}: {', '.join(allowed)}")
     model = load_release(SMALL if weights is None else Path(weights), local_device(str(device), "device"), decoder)
-    model.max_pixels = max_pixels
+    if not 0 <= rdo < math.inf:
+        raise ValueError(f"rdo {rdo}: a weight from 0, where indices are the nearest")
+    model.max_pixels, model.rdo = max_pixels, rdo
     return ImageCodec(prepare(model, precision, without))
 
 
@@ -101,7 +105,7 @@ class ImageCodec:
             The content of a `.dfo` file.
         Raises:
             PictureError: not a picture, too small or too large. BudgetError: below the smallest file of the picture.
-            CheckpointError: weights that have no residual, with a quality above 0. ValueError: arguments that contradict
+            CheckpointError: weights that have no residual, with a quality above 0, or no index model, with `rdo`. ValueError: arguments that contradict
             each other or are out of range. TypeError: one that is no number.
         """
         _require_one(quality=quality, target_bpp=target_bpp, max_bytes=max_bytes)

@@ -1,7 +1,7 @@
 """The largest file that is not over a budget: the code is searched, the image encoder runs once."""
 
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -14,6 +14,7 @@ from models.records import Analysed
 from models.residual_hyperprior import LEVEL_CODES
 from utils.errors import BudgetError
 
+WEIGHTS = [2 ** (step / 8 - 6) for step in range(49)]  # of bits, for a base that is smaller than nearest codes give
 NEIGHBOURS = 3  # codes written on both sides of the one that is found: sizes need not rise at every step
 ENOUGH = 0.97  # share of a budget below which the table says what a larger file would take
 
@@ -44,10 +45,11 @@ def fit(codec: Codec, picture: Analysed, max_bytes: int) -> Fitted:
     """The largest file of at most `max_bytes`: of the highest level below the budget, or one near it.
 
     Sizes rise with the level but for a few bytes, and where few symbols are coded may fall before they rise. Some
-    twenty files are written, and one where no residual can fit.
+    twenty files are written, and one where no residual can fit. Below the base of the nearest codes, weights with an index model
+    give a base whose indices are chosen for their bits as well.
 
     Raises:
-        BudgetError: the smallest file, the base alone, has more bytes.
+        BudgetError: the smallest file has more bytes.
     """
     write = cache(lambda code: codec.write(picture, code))
 
@@ -56,7 +58,7 @@ def fit(codec: Codec, picture: Analysed, max_bytes: int) -> Fitted:
 
     base = size(0)
     if max_bytes < base:
-        raise BudgetError(_too_small(max_bytes, base, picture))
+        return _below_base(codec, picture, max_bytes, base)
     if not codec.has_levels or max_bytes < base + LEAST_RESIDUAL:
         why = f"a residual takes {LEAST_RESIDUAL} bytes or more" if codec.has_levels else "all that these weights have"
         return Fitted(write(0), 0, f"base alone; {why}" if max_bytes > base else None)
@@ -67,6 +69,18 @@ def fit(codec: Codec, picture: Analysed, max_bytes: int) -> Fitted:
     near = range(max(1, found - NEIGHBOURS), min(LEVEL_CODES, found + NEIGHBOURS) + 1)
     code = max((code for code in (0, *near) if size(code) <= max_bytes), key=lambda code: (size(code), code))
     return Fitted(write(code), code, _note(size(code), max_bytes, code, map(size, near)))
+
+
+def _below_base(codec: Codec, picture: Analysed, max_bytes: int, base: int) -> Fitted:
+    """The base alone, of the least weight on its bits that fits. Errors as `fit`."""
+    if not codec.index_model:
+        raise BudgetError(_too_small(max_bytes, base, picture))
+    write = cache(lambda weight: codec.write(codec.optimised(picture, weight), 0))
+    found = bisect_left(WEIGHTS, True, key=lambda weight: len(write(weight)) <= max_bytes)
+    if found == len(WEIGHTS):
+        raise BudgetError(_too_small(max_bytes, min(base, len(write(WEIGHTS[-1]))), picture))
+    weight = WEIGHTS[found]
+    return Fitted(write(weight), 0, f"base alone, its indices chosen for their bits, too: --rdo {weight:.3g}")
 
 
 def _edge(size: Size, max_bytes: int, fits: int, exceeds: int) -> int:

@@ -15,6 +15,7 @@ quality = number(float, lambda value: 0 <= value <= 100, "in 0 to 100")
 rate = number(float, lambda value: 0 < value < float("inf"), "a rate above 0")
 noise_level = number(float, lambda value: 0 < value <= 1, "in (0, 1]")
 tile_side = number(int, lambda value: value >= 256 and value % 64 == 0, "a multiple of 64 pixels, from 256")
+rate_weight = number(float, lambda value: 0 <= value < float("inf"), "a weight from 0")
 noise_seed = number(int, lambda value: 0 <= value < 2**32, "in 0 to 2^32 - 1")
 
 
@@ -71,6 +72,10 @@ def _add_coding(parser: argparse.ArgumentParser) -> None:
     add("--quality", type=quality, default=0.0, metavar="Q", help="0, the base alone, to 100; any number between")
     add("--target_bpp", type=rate, metavar="B", help="the largest file of at most B bits per pixel")
     add("--max_bytes", type=positive, metavar="N", help="the largest file of at most N bytes")
+    told = (
+        "indices of the base chosen for their bits, too, at W times the code book's spacing each (default: the nearest)"
+    )
+    parser.add_argument("--rdo", type=rate_weight, default=0.0, metavar="W", help=told)
     add = parser.add_argument_group("denoising").add_argument
     add("--one_step", action="store_true", help="a single step, noise level from the rate (the default)")
     add("--ddim", action="store_true", help="deterministic steps (the default)")
@@ -125,6 +130,7 @@ def _mistakes(args: argparse.Namespace) -> list[tuple[bool, str]]:
         (compares and mode == "decompress" and not args.ref_path, originals),
         (args.json and mode != "inspect", "--json goes with --mode inspect; the other modes write metrics.json"),
         (args.preview and encodes, "--preview goes with --mode decompress or inspect"),
+        (args.rdo and not encodes, "--rdo goes with --mode roundtrip or compress"),
         (sized and not encodes, "--quality, --target_bpp and --max_bytes go with --mode roundtrip or compress"),
         (args.eta is not None and args.infer_steps and not args.one_step, levels),
     ]

@@ -36,7 +36,7 @@ class Item:
     """One input on its way, and what has been made of it so far.
 
     Attributes:
-        image, original: uint8 (3, H, W), to be coded, to be compared with. signals: k, y, s of `Analysed`.
+        image, original: uint8 (3, H, W), to be coded, to be compared with. signals: x, k, y, s of `Analysed`.
         data: the file. contents, file, codec: what is in it, and who reads it. decoded: uint8 (3, H, W).
         error: what ended it.
     """
@@ -45,7 +45,7 @@ class Item:
     row: Row = field(default_factory=dict)
     image: Tensor | None = None
     original: Tensor | None = None
-    signals: tuple[Tensor, Tensor, Tensor | None] | None = None
+    signals: tuple[Tensor, Tensor, Tensor, Tensor | None] | None = None
     data: bytes | None = None
     file: CodedPicture | None = None
     contents: Contents | None = None
@@ -110,16 +110,18 @@ class Steps:
         codec = self.weights.codec()
         codec.require_allowed(*items[0].size)
         images = torch.stack([item.image for item in items])
-        (k, y, s), seconds = self._by_networks(codec, items, "encode", lambda: codec.signals(images))
+        signals, seconds = self._by_networks(codec, items, "encode", lambda: codec.signals(images))
         for i, item in enumerate(items):
-            item.signals = k[i : i + 1], y[i : i + 1], None if s is None else s[i : i + 1]
+            item.signals = tuple(None if each is None else each[i : i + 1] for each in signals)
             item.row["encode_s"] = seconds
 
     def write(self, item: Item) -> None:
         """Entropy coding, and the file."""
         codec = self.weights.codec()
-        analysed, base = self._timed(lambda: codec.analysed(*item.size, *item.signals))
-        with self._alone() if self.device.type == "cuda" else nullcontext():  # a residual has networks of its own
+        alone = self._alone if self.device.type == "cuda" else nullcontext
+        with alone() if codec.rdo else nullcontext():  # where indices are chosen, networks run anew
+            analysed, base = self._timed(lambda: codec.analysed(*item.size, *item.signals))
+        with alone():  # a residual has networks of its own
             fitted, seconds = self._timed(lambda: self._fitted(codec, analysed))
         self._place(item.job, STREAM, lambda path: atomic_write(path, fitted.data))
         item.data = fitted.data

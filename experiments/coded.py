@@ -57,7 +57,8 @@ class Variant:
 
     @property
     def made_from(self) -> str:
-        return f"{weights_of(self.model)}, {self.setting}"
+        rdo = f", rdo {self.model.rdo:g}" if self.model.rdo else ""
+        return f"{weights_of(self.model)}, {self.setting}{rdo}"
 
 
 def evaluator_of(args: argparse.Namespace) -> Evaluator:

@@ -77,7 +77,8 @@ def releases_of(args: argparse.Namespace, decoders: Sequence[str] = ("full",)) -
     """The codecs of --weights by their folders' names, in the order in which they were given.
 
     Args:
-        decoders: each release with each of them; `<name>-light` is the one with its light decoder.
+        decoders: each release with each of them; `<name>-light` is the one with its light decoder. With --rdo there is
+            `<name>-rdo` of each as well.
     Raises:
         DiffoError: two of one name. CheckpointError: as `load_release`.
     """
@@ -89,9 +90,14 @@ def releases_of(args: argparse.Namespace, decoders: Sequence[str] = ("full",)) -
     }
     if len(wanted) < len(folders) * len(set(decoders)):
         raise DiffoError("--weights: two releases of one folder name, which their rows would share; rename one")
-    return {
+    found = {
         name: load_release(folder, local_device(args.device), decoder) for name, (folder, decoder) in wanted.items()
     }
+    weight = getattr(args, "rdo", 0.0)
+    for name, (folder, decoder) in wanted.items() if weight else ():
+        found[f"{name}-rdo"] = codec = load_release(folder, local_device(args.device), decoder)
+        codec.rdo = weight
+    return found
 
 
 def weights_of(codec: Codec) -> str:

@@ -223,8 +223,9 @@ def nearest_codes(z: Tensor, codebook: Tensor) -> Tensor:
         indices, int64 (M,): argmin_j |z|^2 + |v_j|^2 - 2 z.v_j, in the code book's precision whatever the autocast.
     """
     with without_autocast(z.device):
-        return torch.cat([_distances(part.to(codebook.dtype), codebook).argmin(1) for part in z.split(VECTORS)])
+        return torch.cat([distances(part.to(codebook.dtype), codebook).argmin(1) for part in z.split(VECTORS)])
 
 
-def _distances(z: Tensor, codebook: Tensor) -> Tensor:  # M d, K d -> M K
+def distances(z: Tensor, codebook: Tensor) -> Tensor:
+    """Squared distances of vectors (M, d) to codes (K, d): (M, K)."""
     return z.square().sum(1, keepdim=True) + codebook.square().sum(1) - 2 * z @ codebook.t()

@@ -39,6 +39,7 @@ class Codec(Networks):
     Attributes:
         max_pixels: files that claim more are refused before anything is allocated.
         tile_side: of the tiles that large pictures are coded in, in pixels, a multiple of 64 (models.sizes.tiles).
+        rdo: weight of the bits when indices of the base are chosen, as `optimised` has it; 0 takes the nearest codes.
         base_table: integer frequency table of the base indices, int32 (K,), learnt at release; None before.
         index_model: codes the base indices in passes, fitted at release; None without one.
         fingerprint: 4 bytes that name the weights; None while they are being trained.
@@ -50,6 +51,7 @@ class Codec(Networks):
         super().__init__(params)
         self.max_pixels = MAX_PIXELS
         self.tile_side = SIDE
+        self.rdo = 0.0
         self.base_table: np.ndarray | None = None
         self.index_model: IndexModel | None = None
         self.fingerprint: bytes | None = None
@@ -97,8 +99,8 @@ class Codec(Networks):
 
     @torch.inference_mode()
     @full_precision()
-    def signals(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The encoder's networks: uint8 N x 3 x H x W -> k, y and s of `Analysed`, of N pictures. Errors as `compress`."""
+    def signals(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The encoder's networks: uint8 N x 3 x H x W -> x, k, y and s of `Analysed`, of N pictures. Errors as `compress`."""
         if self.fingerprint is None:
             raise CheckpointError("these weights have no fingerprint: load them with load_release before coding")
         height, width = images.shape[2:]
@@ -107,13 +109,38 @@ class Codec(Networks):
         tiles = self.tiles(height, width)
         x = tiles.run(lambda part: self.to_latent(to_signed(part).to(self.device)), images)
         k = tiles.latent.run(self.vq_base.indices, x)
-        y = tiles.latent.run(self.vq_base.reconstruct, self.vq_base.rows(k))
-        return k, y, self.residual.analysis(x - y, y) if self.has_levels else None
+        return x, k, *self._beyond(x, k, tiles)
 
-    def analysed(self, height: int, width: int, k: Tensor, y: Tensor, s: Tensor | None) -> Analysed:
-        """The base of one picture, coded, with the `signals` that its files are written from."""
+    def _beyond(self, x: Tensor, k: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor | None]:
+        """y of indices, and s of what it leaves of a latent."""
+        y = tiles.latent.run(self.vq_base.reconstruct, self.vq_base.rows(k))
+        return y, self.residual.analysis(x - y, y) if self.has_levels else None
+
+    def analysed(self, height: int, width: int, x: Tensor, k: Tensor, y: Tensor, s: Tensor | None) -> Analysed:
+        """The base of one picture, coded, with the `signals` that its files are written from. Errors as `optimised`."""
         file = CodedPicture(height, width, self.fingerprint, **self.coded_base(k[0].cpu().numpy()))
-        return Analysed(file, k, y, s)
+        picture = Analysed(file, x, k, y, s)
+        return self.optimised(picture, self.rdo) if self.rdo else picture
+
+    @torch.inference_mode()
+    @full_precision()
+    def optimised(self, picture: Analysed, weight: float) -> Analysed:
+        """The picture with indices chosen for distortion and rate together (`IndexModel.choose`): a smaller base.
+
+        Args:
+            weight: what a bit may cost, above 0, in shares of the code book's spacing (`Codebook.spacing`).
+        Raises:
+            CheckpointError: the weights have no index model.
+        """
+        if self.index_model is None:
+            raise CheckpointError("these weights have no index model (python -m release fits one): leave out --rdo")
+        book = self.vq_base.quantize
+        tiles = self.tiles(picture.file.height, picture.file.width)
+        z = tiles.latent.run(self.vq_base.encode, picture.x)[0]
+        k = self.index_model.choose(z, book.embedding.weight, weight * book.spacing)
+        file = replace(picture.file, **self.coded_base(k))
+        k = torch.from_numpy(k)[None].to(self.device)
+        return Analysed(file, picture.x, k, *self._beyond(picture.x, k, tiles))
 
     def coded_base(self, k: np.ndarray) -> dict[str, bytes | bool]:
         """Indices (h, w) in the shortest of the ways that these weights have: fields of `CodedPicture`."""

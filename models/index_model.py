@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.entropy_coding import SectionDecoder, SectionEncoder, own_bits, own_tables
+from models.blocks import distances
+from models.entropy_coding import SectionDecoder, SectionEncoder, bits_of_all, own_bits, own_tables
 from models.integers import (
     ACTIVATION_MAX,
     ACTIVATION_UNIT,
@@ -148,6 +149,28 @@ class IndexModel:
             a = product(a, *layer).clamp_(0, ACTIVATION_MAX)
         return product(a, *self._out)
 
+    def choose(self, z: Tensor, codebook: Tensor, weight: float) -> np.ndarray:
+        """Indices for little distortion and rate together, pass after pass: argmin_j |z - v_j|^2 + weight bits(j), what is
+        chosen before being the context (entropy-constrained VQ, Chou et al. 1989, with a table for every position).
+
+        Args:
+            z: d_q x h x w. codebook: (K, d_q). weight: squared distance that a bit may cost, from 0.
+        Returns:
+            int64 (h, w).
+        """
+        z, codebook = z.permute(1, 2, 0).cpu(), codebook.cpu()  # h w d_q
+        grid, k = self._unknown(*z.shape[:2])
+        for number, rows, columns in parts(*k.shape, self.network.codes):
+            bits = bits_of_all(self.masses(grid, number, rows, columns))
+            cost = distances(z[rows, columns], codebook).double().numpy() + weight * bits
+            k[rows, columns] = cost.argmin(axis=1)
+        return k.astype(np.int64)
+
+    def _unknown(self, h: int, w: int) -> tuple[np.ndarray, np.ndarray]:
+        """A bordered grid whose indices are to be found, and the view of these."""
+        grid = bordered(np.full((h, w), self.network.codes), self.network.codes)
+        return grid, grid[_REACH:-_REACH, _REACH:-_REACH]
+
     def encode(self, k: np.ndarray) -> bytes:
         """The section of indices (h, w) in [0, K)."""
         encoder = SectionEncoder()
@@ -174,8 +197,7 @@ class IndexModel:
             BitstreamError: a section that no encoder writes for a picture of this size.
         """
         decoder = SectionDecoder(section, "base")
-        grid = bordered(np.full((h, w), self.network.codes), self.network.codes)
-        k = grid[_REACH:-_REACH, _REACH:-_REACH]
+        grid, k = self._unknown(h, w)
         for number, rows, columns in parts(h, w, self.network.codes):
             k[rows, columns] = decoder.take_own(self.masses(grid, number, rows, columns))
         decoder.close()

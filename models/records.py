@@ -153,11 +153,12 @@ class Analysed:
     """A picture after the image encoder: everything that its files of all levels are written from.
 
     Attributes:
-        file: the base-only file. k: int64 1 x h x w. y: 1 x d x h x w.
+        file: the base-only file. x, y: 1 x d x h x w. k: int64 1 x h x w.
         s: g_a(x - y, y), 1 x M x h x w; None without a residual codec.
     """
 
     file: CodedPicture
+    x: Tensor
     k: Tensor
     y: Tensor
     s: Tensor | None

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.blocks import Decoder, Encoder, LinearMaps, nearest_codes, start_linear
+from models.blocks import Decoder, Encoder, LinearMaps, distances, nearest_codes, start_linear
 from models.sizes.mirrors import mirrored
 from utils.config import require, require_from
 
@@ -93,6 +93,12 @@ class Codebook(nn.Module):
         self.embedding.cluster_size = nn.Parameter(torch.ones(size), requires_grad=False)
         self.embedding.embed_avg = nn.Parameter(self.embedding.weight.clone(), requires_grad=False)
 
+    @property
+    def spacing(self) -> float:
+        """Median over the codes of the squared distance to the nearest other one."""
+        apart = distances(self.embedding.weight, self.embedding.weight)
+        return apart.fill_diagonal_(torch.inf).amin(1).median().item()
+
     @torch.no_grad()
     def update(self, counts: Tensor, sums: Tensor) -> None:
         """One step of the exponential averages, with counts (K,) and sums (K, d_q) over the whole batch."""
@@ -156,7 +162,7 @@ class VQBase(nn.Module):
 
     def forward(self, x: Tensor) -> BaseCode:  # N d h w
         """VQ-E, nearest codes, and what the code-book update needs."""
-        z = self._encoded(x)
+        z = self.encode(x)
         vectors = z.permute(0, 2, 3, 1).flatten(0, 2)  # M d_q
         k = nearest_codes(vectors, self.quantize.embedding.weight)  # M
         counts, sums = self._statistics(vectors.detach(), k)
@@ -165,7 +171,8 @@ class VQBase(nn.Module):
         z_q = z + (self.rows(indices) - z).detach()  # straight-through; as the reference computes it
         return BaseCode(z, z_q, indices, counts, sums)
 
-    def _encoded(self, x: Tensor) -> Tensor:  # N d h w -> N d_q h w
+    def encode(self, x: Tensor) -> Tensor:
+        """z = VQ-E(x), not yet quantised: N x d x h x w -> N x d_q x h x w."""
         h, w = x.shape[2:]
         z = self.quant_conv(self.encoder(self._large_enough(x)))[..., :h, :w]
         z = z.to(x.dtype)  # distances and averages keep the precision of x
@@ -179,7 +186,12 @@ class VQBase(nn.Module):
 
     def indices(self, x: Tensor) -> Tensor:
         """k of a latent: N x d x h x w -> int64 N x h x w."""
-        return self(x).indices
+        return self.nearest(self.encode(x))
+
+    def nearest(self, z: Tensor) -> Tensor:
+        """k of z: N x d_q x h x w -> int64 N x h x w."""
+        vectors = z.permute(0, 2, 3, 1)
+        return nearest_codes(vectors.flatten(0, 2), self.quantize.embedding.weight).view(vectors.shape[:3])
 
     def rows(self, indices: Tensor) -> Tensor:
         """z_q from indices alone: int64 N x h x w -> N x d_q x h x w."""

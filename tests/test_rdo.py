@@ -1,0 +1,146 @@
+"""Indices of the base chosen for distortion and rate together: by hand, in files, and below the smallest plain file."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from skimage import data
+
+import reproduce
+from coding import budget
+from coding.api import load_codec
+from models.index_model import IndexModel, IndexNetwork
+from models.vq_base import Codebook, VQBaseParams
+from tests.commands import call
+from tests.residual import new_codec, picture
+from utils.errors import BudgetError, CheckpointError
+from utils.images import write_image
+
+
+@pytest.fixture(scope="module")
+def codec():
+    return load_codec()
+
+
+@pytest.fixture(scope="module")
+def image():
+    return torch.from_numpy(data.astronaut()[:192, 100:356]).permute(2, 0, 1).contiguous()
+
+
+def test_a_code_is_taken_while_its_bits_are_worth_more_than_its_distance():
+    """Code 0 is four bits cheaper than any other, everywhere."""
+    network = IndexNetwork(4, channels=2, width=4)
+    for parameter in network.parameters():
+        torch.nn.init.zeros_(parameter)
+    network.out.bias.data[0] = 4
+    model = IndexModel(network)
+    assert np.ptp(model.bits(np.array([[0, 1]]))) == pytest.approx(4, abs=1e-4)
+    codebook = torch.tensor([[0.0, 0], [3, 0], [0, 3], [9, 9]])
+    z = torch.tensor([[2.0, 0]]).expand(5, 6, 2).permute(2, 0, 1)  # 4 from code 0, 1 from code 1: 3 / 4 a bit
+    for weight, code in ((0, 1), (0.74, 1), (0.76, 0), (9, 0)):
+        assert (model.choose(z, codebook, weight) == code).all(), weight
+
+
+def test_the_context_of_an_index_is_what_was_chosen_before_it(codec):
+    """What is chosen is the best at every position, given all that is chosen in earlier passes."""
+    model, book = codec.model.index_model, codec.model.vq_base.quantize.embedding.weight
+    z = torch.randn(16, 7, 9, generator=torch.Generator().manual_seed(0))
+    k = model.choose(z, book, 0.5)
+    random = np.random.default_rng(0)
+    for row, column in np.ndindex(k.shape):
+        costs = []
+        for code in (k[row, column], *random.choice(k.ravel(), 4)):
+            other = k.copy()
+            other[row, column] = code
+            distance = (z[:, row, column] - book[code]).square().sum().item()
+            costs.append(distance + 0.5 * model.bits(other)[row, column])
+        assert min(costs) > costs[0] - 1e-4, (row, column)
+
+
+def test_the_spacing_of_a_code_book_by_hand():
+    book = Codebook(VQBaseParams(codebook_size=4, embed_dim=1))
+    book.embedding.weight.data = torch.tensor([[0.0], [3], [10], [30]])  # 9, 9, 49, 400
+    assert book.spacing == 9  # of the two in the middle PyTorch's median is the lower
+
+
+def test_more_weight_gives_a_smaller_base_further_from_the_picture(codec, image):
+    model = codec.model
+    plain = model.analyse(image)
+    z = model.vq_base.encode(plain.x)
+    found = [plain, *(model.optimised(plain, weight) for weight in (0.05, 0.2, 1.0))]
+    sizes = [len(model.write(each, 0)) for each in found]
+    errors = [(model.vq_base.rows(each.k) - z).square().sum(1).mean().item() for each in found]
+    assert sizes == sorted(set(sizes), reverse=True) and errors == sorted(set(errors))
+    for each in found:
+        contents = model.read(model.write(each, 100))
+        assert torch.equal(contents.k, each.k)
+    # The residual is of the y that the decoder has.
+    worse = model.analysed(*image.shape[1:], plain.x, found[3].k, plain.y, plain.s)
+    error = [
+        (model.known([model.read(model.write(each, 255))])[0] - plain.x).square().mean() for each in (found[3], worse)
+    ]
+    assert error[0] < error[1]
+
+
+def test_a_budget_below_the_nearest_codes_is_met(codec, image):
+    model = codec.model
+    plain = model.analyse(image)
+    base = len(model.write(plain, 0))
+    for share in (0.99, 0.8, 0.6):
+        fitted = budget.fit(model, plain, int(share * base))
+        assert (share - 0.12) * base < len(fitted.data) <= share * base and fitted.code == 0
+        weight = float(fitted.note.rpartition(" ")[2])
+        assert len(load_codec(rdo=weight).compress(image)) == pytest.approx(len(fitted.data), abs=3)
+    assert fitted.data == codec.compress(image, max_bytes=int(0.6 * base))
+    with pytest.raises(BudgetError, match="too few for this picture: its smallest file has") as told:
+        budget.fit(model, plain, base // 5)
+    smallest = int(str(told.value).rpartition("file has ")[2].split()[0])
+    assert base / 3 < smallest < 0.7 * base and len(budget.fit(model, plain, smallest).data) == smallest
+
+
+def test_the_command_takes_a_weight(image, tmp_path, capsys):
+    write_image(tmp_path / "photo.png", image)
+    sizes = []
+    for name, options in (("a", []), ("b", ["--rdo", "0.2"]), ("c", ["--rdo", "0.2", "--quality", "60"])):
+        where = tmp_path / name
+        status, out, err = call(capsys, "-i", tmp_path / "photo.png", "-o", where, "--mode", "compress", *options)
+        assert status == 0, err
+        sizes.append((where / "photo.dfo").stat().st_size)
+    assert sizes[1] < sizes[0] < sizes[2]
+    for options, said in (
+        (["--rdo", "-1"], "a weight from 0"),
+        (["--mode", "decompress", "--rdo", "1"], "--rdo goes with"),
+    ):
+        status, out, err = call(capsys, "-i", tmp_path / "photo.png", "-o", tmp_path / "d", *options)
+        assert status == 2 and said in err
+
+
+def test_what_cannot_be_is_told(codec, image):
+    with pytest.raises(ValueError, match="rdo -1: a weight from 0"):
+        load_codec(rdo=-1)
+    without = new_codec()
+    with pytest.raises(CheckpointError, match="no index model"):
+        without.optimised(without.analyse(picture(32, 48)), 0.1)
+
+
+def test_rates_shows_both(image, tmp_path, capsys):
+    (tmp_path / "pictures").mkdir()
+    write_image(tmp_path / "pictures" / "photo.png", image)
+    given = [
+        "rates",
+        "--data",
+        tmp_path / "pictures",
+        "-o",
+        tmp_path / "o",
+        "--qualities",
+        "0",
+        "--codecs",
+        "--metrics",
+        "psnr",
+    ]
+    assert reproduce.main([*map(str, given), "--rdo", "0.2"]) == 0
+    capsys.readouterr()
+    rows = {row["codec"]: row for row in json.loads((tmp_path / "o" / "rates.json").read_text())["pictures"]}
+    assert int(rows["small-rdo"]["bytes"]) < int(rows["small"]["bytes"]) and "rdo 0.2" in rows["small-rdo"]["made_from"]
+    assert "rdo" not in rows["small"]["made_from"]
