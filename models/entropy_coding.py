@@ -22,7 +22,7 @@ TOTAL = 1 << PRECISION
 _CODER_PRECISION = 24
 _STATE_BITS, _WORD_BYTES = 64, 4
 _OWN = constriction.stream.model.Categorical(perfect=False)  # symbols that each bring a table
-_RUN = 1 << 20  # symbols looked at together: beside them, coding needs 4 bytes a symbol for their order
+_RUN = 1 << 20  # symbols looked at together: beside them, coding needs 5 bytes a symbol, 4 for their order
 
 
 def frequency_table(counts: np.ndarray) -> np.ndarray:
@@ -149,29 +149,34 @@ def encode_symbols(symbols: np.ndarray, groups: np.ndarray, tables: np.ndarray) 
         symbols: (count,) integers, count >= 1, within the reach of their tables. groups: (count,) in [0, G).
         tables: (G, 2R + 1) int32 as from `centred_table`, or one of an even number of entries, -R to R - 1.
     """
-    encoder = constriction.stream.queue.RangeEncoder()
-    for members, model, reach in _runs(groups, tables):
-        encoder.encode(symbols[members].astype(np.int32) + reach, model)
+    encoder, sortings = constriction.stream.queue.RangeEncoder(), _by_group(groups, len(tables))
+    ordered = [symbols[start : start + _RUN][order] for start, order, _ in sortings]
+    for number, members, model, reach in _runs(sortings, tables):
+        encoder.encode(ordered[number][members].astype(np.int32) + reach, model)
     return _close(encoder)
 
 
 def decode_symbols(section: bytes, groups: np.ndarray, tables: np.ndarray, what: str) -> np.ndarray:
     """Inverse of `encode_symbols`: (count,) int8, int16 for wide tables. Accepts exactly what the encoder writes.
 
-    Memory beside the result is 4 bytes a symbol and a little, and a string that cannot last is given up early.
+    Memory beside the result is 5 or 6 bytes a symbol and a little, and a string that cannot last is given up early.
 
     Args:
         section: any bytes are safe. groups, tables: as given to the encoder. what: the section's name in errors.
     Raises:
         BitstreamError: a section that no encoder writes with these groups and tables.
     """
-    if _least_bits(groups, tables) > 8 * len(section) + 1:
+    sortings = _by_group(groups, len(tables))
+    if _least_bits(sortings, tables) > 8 * len(section) + 1:
         raise _damaged(what)
     decoder = SectionDecoder(section, what)
     symbols = np.empty(len(groups), dtype=np.int8 if tables.shape[1] < 128 else np.int16)
-    for members, model, reach in _runs(groups, tables):
-        symbols[members] = decoder.take(len(members), model) - reach
+    ordered = [np.empty_like(symbols, shape=len(order)) for _, order, _ in sortings]
+    for number, members, model, reach in _runs(sortings, tables):
+        ordered[number][members] = decoder.take(members.stop - members.start, model) - reach
     decoder.close()
+    for (start, order, _), values in zip(sortings, ordered, strict=True):
+        symbols[start : start + _RUN][order] = values
     return symbols
 
 
@@ -260,29 +265,33 @@ def _damaged(what: str) -> BitstreamError:
     )
 
 
-def _runs(groups: np.ndarray, tables: np.ndarray):
-    """(positions, coder's model, reach) of every group that occurs, in the order of the groups; long ones in parts."""
-    parts = [_by_group(groups[start : start + _RUN], len(tables)) for start in range(0, len(groups), _RUN)]
+_Sorting = tuple[int, np.ndarray, np.ndarray]
+
+
+def _by_group(groups: np.ndarray, count: int) -> list[_Sorting]:
+    """For every _RUN symbols their start, the order, uint32, that sorts them by group, and where groups begin and end in it."""
+    sortings = []
+    for start in range(0, len(groups), _RUN):
+        part = groups[start : start + _RUN]
+        ends = np.concatenate([[0], np.bincount(part, minlength=count).cumsum()])
+        sortings.append((start, np.argsort(part, kind="stable").astype(np.uint32), ends))
+    return sortings
+
+
+def _runs(sortings: list[_Sorting], tables: np.ndarray):
+    """(sorting's number, places in its order, coder's model, reach) of every group that occurs, in the order of the groups."""
     for group, table in enumerate(tables):
         table = table[table > 0]
         model = None
-        for number, (order, ends) in enumerate(parts):
-            members = order[ends[group] : ends[group + 1]]
-            if members.size:
+        for number, (_, _, ends) in enumerate(sortings):
+            if ends[group] < ends[group + 1]:
                 model = model or _coder_model(table)
-                yield number * _RUN + members.astype(np.int64), model, len(table) // 2
+                yield number, slice(int(ends[group]), int(ends[group + 1])), model, len(table) // 2
 
 
-def _by_group(groups: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions in the order of their groups, uint32, and where each group's begin and end there, (count + 1,)."""
-    order = np.argsort(groups, kind="stable").astype(np.uint32)
-    return order, np.concatenate([[0], np.bincount(groups, minlength=count).cumsum()])
-
-
-def _least_bits(groups: np.ndarray, tables: np.ndarray) -> float:
+def _least_bits(sortings: list[_Sorting], tables: np.ndarray) -> float:
     """Cost of the most likely symbol everywhere."""
-    starts = range(0, len(groups), _RUN)
-    counts = sum(np.bincount(groups[start : start + _RUN], minlength=len(tables)) for start in starts)
+    counts = sum(np.diff(ends) for _, _, ends in sortings)
     return float(np.dot(counts, PRECISION - np.log2(tables.max(axis=1))))
 
 
