@@ -1,6 +1,6 @@
 # make demo    code sample photographs with the weights that ship, into results/demo
 # make report  results/report.html: those photographs by other codecs as well, with curves and tables; some minutes
-# make test    the fast tests        make test-slow   the slow ones
+# make test    the fast tests, in two processes, e.g. make test JOBS=8        make test-slow   the slow ones
 # make test-browser   the report in headless Chromium; installs Playwright, and a Chromium where there is none
 # make lint    undefined names, unused imports, formatting
 # make bench-hostile    10,000 altered files and 1,000 resealed ones: refused, in time and in little memory
@@ -29,8 +29,11 @@ demo: $(INSTALLED)
 report: $(INSTALLED)
 	@$(PY) reproduce.py report --demo
 
+# Processes that share the test files, one thread each.
+JOBS ?= 2
+
 test: $(INSTALLED)
-	@$(PY) -m pytest -q
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist loadfile
 
 test-slow: $(INSTALLED)
 	@$(PY) -m pytest -q -m slow -o faulthandler_timeout=0
