@@ -244,6 +244,7 @@ COMMANDS = {
 SHARED = [
     releases,
     decoders,
+    optimised,
     pictures,
     scores,
     qualities,
