@@ -67,10 +67,11 @@ def load_codec(
     for name, value, allowed in [*named, *(("without", path, FAST_PATHS) for path in without)]:
         if value not in allowed:
             raise ValueError(f"{name} {value!r}: {', '.join(allowed)}")
-    model = load_release(SMALL if weights is None else Path(weights), local_device(str(device), "device"), decoder)
     if not 0 <= rdo < math.inf:
         raise ValueError(f"rdo {rdo}: a weight from 0, where indices are the nearest")
-    model.max_pixels, model.rdo = max_pixels, rdo
+    model = load_release(SMALL if weights is None else Path(weights), local_device(str(device), "device"), decoder)
+    model.max_pixels = max_pixels
+    model.choose_by_rate(rdo)
     return ImageCodec(prepare(model, precision, without))
 
 
@@ -94,7 +95,7 @@ class ImageCodec:
         target_bpp: float | None = None,
         max_bytes: int | None = None,
     ) -> bytes:
-        """Code a picture, sides from 16 pixels; without further arguments as the base alone, the smallest file.
+        """Code a picture, sides from 16 pixels; without further arguments as the base alone.
 
         Args:
             image: path, PIL image, NumPy array (H x W x 3 or H x W) or tensor (3 x H x W or H x W); arrays and tensors
@@ -105,7 +106,7 @@ class ImageCodec:
             The content of a `.dfo` file.
         Raises:
             PictureError: not a picture, too small or too large. BudgetError: below the smallest file of the picture.
-            CheckpointError: weights that have no residual, with a quality above 0, or no index model, with `rdo`. ValueError: arguments that contradict
+            CheckpointError: weights that have no residual, with a quality above 0,  ValueError: arguments that contradict
             each other or are out of range. TypeError: one that is no number.
         """
         _require_one(quality=quality, target_bpp=target_bpp, max_bytes=max_bytes)

@@ -80,7 +80,7 @@ def _below_base(codec: Codec, picture: Analysed, max_bytes: int, base: int) -> F
     if found == len(WEIGHTS):
         raise BudgetError(_too_small(max_bytes, min(base, len(write(WEIGHTS[-1]))), picture))
     weight = WEIGHTS[found]
-    return Fitted(write(weight), 0, f"base alone, its indices chosen for their bits, too: --rdo {weight:.3g}")
+    return Fitted(write(weight), 0, f"base alone, its indices chosen for their bits, too: --rdo {weight:.6g}")
 
 
 def _edge(size: Size, max_bytes: int, fits: int, exceeds: int) -> int:

@@ -51,7 +51,8 @@ class Weights:
             raise DiffoError(f"--steps {args.steps}: these weights were trained with a schedule of {trained} steps")
         if (args.infer_steps or 1) > trained:
             raise DiffoError(f"--infer_steps {args.infer_steps}: the schedule of these weights has {trained} steps")
-        codec.max_pixels, codec.tile_side, codec.rdo = args.max_pixels, args.chop_size, args.rdo
+        codec.max_pixels, codec.tile_side = args.max_pixels, args.chop_size
+        codec.choose_by_rate(args.rdo)
         return prepare(codec, args.precision, args.without)
 
 

@@ -1,6 +1,7 @@
 """Inputs that experiments share: photographs, releases, and what a table says of how it was made."""
 
 import argparse
+import copy
 import importlib.metadata
 import os
 import platform
@@ -73,12 +74,12 @@ def checksum(path: Path) -> str:
     return f"{zlib.crc32(path.read_bytes()):08x}"
 
 
-def releases_of(args: argparse.Namespace, decoders: Sequence[str] = ("full",)) -> dict[str, Codec]:
+def releases_of(args: argparse.Namespace, decoders: Sequence[str] = ("full",), rdo: float = 0.0) -> dict[str, Codec]:
     """The codecs of --weights by their folders' names, in the order in which they were given.
 
     Args:
-        decoders: each release with each of them; `<name>-light` is the one with its light decoder. With --rdo there is
-            `<name>-rdo` of each as well.
+        decoders: each release with each of them; `<name>-light` is the one with its light decoder.
+        rdo: above 0, there is `<name>-rdo` of each as well, with this weight.
     Raises:
         DiffoError: two of one name. CheckpointError: as `load_release`.
     """
@@ -93,10 +94,11 @@ def releases_of(args: argparse.Namespace, decoders: Sequence[str] = ("full",)) -
     found = {
         name: load_release(folder, local_device(args.device), decoder) for name, (folder, decoder) in wanted.items()
     }
-    weight = getattr(args, "rdo", 0.0)
-    for name, (folder, decoder) in wanted.items() if weight else ():
-        found[f"{name}-rdo"] = codec = load_release(folder, local_device(args.device), decoder)
-        codec.rdo = weight
+    for name in wanted if rdo else ():
+        if f"{name}-rdo" in found:
+            raise DiffoError(f"--weights {name}-rdo: the name that --rdo gives to {name}; rename the folder")
+        found[f"{name}-rdo"] = codec = copy.copy(found[name])
+        codec.choose_by_rate(rdo)
     return found
 
 

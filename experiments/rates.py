@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         DiffoError: an option is wrong, before anything is coded; a picture cannot be read.
     """
-    releases = releases_of(args, args.decoder)
+    releases = releases_of(args, args.decoder, args.rdo)
     means = points(args, releases)
     if not is_main():
         return

@@ -227,5 +227,6 @@ def nearest_codes(z: Tensor, codebook: Tensor) -> Tensor:
 
 
 def distances(z: Tensor, codebook: Tensor) -> Tensor:
-    """Squared distances of vectors (M, d) to codes (K, d): (M, K)."""
-    return z.square().sum(1, keepdim=True) + codebook.square().sum(1) - 2 * z @ codebook.t()
+    """Squared distances of vectors (M, d) to codes (K, d), whatever the autocast: (M, K)."""
+    with without_autocast(z.device):
+        return z.square().sum(1, keepdim=True) + codebook.square().sum(1) - 2 * z @ codebook.t()

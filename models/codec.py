@@ -117,23 +117,25 @@ class Codec(Networks):
         return y, self.residual.analysis(x - y, y) if self.has_levels else None
 
     def analysed(self, height: int, width: int, x: Tensor, k: Tensor, y: Tensor, s: Tensor | None) -> Analysed:
-        """The base of one picture, coded, with the `signals` that its files are written from. Errors as `optimised`."""
+        """The base of one picture, coded, with the `signals` that its files are written from."""
         file = CodedPicture(height, width, self.fingerprint, **self.coded_base(k[0].cpu().numpy()))
         picture = Analysed(file, x, k, y, s)
         return self.optimised(picture, self.rdo) if self.rdo else picture
 
+    def choose_by_rate(self, weight: float) -> None:
+        """Set `rdo`. Raises CheckpointError for a weight above 0 without an index model."""
+        if weight and self.index_model is None:
+            raise CheckpointError("these weights have no index model (python -m release fits one): leave out --rdo")
+        self.rdo = weight
+
     @torch.inference_mode()
     @full_precision()
     def optimised(self, picture: Analysed, weight: float) -> Analysed:
-        """The picture with indices chosen for distortion and rate together (`IndexModel.choose`): a smaller base.
+        """The picture with indices chosen for distortion and rate together (`IndexModel.choose`): a smaller base. For weights with an index model.
 
         Args:
             weight: what a bit may cost, above 0, in shares of the code book's spacing (`Codebook.spacing`).
-        Raises:
-            CheckpointError: the weights have no index model.
         """
-        if self.index_model is None:
-            raise CheckpointError("these weights have no index model (python -m release fits one): leave out --rdo")
         book = self.vq_base.quantize
         tiles = self.tiles(picture.file.height, picture.file.width)
         z = tiles.latent.run(self.vq_base.encode, picture.x)[0]

@@ -13,7 +13,7 @@ from coding.api import load_codec
 from models.index_model import IndexModel, IndexNetwork
 from models.vq_base import Codebook, VQBaseParams
 from tests.commands import call
-from tests.residual import new_codec, picture
+from tests.residual import new_codec
 from utils.errors import BudgetError, CheckpointError
 from utils.images import write_image
 
@@ -121,7 +121,7 @@ def test_what_cannot_be_is_told(codec, image):
         load_codec(rdo=-1)
     without = new_codec()
     with pytest.raises(CheckpointError, match="no index model"):
-        without.optimised(without.analyse(picture(32, 48)), 0.1)
+        without.choose_by_rate(0.1)
 
 
 def test_rates_shows_both(image, tmp_path, capsys):

@@ -136,7 +136,7 @@ class _GroupNorm(torch.autograd.Function):
         if modulated:
             dshift = sums[0].to(shift.dtype)[..., None, None]
             dscale = (weight * sums[1] + bias * sums[0]).to(scale.dtype)[..., None, None]
-        dbefore = None if before is None else _summed(dx).to(before.dtype)
+        dbefore = _summed(dx).to(before.dtype) if ctx.needs_input_grad[5] else None  # frozen ones are left alone
         return dx, dw.to(weight.dtype), db.to(bias.dtype), dscale, dshift, dbefore, None, None, None
 
 
@@ -152,7 +152,7 @@ class _Added(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        return dy, dy, _summed(dy).to(ctx.precision)
+        return dy, dy, _summed(dy).to(ctx.precision) if ctx.needs_input_grad[2] else None
 
 
 def _summed(gradient: Tensor) -> Tensor:
