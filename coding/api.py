@@ -58,10 +58,10 @@ def load_codec(
         precision: of the networks: `float32`, `bfloat16`, or `auto`, which takes bfloat16 where the hardware computes in
             it and it pays. Files read with either are the same integers.
         without: fast paths of CUDA to leave out, of `fused_norm`, which is a switch of the process, and `graphs`.
-        rdo: above 0, `compress` chooses indices of the base for their bits, too, at this weight (`Codec.optimised`).
+        rdo: above 0, `compress` chooses indices of the base for their bits, too, at this weight (`Codec.indices`).
     Raises:
-        CheckpointError: no release there, a damaged one, files of several, or no light decoder. DiffoError: no such
-        device. ValueError: no such decoder, precision or fast path.
+        CheckpointError: no release there, a damaged one, files of several, no light decoder, or no index model for
+        `rdo`. DiffoError: no such device. ValueError: no such decoder, precision, fast path or weight.
     """
     named = [("decoder", decoder, DECODERS), ("precision", precision, get_args(Precision))]
     for name, value, allowed in [*named, *(("without", path, FAST_PATHS) for path in without)]:
@@ -106,7 +106,7 @@ class ImageCodec:
             The content of a `.dfo` file.
         Raises:
             PictureError: not a picture, too small or too large. BudgetError: below the smallest file of the picture.
-            CheckpointError: weights that have no residual, with a quality above 0,  ValueError: arguments that contradict
+            CheckpointError: weights that have no residual, with a quality above 0. ValueError: arguments that contradict
             each other or are out of range. TypeError: one that is no number.
         """
         _require_one(quality=quality, target_bpp=target_bpp, max_bytes=max_bytes)

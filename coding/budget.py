@@ -75,7 +75,7 @@ def _below_base(codec: Codec, picture: Analysed, max_bytes: int, base: int) -> F
     """The base alone, of the least weight on its bits that fits. Errors as `fit`."""
     if not codec.index_model:
         raise BudgetError(_too_small(max_bytes, base, picture))
-    write = cache(lambda weight: codec.write(codec.optimised(picture, weight), 0))
+    write = cache(lambda weight: codec.smaller_base(picture, weight))
     found = bisect_left(WEIGHTS, True, key=lambda weight: len(write(weight)) <= max_bytes)
     if found == len(WEIGHTS):
         raise BudgetError(_too_small(max_bytes, min(base, len(write(WEIGHTS[-1]))), picture))

@@ -118,12 +118,8 @@ class Steps:
     def write(self, item: Item) -> None:
         """Entropy coding, and the file."""
         codec = self.weights.codec()
-        alone = self._alone if self.device.type == "cuda" else nullcontext
-        with (
-            self._turn_of(codec, [item], "encode") if codec.rdo else nullcontext()
-        ):  # to choose indices, networks run anew
-            analysed, base = self._timed(lambda: codec.analysed(*item.size, *item.signals))
-        with alone():  # a residual has networks of its own
+        analysed, base = self._timed(lambda: codec.analysed(*item.size, *item.signals))
+        with self._alone() if self.device.type == "cuda" else nullcontext():  # a residual has networks of its own
             fitted, seconds = self._timed(lambda: self._fitted(codec, analysed))
         self._place(item.job, STREAM, lambda path: atomic_write(path, fitted.data))
         item.data = fitted.data
@@ -187,14 +183,10 @@ class Steps:
 
     def _by_networks(self, codec: Codec, items: Sequence[Item], way: Way, work: Callable):
         """The result of work(), in turn with other lanes where the networks need it, and seconds for each item."""
-        with self._turn_of(codec, items, way):
+        maps = len(items) * (codec.memory(*items[0].size, way) - codec.memory(MIN_SIDE, MIN_SIDE, way))
+        with self._alone() if self.device.type == "cuda" or maps > SIDE_BY_SIDE else nullcontext():
             result, seconds = self._timed(work)
         return result, seconds / len(items)
-
-    def _turn_of(self, codec: Codec, items: Sequence[Item], way: Way):
-        """`_alone` for networks that take turns, a context of nothing for those that run beside others."""
-        maps = len(items) * (codec.memory(*items[0].size, way) - codec.memory(MIN_SIDE, MIN_SIDE, way))
-        return self._alone() if self.device.type == "cuda" or maps > SIDE_BY_SIDE else nullcontext()
 
     @contextmanager
     def _alone(self) -> Iterator[None]:

@@ -39,7 +39,7 @@ class Codec(Networks):
     Attributes:
         max_pixels: files that claim more are refused before anything is allocated.
         tile_side: of the tiles that large pictures are coded in, in pixels, a multiple of 64 (models.sizes.tiles).
-        rdo: weight of the bits when indices of the base are chosen, as `optimised` has it; 0 takes the nearest codes.
+        rdo: weight of the bits when indices of the base are chosen, as `indices` has it; 0 takes the nearest codes.
         base_table: integer frequency table of the base indices, int32 (K,), learnt at release; None before.
         index_model: codes the base indices in passes, fitted at release; None without one.
         fingerprint: 4 bytes that name the weights; None while they are being trained.
@@ -108,19 +108,28 @@ class Codec(Networks):
             raise ValueError(f"pictures start at {MIN_SIDE}x{MIN_SIDE} pixels, not {width}x{height}")
         tiles = self.tiles(height, width)
         x = tiles.run(lambda part: self.to_latent(to_signed(part).to(self.device)), images)
-        k = tiles.latent.run(self.vq_base.indices, x)
-        return x, k, *self._beyond(x, k, tiles)
-
-    def _beyond(self, x: Tensor, k: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor | None]:
-        """y of indices, and s of what it leaves of a latent."""
+        k = self.indices(x, tiles, self.rdo)
         y = tiles.latent.run(self.vq_base.reconstruct, self.vq_base.rows(k))
-        return y, self.residual.analysis(x - y, y) if self.has_levels else None
+        return x, k, y, self.residual.analysis(x - y, y) if self.has_levels else None
+
+    def indices(self, x: Tensor, tiles: Tiles, weight: float) -> Tensor:
+        """k of latents, N x d x h x w -> int64 N x h x w: the nearest codes or, with a weight, those that cost little as well.
+
+        Args:
+            weight: what a bit may cost, in shares of the code book's spacing (`Codebook.spacing`, `IndexModel.choose`); above
+                0 for weights with an index model.
+        """
+        if not weight:
+            return tiles.latent.run(self.vq_base.indices, x)
+        book = self.vq_base.quantize
+        z, cost = tiles.latent.run(self.vq_base.encode, x), weight * book.spacing
+        k = np.stack([self.index_model.choose(each, book.embedding.weight, cost) for each in z])
+        return torch.from_numpy(k).to(self.device)
 
     def analysed(self, height: int, width: int, x: Tensor, k: Tensor, y: Tensor, s: Tensor | None) -> Analysed:
         """The base of one picture, coded, with the `signals` that its files are written from."""
         file = CodedPicture(height, width, self.fingerprint, **self.coded_base(k[0].cpu().numpy()))
-        picture = Analysed(file, x, k, y, s)
-        return self.optimised(picture, self.rdo) if self.rdo else picture
+        return Analysed(file, x, k, y, s)
 
     def choose_by_rate(self, weight: float) -> None:
         """Set `rdo`. Raises CheckpointError for a weight above 0 without an index model."""
@@ -130,19 +139,11 @@ class Codec(Networks):
 
     @torch.inference_mode()
     @full_precision()
-    def optimised(self, picture: Analysed, weight: float) -> Analysed:
-        """The picture with indices chosen for distortion and rate together (`IndexModel.choose`): a smaller base. For weights with an index model.
-
-        Args:
-            weight: what a bit may cost, above 0, in shares of the code book's spacing (`Codebook.spacing`).
-        """
-        book = self.vq_base.quantize
+    def smaller_base(self, picture: Analysed, weight: float) -> bytes:
+        """The base-only file of a picture with indices of a weight, as `indices` has it."""
         tiles = self.tiles(picture.file.height, picture.file.width)
-        z = tiles.latent.run(self.vq_base.encode, picture.x)[0]
-        k = self.index_model.choose(z, book.embedding.weight, weight * book.spacing)
-        file = replace(picture.file, **self.coded_base(k))
-        k = torch.from_numpy(k)[None].to(self.device)
-        return Analysed(file, picture.x, k, *self._beyond(picture.x, k, tiles))
+        k = self.indices(picture.x, tiles, weight)[0].cpu().numpy()
+        return bitstream.pack(replace(picture.file, **self.coded_base(k)))
 
     def coded_base(self, k: np.ndarray) -> dict[str, bytes | bool]:
         """Indices (h, w) in the shortest of the ways that these weights have: fields of `CodedPicture`."""

@@ -186,12 +186,7 @@ class VQBase(nn.Module):
 
     def indices(self, x: Tensor) -> Tensor:
         """k of a latent: N x d x h x w -> int64 N x h x w."""
-        return self.nearest(self.encode(x))
-
-    def nearest(self, z: Tensor) -> Tensor:
-        """k of z: N x d_q x h x w -> int64 N x h x w."""
-        vectors = z.permute(0, 2, 3, 1)
-        return nearest_codes(vectors.flatten(0, 2), self.quantize.embedding.weight).view(vectors.shape[:3])
+        return self(x).indices
 
     def rows(self, indices: Tensor) -> Tensor:
         """z_q from indices alone: int64 N x h x w -> N x d_q x h x w."""

@@ -1,5 +1,6 @@
 """Indices of the base chosen for distortion and rate together: by hand, in files, and below the smallest plain file."""
 
+import copy
 import json
 
 import numpy as np
@@ -26,6 +27,13 @@ def codec():
 @pytest.fixture(scope="module")
 def image():
     return torch.from_numpy(data.astronaut()[:192, 100:356]).permute(2, 0, 1).contiguous()
+
+
+def weighted(model, weight):
+    """The same networks, with `rdo`."""
+    model = copy.copy(model)
+    model.choose_by_rate(weight)
+    return model
 
 
 def test_a_code_is_taken_while_its_bits_are_worth_more_than_its_distance():
@@ -66,9 +74,8 @@ def test_the_spacing_of_a_code_book_by_hand():
 
 def test_more_weight_gives_a_smaller_base_further_from_the_picture(codec, image):
     model = codec.model
-    plain = model.analyse(image)
-    z = model.vq_base.encode(plain.x)
-    found = [plain, *(model.optimised(plain, weight) for weight in (0.05, 0.2, 1.0))]
+    found = [weighted(model, weight).analyse(image) for weight in (0, 0.05, 0.2, 1.0)]
+    plain, z = found[0], model.vq_base.encode(found[0].x)
     sizes = [len(model.write(each, 0)) for each in found]
     errors = [(model.vq_base.rows(each.k) - z).square().sum(1).mean().item() for each in found]
     assert sizes == sorted(set(sizes), reverse=True) and errors == sorted(set(errors))
@@ -144,3 +151,24 @@ def test_rates_shows_both(image, tmp_path, capsys):
     rows = {row["codec"]: row for row in json.loads((tmp_path / "o" / "rates.json").read_text())["pictures"]}
     assert int(rows["small-rdo"]["bytes"]) < int(rows["small"]["bytes"]) and "rdo 0.2" in rows["small-rdo"]["made_from"]
     assert "rdo" not in rows["small"]["made_from"]
+
+
+def test_pictures_of_one_size_are_chosen_for_each_by_itself(image, tmp_path, capsys):
+    (tmp_path / "pictures").mkdir()
+    for name, shown in (("a", image), ("b", image.flip(2))):
+        write_image(tmp_path / "pictures" / f"{name}.png", shown)
+    for batch in (1, 2):
+        options = "--mode", "compress", "--rdo", "0.2", "--quality", "30", "--batch", batch
+        assert call(capsys, "-i", tmp_path / "pictures", "-o", tmp_path / str(batch), *options)[0] == 0
+    together, alone = ([(tmp_path / n / f"{name}.dfo").read_bytes() for name in "ab"] for n in "21")
+    assert together == alone and alone[0] != alone[1]
+
+
+def test_a_picture_in_tiles(codec, image):
+    """Its base is that of whole maps within what tiles change."""
+    whole, tiled = weighted(codec.model, 0.2), weighted(codec.model, 0.2)
+    tiled.tile_side = 64
+    assert not tiled.tiles(192, 256).small
+    data = tiled.compress(image, 30)
+    assert len(data) == pytest.approx(len(whole.compress(image, 30)), rel=0.1)
+    assert (tiled.decompress(data).float() - image).abs().mean() < 20
