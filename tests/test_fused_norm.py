@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from models.layers import fused_norm
+from models.layers import fused_norm, norms
 from tests.commands import run
 
 # precision, N, C, H, W, groups, modulated, SiLU, biased: odd sizes, groups of 1, 5 and 6 channels, several tiles, large means
@@ -23,7 +23,7 @@ CASES = [
 COMPARE = """
 import json, sys
 import torch
-from models.layers import fused_norm
+from models.layers import fused_norm, norms
 from models.layers.norms import GroupNorm
 from tests.networks import off_zero
 from tests.small_codec import PARAMS
@@ -177,3 +177,14 @@ def test_the_programs_compile_for_an_h100_and_read_sixteen_bytes_at_a_time():
     assert all(int(line.split()[1]) > 1000 for line in lines)
     wide = {line.split()[0] for line in lines if re.search(r"\.v4\.b32", line)}
     assert wide >= {"moments", "apply", "gradient_sums", "gradient", "added"}
+
+
+def test_a_bias_that_stands_apart_is_added_where_there_are_no_kernels():
+    """Convolution, norm and sum with the bias beside the map are those with it in the map."""
+    x, bias = torch.randn(2, 8, 5, 7), torch.randn(8)
+    norm = norms.GroupNorm(4, 8, silu=True)
+    torch.testing.assert_close(norm(x, before=bias), norm(x + bias.view(-1, 1, 1)))
+    torch.testing.assert_close(norms.added(x, 2 * x, bias), 3 * x + bias.view(-1, 1, 1))
+    conv = torch.nn.Conv2d(8, 8, 3)
+    h, apart = norms.convolved(conv, x)
+    assert apart is None and torch.equal(h, conv(x))

@@ -153,15 +153,10 @@ def test_rates_shows_both(image, tmp_path, capsys):
     assert "rdo" not in rows["small"]["made_from"]
 
 
-def test_pictures_of_one_size_are_chosen_for_each_by_itself(image, tmp_path, capsys):
-    (tmp_path / "pictures").mkdir()
-    for name, shown in (("a", image), ("b", image.flip(2))):
-        write_image(tmp_path / "pictures" / f"{name}.png", shown)
-    for batch in (1, 2):
-        options = "--mode", "compress", "--rdo", "0.2", "--quality", "30", "--batch", batch
-        assert call(capsys, "-i", tmp_path / "pictures", "-o", tmp_path / str(batch), *options)[0] == 0
-    together, alone = ([(tmp_path / n / f"{name}.dfo").read_bytes() for name in "ab"] for n in "21")
-    assert together == alone and alone[0] != alone[1]
+def test_pictures_of_one_size_are_chosen_for_each_by_itself(codec, image):
+    model, shown = weighted(codec.model, 0.2), [image, image.flip(2)]
+    together, alone = model.signals(torch.stack(shown))[1], [model.signals(each[None])[1] for each in shown]
+    assert torch.equal(together, torch.cat(alone)) and not torch.equal(*alone)
 
 
 def test_a_picture_in_tiles(codec, image):
