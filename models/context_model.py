@@ -23,14 +23,12 @@ from torch import Tensor, nn
 
 from models.entropy_coding import SectionDecoder, SectionEncoder, own_bits, own_tables
 from models.integers import (
-    ACTIVATION_MAX,
     ACTIVATION_UNIT,
     IntegerConv,
     IntegerEmbedding,
     IntegerNetwork,
     bounded,
     floor_through,
-    matrix,
     product,
     rectified,
 )
@@ -122,9 +120,10 @@ class ContextNetwork(IntegerNetwork):
     def forward(self, number: int, context: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """All symbols at the taps of positions of a pass, (P, TAPS, M), and i, (P, M) -> i' and u, (P, C) each."""
         context = (context * self.known(number)).flatten(1)
-        a = self.first(activations(context, index).T[None, ..., None])  # 1 W P 1
-        a = rectified(a + self.of_pass(torch.tensor([[[number]]], device=a.device)))
-        out = self.out(rectified(self.hidden(a)))[0, :, :, 0].T.unflatten(1, (2, -1))  # P 2 M
+        a = product(activations(context, index), *self.first.matrix())  # P W
+        a = rectified(a + self.of_pass.rows()[number])
+        a = rectified(product(a, *self.hidden.matrix()))
+        out = product(a, *self.out.matrix()).unflatten(1, (2, -1))  # P 2 M
         return moved(out[:, :, (members := self.members(number))], index[:, members])
 
 
@@ -151,11 +150,11 @@ class ContextModel:
         self.network = network = copy.deepcopy(network).float().cpu().eval().requires_grad_(False)
         self.tables = tables
         self._known = [network.known(number).flatten() for number in range(PASSES)]
-        first, bias = matrix(network.first)
+        first, bias = network.first.matrix()
         one = torch.ones(len(network.group), dtype=torch.bool)
         self._first = [(first[torch.cat([known, known, one])], bias) for known in self._known]
-        self._hidden, self._out = matrix(network.hidden), matrix(network.out)
-        self._of_pass = network.of_pass(torch.arange(PASSES)[None, None])[0, :, 0].T  # PASSES W
+        self._hidden, self._out = network.hidden.matrix(), network.out.matrix()
+        self._of_pass = network.of_pass.rows()  # PASSES W
         self._members = [network.members(number).numpy() for number in range(PASSES)]
         self._class = np.searchsorted(_REACHES, reach)  # by i
         both = np.concatenate([tables[:, :0:-1, ::-1], tables], axis=1).astype(np.float64)
@@ -233,6 +232,6 @@ class ContextModel:
         i = torch.from_numpy(index[:, rows, columns].T).float()
         with torch.autocast("cpu", enabled=False):
             a = product(activations(context.float(), i), *self._first[number])
-            a = product(a.add_(self._of_pass[number]).clamp_(0, ACTIVATION_MAX), *self._hidden)
-            out = product(a.clamp_(0, ACTIVATION_MAX), weight[:, ours], bias[ours]).unflatten(1, (2, -1))
+            a = product(rectified(a + self._of_pass[number]), *self._hidden)
+            out = product(rectified(a), weight[:, ours], bias[ours]).unflatten(1, (2, -1))
             return tuple(values.long().numpy() for values in moved(out, i[:, members]))

@@ -13,7 +13,7 @@ M positions of a pass, K codes.
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -23,12 +23,10 @@ from torch import Tensor, nn
 from models.blocks import distances
 from models.entropy_coding import SectionDecoder, SectionEncoder, bits_of_all, own_bits, own_tables
 from models.integers import (
-    ACTIVATION_MAX,
     ACTIVATION_UNIT,
     IntegerConv,
     IntegerEmbedding,
     IntegerNetwork,
-    matrix,
     product,
     rectified,
 )
@@ -38,6 +36,7 @@ PASSES = 1 + int(PATTERN.max())
 CONTEXT = 16
 _REACH = 3 * len(PATTERN)  # of the context, in rows and columns, at most
 _ENTRIES = 1 << 17  # of tables that are in memory at once
+_ALIKE, _OWN = 0.2, 0.3  # at the start: scores' share of the codes' vectors, and how much of random weights is left
 _LARGEST = 20  # log2 of the largest share before scaling; none is below 1
 
 
@@ -97,30 +96,64 @@ def contexts(grid: np.ndarray, number: int, rows: np.ndarray, columns: np.ndarra
 
 
 class IndexNetwork(IntegerNetwork):
-    """Contexts -> scores, an integer network: a first layer for each pass, and two that all share."""
+    """Contexts -> scores, an integer network: a first layer for each pass, and others that all share.
 
-    def __init__(self, codes: int, channels: int = 16, width: int = 96):
+    Args:
+        channels: of the embedding. wide, narrow: of hidden layers, and of the last one before the scores.
+        middle: whether there is one more layer of the wide ones.
+    """
+
+    def __init__(self, codes: int, channels: int = 16, wide: int = 192, narrow: int = 112, middle: bool = True):
         super().__init__()
         self.codes = codes
         self.embedding = IntegerEmbedding(codes + 1, channels)
         nn.init.normal_(self.embedding.weight)
-        self.first = nn.ModuleList(IntegerConv(CONTEXT * channels, width, 1) for _ in range(PASSES))
-        self.hidden = IntegerConv(width, width, 1)
-        self.out = IntegerConv(width, codes, 1)
+        self.first = nn.ModuleList(IntegerConv(CONTEXT * channels, wide, 1) for _ in range(PASSES))
+        self.middle = IntegerConv(wide, wide, 1) if middle else None
+        self.hidden = IntegerConv(wide, narrow, 1)
+        self.out = IntegerConv(narrow, codes, 1)
 
     @staticmethod
-    def sizes(state: Mapping[str, Tensor]) -> tuple[int, ...]:
-        """Channels and width of a state dict; nothing, which leaves the usual ones, where it does not tell them."""
-        embedding, hidden = state.get("embedding.weight"), state.get("hidden.weight")
-        if embedding is None or hidden is None or embedding.ndim != 2 or 0 in (embedding.numel(), hidden.numel()):
+    def sizes(state: Mapping[str, Tensor]) -> tuple[int, int, int, bool] | tuple[()]:
+        """The sizes of a state dict; nothing, which leaves the usual ones, where it does not tell them."""
+        embedding, hidden = (state.get(f"{name}.weight", torch.empty(0)) for name in ("embedding", "hidden"))
+        if embedding.ndim != 2 or hidden.ndim != 4 or 0 in (embedding.numel(), hidden.numel()):
             return ()
-        return embedding.shape[1], len(hidden)
+        return embedding.shape[1], hidden.shape[1], hidden.shape[0], "middle.weight" in state
+
+    @torch.no_grad()
+    def start_alike(self, codebook: Tensor) -> None:
+        """Codes that are near in the code book, (K, d_q), begin with like embeddings and like scores: what is learnt of one is
+        learnt of its neighbours, and rare codes have few examples of their own.
+        """
+        vectors = codebook - codebook.mean(0)
+        d = min(vectors.shape[1], self.embedding.weight.shape[1], self.out.weight.shape[1] // 2)
+        if d < vectors.shape[1]:
+            vectors = vectors @ torch.linalg.svd(vectors, full_matrices=False).Vh[:d].T  # its principal components
+        vectors = vectors / vectors.std(0).clamp(min=1e-12)
+        self.embedding.weight[: self.codes, :d] = vectors
+        self.embedding.weight[self.codes] = 0  # what is unknown
+        signed = torch.cat([vectors, -vectors], dim=1)  # activations are not negative
+        self.out.weight.mul_(_OWN)
+        self.out.weight[:, : 2 * d, 0, 0] = _ALIKE * signed
+
+    def layers(self, number: int) -> list[tuple[Tensor, Tensor]]:
+        """The layers of a pass, as `product` takes them."""
+        layers = [self.first[number], self.middle, self.hidden, self.out]
+        return [layer.matrix() for layer in layers if layer is not None]
 
     def forward(self, number: int, context: Tensor) -> Tensor:
         """int64 (M, CONTEXT) of a pass -> (M, K), integers, in units of 1/16 bit."""
-        a = self.embedding(context.T[:, None]).flatten(0, 2)[None, ..., None]  # 1 CONTEXT*C M 1
-        a = rectified(self.hidden(rectified(self.first[number](a))))
-        return self.out(a)[0, :, :, 0].T
+        return scored(context, self.embedding.rows(), self.layers(number))
+
+
+def scored(context: Tensor, rows: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Scores, (M, K), of contexts, (M, CONTEXT), by the embedding's rows, (K + 1, C), and layers as `product` takes them."""
+    a = F.embedding(context, rows).flatten(1)  # M CONTEXT*C
+    *inner, last = layers
+    for layer in inner:
+        a = rectified(product(a, *layer))
+    return product(a, *last)
 
 
 def shares(scores: np.ndarray) -> np.ndarray:
@@ -137,17 +170,12 @@ class IndexModel:
 
     def __init__(self, network: IndexNetwork):
         self.network = network = copy.deepcopy(network).float().cpu().eval().requires_grad_(False)
-        symbols = torch.arange(network.codes + 1)[None, None]
-        self._rows = network.embedding(symbols)[0, :, 0].T.contiguous()  # K+1 C
-        self._first = [matrix(layer) for layer in network.first]
-        self._hidden, self._out = matrix(network.hidden), matrix(network.out)
+        self._rows, (_, *shared) = network.embedding.rows(), network.layers(0)
+        self._layers = [(first.matrix(), *shared) for first in network.first]
 
     def scores(self, number: int, context: Tensor) -> Tensor:
         """What the network gives, (M, CONTEXT) of a pass -> (M, K), from integers that are made once."""
-        a = F.embedding(context, self._rows).flatten(1)  # M CONTEXT*C
-        for layer in (self._first[number], self._hidden):
-            a = product(a, *layer).clamp_(0, ACTIVATION_MAX)
-        return product(a, *self._out)
+        return scored(context, self._rows, self._layers[number])
 
     def choose(self, z: Tensor, codebook: Tensor, weight: float) -> np.ndarray:
         """Indices for little distortion and rate together, pass after pass: argmin_j |z - v_j|^2 + weight bits(j), what is

@@ -20,19 +20,24 @@ BIAS_MAX = 4095  # in activation units
 _EXACT = 1 << 24  # float32 represents all integers up to here
 
 
-def straight_through(rounded: Tensor, exact: Tensor) -> Tensor:
-    """The value of `rounded` with the gradient of `exact`."""
-    return exact + (rounded - exact).detach() if exact.requires_grad else rounded
+class _Through(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, rounding):
+        return rounding(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
 
 
 def round_through(x: Tensor) -> Tensor:
     """round(x) with the gradient of x."""
-    return straight_through(x.round(), x)
+    return _Through.apply(x, torch.round)
 
 
 def floor_through(x: Tensor) -> Tensor:
     """floor(x) with the gradient of x."""
-    return straight_through(x.floor(), x)
+    return _Through.apply(x, torch.floor)
 
 
 class _Bounded(torch.autograd.Function):
@@ -93,6 +98,16 @@ class IntegerConv(nn.Module):
         sums = round_through(F.conv2d(a, weight, bias, padding=self.padding))  # exact, but for a GPU's transforms
         return floor_through(sums / WEIGHT_UNIT)
 
+    def matrix(self) -> tuple[Tensor, Tensor]:
+        """Weight, C_in x C_out, and bias of a 1x1 convolution as `product` takes them."""
+        weight, bias = self.integers()
+        return weight.flatten(1).T / WEIGHT_UNIT, bias / WEIGHT_UNIT
+
+
+def product(a: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """What a 1x1 convolution gives of activations, M x C_in -> M x C_out, by its `matrix`: exact in float32, in any order."""
+    return floor_through(torch.addmm(bias, a, weight))
+
 
 class IntegerEmbedding(nn.Module):
     """A row of integer activations per symbol: int64 N x h x w -> N x C x h x w."""
@@ -101,9 +116,12 @@ class IntegerEmbedding(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(count, channels))
 
+    def rows(self) -> Tensor:
+        """The activations of every symbol: (count, C)."""
+        return round_through(bounded(self.weight * ACTIVATION_UNIT, -ACTIVATION_MAX, ACTIVATION_MAX))
+
     def forward(self, symbols: Tensor) -> Tensor:
-        rows = F.embedding(symbols, self.weight).permute(0, 3, 1, 2)
-        return round_through(bounded(rows * ACTIVATION_UNIT, -ACTIVATION_MAX, ACTIVATION_MAX))
+        return F.embedding(symbols, self.rows()).permute(0, 3, 1, 2)
 
 
 class IntegerNetwork(nn.Module):
@@ -131,14 +149,3 @@ class IntegerNetwork(nn.Module):
                 units[f"{name}.weight"] = WEIGHT_UNIT, WEIGHT_MAX, torch.int8
                 units[f"{name}.bias"] = ACTIVATION_UNIT, BIAS_MAX, torch.int16
         return units
-
-
-def matrix(layer: IntegerConv) -> tuple[Tensor, Tensor]:
-    """Integers of a 1x1 convolution as a matrix product needs them: weight, C_in x C_out, and bias."""
-    weight, bias = layer.integers()
-    return weight[:, :, 0, 0].T.contiguous(), bias
-
-
-def product(a: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """What a 1x1 convolution gives of activations, M x C_in -> M x C_out, by its `matrix`: exact in float32, in any order."""
-    return torch.addmm(bias, a, weight).mul_(1 / WEIGHT_UNIT).floor_()

@@ -41,7 +41,8 @@ def install(codec: Codec, crops: Sequence[np.ndarray], steps: int, seed: int, de
         print(told, file=sys.stderr)
         return {}
     trained, held = [crop for i, crop in enumerate(crops) if i % HELD_OUT], crops[::HELD_OUT]
-    model = IndexModel(fit(trained, codes, steps, seed, device))
+    book = codec.vq_base.quantize.embedding.weight.float().cpu()
+    model = IndexModel(fit(trained, book, steps, seed, device))
     positions = sum(crop.size for crop in held)
     alone = sum(table_cost_bits(crop, codec.base_table) for crop in held) / positions
     in_passes = sum(model.bits(crop).sum() for crop in held) / positions
@@ -52,10 +53,12 @@ def install(codec: Codec, crops: Sequence[np.ndarray], steps: int, seed: int, de
     return {"index_model": {"held_out_bits_per_index": round(in_passes, 4), "with_one_table": round(alone, 4)}}
 
 
-def fit(crops: Sequence[np.ndarray], codes: int, steps: int, seed: int, device: torch.device) -> IndexNetwork:
-    """A network that was trained on the indices of crops, (h, w) each, by their cost in bits."""
+def fit(crops: Sequence[np.ndarray], book: Tensor, steps: int, seed: int, device: torch.device) -> IndexNetwork:
+    """A network that was trained on the indices of crops, (h, w) each, by their cost in bits; `book` is the code book, (K, d_q)."""
     torch.manual_seed(seed)
+    codes = len(book)
     network = IndexNetwork(codes)
+    network.start_alike(book)
     counts = sum(np.bincount(crop.ravel(), minlength=codes) for crop in crops) + 1
     with torch.no_grad():
         network.out.bias.copy_(torch.from_numpy(np.log2(counts / counts.sum())))

@@ -30,10 +30,10 @@ GOLDEN = "0000000000a182deab7a046d107e23a89e223fa60800849ab57e042ee7e4fd9bdf17"
 quick = settings(max_examples=30, deadline=None, derandomize=True, database=None)
 
 
-def new_model(codes: int = K, seed: int = 0) -> IndexModel:
+def new_model(codes: int = K, seed: int = 0, wide: int = 8, middle: bool = False) -> IndexModel:
     """Random weights, tables that are far from flat."""
     torch.manual_seed(seed)
-    network = IndexNetwork(codes, channels=3, width=8)
+    network = IndexNetwork(codes, channels=3, wide=wide, narrow=8, middle=middle)
     torch.nn.init.normal_(network.out.weight, std=0.5)
     return IndexModel(network)
 
@@ -114,7 +114,7 @@ def test_no_table_depends_on_what_is_not_decoded_yet(model, number):
 
 def test_the_cost_of_a_known_table():
     """Scores of 0, -1, -2 and -2 bits: probabilities of 1/2, 1/4, 1/8 and 1/8."""
-    network = IndexNetwork(4, channels=1, width=1)
+    network = IndexNetwork(4, channels=1, wide=1, narrow=1)
     torch.nn.init.zeros_(network.out.weight)
     with torch.no_grad():
         network.out.bias.copy_(torch.tensor([5.0, 4, 3, 3]))
@@ -139,15 +139,17 @@ def test_tables_are_the_quotients_of_integers(codes, rows, seed):
         assert found[1:] == exact[1:] and 0 <= found[0] - exact[0] < codes
 
 
-def test_the_network_computes_in_integers(model):
+@pytest.mark.parametrize(("wide", "middle"), [(8, False), (11, True)])
+def test_the_network_computes_in_integers(wide, middle):
     """In int64, by hand."""
+    model = new_model(wide=wide, middle=middle)
     network, context = model.network, torch.randint(0, K + 1, (40, CONTEXT), generator=torch.manual_seed(0))
     whole = {key: (value * 64).clamp(-127, 127).round().long() for key, value in network.state_dict().items()}
     bias = {key: (value * 16).round().long() * 64 for key, value in network.state_dict().items() if "bias" in key}
     rows = (network.embedding.weight * 16).clamp(-255, 255).round().long()
     for number in range(PASSES):
         a = rows[context].flatten(1)
-        for layer in (f"first.{number}", "hidden", "out"):
+        for layer in (f"first.{number}", *["middle"] * middle, "hidden", "out"):
             a = (a @ whole[f"{layer}.weight"][:, :, 0, 0].T + bias[f"{layer}.bias"]) >> 6
             a = a if layer == "out" else a.clamp(0, 255)
         assert torch.equal(network(number, context).long(), a) and torch.equal(model.scores(number, context).long(), a)
@@ -156,7 +158,7 @@ def test_the_network_computes_in_integers(model):
 
 def test_integers_are_what_a_network_computes_with():
     """Weights in 1/64 up to 127, biases in 1/16 up to 4095, the embedding in 1/16 up to 255."""
-    network = IndexNetwork(4, channels=1, width=1).requires_grad_(False)
+    network = IndexNetwork(4, channels=1, wide=1, narrow=1).requires_grad_(False)
     network.hidden.weight.fill_(0.25)
     network.out.weight[:] = torch.tensor([3.0, -3.0, 0.012, 0.1])[:, None, None, None]
     network.out.bias[:] = torch.tensor([300.0, -0.0625, 0.03, 0.04])
@@ -165,10 +167,40 @@ def test_integers_are_what_a_network_computes_with():
     assert integers["out.weight"].flatten().tolist() == [127, -127, 1, 6] and integers["hidden.weight"].item() == 16
     assert integers["out.bias"].tolist() == [4095, -1, 0, 1]
     assert integers["embedding.weight"].flatten().tolist() == [255, -255, 8, 0, 16]
-    other = IndexNetwork(4, channels=1, width=1)
+    other = IndexNetwork(4, channels=1, wide=1, narrow=1)
     other.load_state_dict(other.natural(integers))
     context = torch.randint(5, (20, CONTEXT), generator=torch.Generator().manual_seed(0))
     assert torch.equal(other(1, context), network(1, context))
+
+
+def test_codes_that_are_near_start_with_like_embeddings_and_scores():
+    """By hand: four codes, whose vectors have unit deviation after their first layer and a fifth of it before the scores."""
+    network = IndexNetwork(4, channels=3, wide=5, narrow=5).requires_grad_(False)
+    book = torch.tensor(
+        [[2.0, 10.0], [-2.0, 10.0], [2.0, -10.0], [-2.0, -10.0]]
+    )  # deviations of 4 / sqrt(3), 20 / sqrt(3)
+    own = network.out.weight.clone()
+    network.start_alike(book)
+    half = 3**0.5 / 2
+    vectors = torch.tensor([[half, half], [-half, half], [half, -half], [-half, -half]])
+    torch.testing.assert_close(network.embedding.weight[:4, :2], vectors)
+    assert not network.embedding.weight[4].any()
+    out = network.out.weight[:, :, 0, 0]
+    torch.testing.assert_close(out[:, :4], 0.2 * torch.cat([vectors, -vectors], dim=1))
+    torch.testing.assert_close(out[:, 4:], 0.3 * own[:, 4:, 0, 0])
+
+
+def test_a_code_book_of_more_dimensions_starts_with_its_principal_components():
+    """Points on a line in four dimensions, and a little beside it: one component has their order."""
+    network = IndexNetwork(5, channels=1, wide=2, narrow=2)
+    along, beside = torch.tensor([-2.0, -1, 0, 1, 2]), torch.tensor([0.1, -0.1, 0.1, -0.1, 0])
+    network.start_alike(
+        3 + along[:, None] * torch.tensor([1.0, 2, 3, 4]) + beside[:, None] * torch.tensor([0.0, 0, 4, -3])
+    )
+    order = network.embedding.weight[:5, 0].detach()
+    assert torch.equal(order.argsort(descending=bool(order[0] > 0)), torch.arange(5)) and order.std() == pytest.approx(
+        1
+    )
 
 
 def test_threads_parts_and_autocast_do_not_matter(model, monkeypatch):
@@ -201,7 +233,7 @@ def test_indices_come_back_at_their_ideal_cost(size, codes):
 
 
 def test_a_golden_section_pins_the_format():
-    network = IndexNetwork(8, channels=2, width=4).requires_grad_(False)
+    network = IndexNetwork(8, channels=2, wide=4, narrow=4, middle=False).requires_grad_(False)
     for parameter in network.parameters():
         parameter.copy_((torch.arange(parameter.numel()) * 37 % 101 - 50).view(parameter.shape) / 40)
     model, k = IndexModel(network), (np.arange(54) ** 2 % 8).reshape(6, 9)
