@@ -16,7 +16,11 @@ MIN_LIMIT = 1 << 20  # bytes; small pictures may take more than that per pixel
 
 
 class Weights:
-    """Codecs by the fingerprint of a file, loaded when first asked for; `fixed`: the same for every input."""
+    """Codecs by the fingerprint of a file, loaded when first asked for.
+
+    Attributes:
+        fixed: they are the same for every input. keeps_memory: freed memory stays with the process.
+    """
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.device = args, local_device(args.device)
@@ -24,7 +28,8 @@ class Weights:
         self.fixed = self.named or args.mode in ("roundtrip", "compress")
         self.codecs: dict[bytes | None, Codec] = {}
         self._lock = Lock()
-        if self.device.type == "cpu" and "keep_memory" not in args.without:
+        self.keeps_memory = self.device.type == "cpu" and "keep_memory" not in args.without
+        if self.keeps_memory:
             keep_freed_memory()
 
     def codec(self, fingerprint: bytes | None = None) -> Codec:

@@ -1,6 +1,7 @@
 """A codec prepared to code fast: the same integers, nearly the same picture, and only where the hardware has it."""
 
 import copy
+import platform
 import subprocess
 import sys
 
@@ -79,6 +80,32 @@ def test_the_command_keeps_freed_memory_unless_told(monkeypatch):
     for without, count in (([], 1), (["--without", "keep_memory"], 1), (["--without", "graphs"], 2)):
         Weights(options.parse(["-i", "a", "-o", "b", "--device", "cpu", *without]))
         assert len(calls) == count
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc, whose allocator is told")
+def test_freed_memory_stays_or_goes_back():
+    """256 MiB in blocks of 16, which the system sees or does not see again."""
+    script = """
+from utils.memory import freed_memory_returned, keep_freed_memory
+
+def resident():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1]) >> 10
+
+def left():
+    before, blocks = resident(), [bytearray(16 << 20) for _ in range(16)]
+    for block in blocks:
+        block[:] = bytes(len(block))
+    del block, blocks
+    return resident() - before
+
+keep_freed_memory()
+with freed_memory_returned():
+    inside = left()
+print(inside, left())
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    inside, after = map(int, done.stdout.split())
+    assert inside < 64 and after > 200
 
 
 def test_a_file_holds_the_same_integers_in_every_precision(plain):

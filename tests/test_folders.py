@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -209,6 +210,23 @@ def test_large_pictures_take_turns(pictures, weights, tmp_path, capsys, monkeypa
         monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # and so two lanes
         assert call(capsys, "-i", pictures, "-o", tmp_path / str(limit), *weights)[0] == 0
         assert most[0] == expected
+
+
+def test_large_pictures_give_their_memory_back(pictures, weights, tmp_path, capsys, monkeypatch):
+    returned = []
+
+    @contextmanager
+    def record():
+        returned.append(1)
+        yield
+
+    monkeypatch.setattr("coding.steps.freed_memory_returned", record)
+    for limit, without, expected in ((1 << 32, [], 0), (0, [], 2), (0, ["--without", "keep_memory"], 0)):
+        returned.clear()
+        monkeypatch.setattr("coding.steps.KEPT", limit)
+        out = tmp_path / f"{limit}{without}"
+        assert call(capsys, "-i", pictures / "0.png", "-o", out, *weights, *without)[0] == 0
+        assert len(returned) == expected  # once to encode, once to decode
 
 
 def test_lanes_share_the_items_and_stop_when_asked():

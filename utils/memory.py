@@ -2,6 +2,8 @@
 
 import ctypes
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # glibc's malloc.h
 _LARGE = 32 << 20  # bytes from which blocks are mapped, once the allocator has seen large ones
@@ -23,3 +25,13 @@ def keep_freed_memory(kept: bool = True) -> None:
     mallopt(_TRIM_THRESHOLD, _NEVER if kept else 2 * _LARGE)
     if not kept:
         library.malloc_trim(0)  # what was kept would go on being used instead of mapped
+
+
+@contextmanager
+def freed_memory_returned() -> Iterator[None]:
+    """Inside it, a process that keeps freed memory gives it back."""
+    keep_freed_memory(False)
+    try:
+        yield
+    finally:
+        keep_freed_memory()
