@@ -90,8 +90,8 @@ def decoders(add) -> None:
 
 
 def optimised(add) -> None:
-    told = "and each with indices chosen for their bits, too, as inference.py --rdo W does: NAME-rdo"
-    add("--rdo", type=rate_weight, default=0.0, metavar="W", help=told)
+    told = "and each with another weight of the base's bits, as inference.py --rdo W: NAME-rdo-W (0: the nearest codes)"
+    add("--rdo", type=rate_weight, metavar="W", help=told)
 
 
 def pictures(add) -> None:

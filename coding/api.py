@@ -46,7 +46,7 @@ def load_codec(
     decoder: str = "full",
     precision: Precision = "auto",
     without: Sequence[str] = (),
-    rdo: float = 0.0,
+    rdo: float | None = None,
 ) -> "ImageCodec":
     """The codec of a release.
 
@@ -58,7 +58,8 @@ def load_codec(
         precision: of the networks: `float32`, `bfloat16`, or `auto`, which takes bfloat16 where the hardware computes in
             it and it pays. Files read with either are the same integers.
         without: fast paths of CUDA to leave out, of `fused_norm`, which is a switch of the process, and `graphs`.
-        rdo: above 0, `compress` chooses indices of the base for their bits, too, at this weight (`Codec.indices`).
+        rdo: weight of their bits when `compress` chooses indices of the base (`Codec.indices`); 0 takes the nearest codes,
+            and so does None with weights that have no index model, else `models.codec.RATE_WEIGHT`.
     Raises:
         CheckpointError: no release there, a damaged one, files of several, no light decoder, or no index model for
         `rdo`. DiffoError: no such device. ValueError: no such decoder, precision, fast path or weight.
@@ -67,11 +68,12 @@ def load_codec(
     for name, value, allowed in [*named, *(("without", path, FAST_PATHS) for path in without)]:
         if value not in allowed:
             raise ValueError(f"{name} {value!r}: {', '.join(allowed)}")
-    if not 0 <= rdo < math.inf:
+    if rdo is not None and not 0 <= rdo < math.inf:
         raise ValueError(f"rdo {rdo}: a weight from 0, where indices are the nearest")
     model = load_release(SMALL if weights is None else Path(weights), local_device(str(device), "device"), decoder)
     model.max_pixels = max_pixels
-    model.choose_by_rate(rdo)
+    if rdo is not None:
+        model.choose_by_rate(rdo)
     return ImageCodec(prepare(model, precision, without))
 
 

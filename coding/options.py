@@ -73,9 +73,10 @@ def _add_coding(parser: argparse.ArgumentParser) -> None:
     add("--target_bpp", type=rate, metavar="B", help="the largest file of at most B bits per pixel")
     add("--max_bytes", type=positive, metavar="N", help="the largest file of at most N bytes")
     told = (
-        "indices of the base chosen for their bits, too, at W times the code book's spacing each (default: the nearest)"
+        "indices of the base chosen for their bits, too, at W times the code book's spacing each "
+        "(default: 0.0625; 0: the nearest codes, as with weights that have no index model)"
     )
-    parser.add_argument("--rdo", type=rate_weight, default=0.0, metavar="W", help=told)
+    parser.add_argument("--rdo", type=rate_weight, metavar="W", help=told)
     add = parser.add_argument_group("denoising").add_argument
     add("--one_step", action="store_true", help="a single step, noise level from the rate (the default)")
     add("--ddim", action="store_true", help="deterministic steps (the default)")

@@ -57,7 +57,8 @@ class Weights:
         if (args.infer_steps or 1) > trained:
             raise DiffoError(f"--infer_steps {args.infer_steps}: the schedule of these weights has {trained} steps")
         codec.max_pixels, codec.tile_side = args.max_pixels, args.chop_size
-        codec.choose_by_rate(args.rdo)
+        if args.rdo is not None:
+            codec.choose_by_rate(args.rdo)
         return prepare(codec, args.precision, args.without)
 
 

@@ -74,12 +74,14 @@ def checksum(path: Path) -> str:
     return f"{zlib.crc32(path.read_bytes()):08x}"
 
 
-def releases_of(args: argparse.Namespace, decoders: Sequence[str] = ("full",), rdo: float = 0.0) -> dict[str, Codec]:
-    """The codecs of --weights by their folders' names, in the order in which they were given.
+def releases_of(
+    args: argparse.Namespace, decoders: Sequence[str] = ("full",), rdo: float | None = None
+) -> dict[str, Codec]:
+    """The codecs of --weights by their folders' names, in the order in which they were given; they code as the command does.
 
     Args:
         decoders: each release with each of them; `<name>-light` is the one with its light decoder.
-        rdo: above 0, there is `<name>-rdo` of each as well, with this weight.
+        rdo: not None, there is `<name>-rdo-<rdo>` of each as well, with this weight of the base's bits.
     Raises:
         DiffoError: two of one name. CheckpointError: as `load_release`.
     """
@@ -94,10 +96,10 @@ def releases_of(args: argparse.Namespace, decoders: Sequence[str] = ("full",), r
     found = {
         name: load_release(folder, local_device(args.device), decoder) for name, (folder, decoder) in wanted.items()
     }
-    for name in wanted if rdo else ():
-        if f"{name}-rdo" in found:
-            raise DiffoError(f"--weights {name}-rdo: the name that --rdo gives to {name}; rename the folder")
-        found[f"{name}-rdo"] = codec = copy.copy(found[name])
+    for name in wanted if rdo is not None else ():
+        if (other := f"{name}-rdo-{rdo:g}") in found:
+            raise DiffoError(f"--weights {other}: the name that --rdo gives to {name}; rename the folder")
+        found[other] = codec = copy.copy(found[name])
         codec.choose_by_rate(rdo)
     return found
 

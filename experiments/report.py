@@ -42,7 +42,7 @@ DEMO = {
     "metrics": ("psnr", "ms_ssim", "stlpips-alex", "nlpd"),
     "codecs": ("jpeg2000", "webp", "avif", "heic", "jxl"),
     "decoder": ("full",),
-    "rdo": 0.0,
+    "rdo": None,
 }
 PICTURES = 24  # on the page where no --limit is given: of Kodak, under 25 MB
 PAGE = Path(__file__).with_name("page")  # its parts

@@ -13,6 +13,7 @@ Axes: N batch, d latent channels, H and W picture rows and columns, h = ceil(H/1
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -32,6 +33,8 @@ from utils.images import to_signed, to_uint8
 from utils.limits import MAX_PIXELS, MIN_SIDE
 from utils.precision import full_precision
 
+RATE_WEIGHT = 1 / 16  # of the bits of indices, beside their distance, unless another is asked for
+
 
 class Codec(Networks):
     """The whole codec: `compress` and `decompress` write and read files; a call is a training pass, as of any `Networks`.
@@ -39,7 +42,8 @@ class Codec(Networks):
     Attributes:
         max_pixels: files that claim more are refused before anything is allocated.
         tile_side: of the tiles that large pictures are coded in, in pixels, a multiple of 64 (models.sizes.tiles).
-        rdo: weight of the bits when indices of the base are chosen, as `indices` has it; 0 takes the nearest codes.
+        rdo: weight of the bits when indices of the base are chosen, as `indices` has it; 0 takes the nearest codes. Released
+            weights that have an index model start with RATE_WEIGHT.
         base_table: integer frequency table of the base indices, int32 (K,), learnt at release; None before.
         index_model: codes the base indices in passes, fitted at release; None without one.
         fingerprint: 4 bytes that name the weights; None while they are being trained.
@@ -121,18 +125,27 @@ class Codec(Networks):
         """
         if not weight:
             return tiles.latent.run(self.vq_base.indices, x)
-        book = self.vq_base.quantize
-        z, cost = tiles.latent.run(self.vq_base.encode, x), weight * book.spacing
-        k = np.stack([self.index_model.choose(each, book.embedding.weight, cost) for each in z])
+        z, codes = tiles.latent.run(self.vq_base.encode, x), self.vq_base.quantize.embedding.weight
+        k = np.stack([self.index_model.choose(each, codes, weight * self._spacing) for each in z])
         return torch.from_numpy(k).to(self.device)
+
+    @cached_property
+    def _spacing(self) -> float:
+        return self.vq_base.quantize.spacing  # of codes that no training moves any more
 
     def analysed(self, height: int, width: int, x: Tensor, k: Tensor, y: Tensor, s: Tensor | None) -> Analysed:
         """The base of one picture, coded, with the `signals` that its files are written from."""
         file = CodedPicture(height, width, self.fingerprint, **self.coded_base(k[0].cpu().numpy()))
         return Analysed(file, x, k, y, s)
 
-    def choose_by_rate(self, weight: float) -> None:
-        """Set `rdo`. Raises CheckpointError for a weight above 0 without an index model."""
+    def choose_by_rate(self, weight: float | None = None) -> None:
+        """Set `rdo`, without a weight to RATE_WEIGHT where there is an index model.
+
+        Raises:
+            CheckpointError: a weight above 0, and no index model.
+        """
+        if weight is None:
+            weight = RATE_WEIGHT if self.index_model else 0.0
         if weight and self.index_model is None:
             raise CheckpointError("these weights have no index model (python -m release fits one): leave out --rdo")
         self.rdo = weight

@@ -221,6 +221,7 @@ def load_triple(
     if ours and "index_model" in ours:
         place = f"{triple.vq_base}: {OURS}.index_model"
         codec.index_model = index_model_of(ours["index_model"], codec.params.vq_base.codebook_size, place)
+        codec.choose_by_rate()
     if residual and residual["tables"]:
         codec.residual.freeze(ResidualTables(**{key: table.numpy() for key, table in residual["tables"].items()}))
         if "context_model" in residual:

@@ -38,7 +38,7 @@ def weighted(model, weight):
 
 def test_a_code_is_taken_while_its_bits_are_worth_more_than_its_distance():
     """Code 0 is four bits cheaper than any other, everywhere."""
-    network = IndexNetwork(4, channels=2, width=4)
+    network = IndexNetwork(4, channels=2, wide=4, narrow=4)
     for parameter in network.parameters():
         torch.nn.init.zeros_(parameter)
     network.out.bias.data[0] = 4
@@ -109,12 +109,12 @@ def test_a_budget_below_the_nearest_codes_is_met(codec, image):
 def test_the_command_takes_a_weight(image, tmp_path, capsys):
     write_image(tmp_path / "photo.png", image)
     sizes = []
-    for name, options in (("a", []), ("b", ["--rdo", "0.2"]), ("c", ["--rdo", "0.2", "--quality", "60"])):
+    for name, options in (("a", ["--rdo", "0"]), ("b", []), ("c", ["--rdo", "0.2"]), ("d", ["--quality", "60"])):
         where = tmp_path / name
         status, out, err = call(capsys, "-i", tmp_path / "photo.png", "-o", where, "--mode", "compress", *options)
         assert status == 0, err
         sizes.append((where / "photo.dfo").stat().st_size)
-    assert sizes[1] < sizes[0] < sizes[2]
+    assert sizes[2] < sizes[1] < sizes[0] < sizes[3]
     for options, said in (
         (["--rdo", "-1"], "a weight from 0"),
         (["--mode", "decompress", "--rdo", "1"], "--rdo goes with"),
@@ -127,6 +127,8 @@ def test_what_cannot_be_is_told(codec, image):
     with pytest.raises(ValueError, match="rdo -1: a weight from 0"):
         load_codec(rdo=-1)
     without = new_codec()
+    without.choose_by_rate()
+    assert without.rdo == 0
     with pytest.raises(CheckpointError, match="no index model"):
         without.choose_by_rate(0.1)
 
@@ -149,8 +151,9 @@ def test_rates_shows_both(image, tmp_path, capsys):
     assert reproduce.main([*map(str, given), "--rdo", "0.2"]) == 0
     capsys.readouterr()
     rows = {row["codec"]: row for row in json.loads((tmp_path / "o" / "rates.json").read_text())["pictures"]}
-    assert int(rows["small-rdo"]["bytes"]) < int(rows["small"]["bytes"]) and "rdo 0.2" in rows["small-rdo"]["made_from"]
-    assert "rdo" not in rows["small"]["made_from"]
+    usual, other = rows["small"], rows["small-rdo-0.2"]
+    assert int(other["bytes"]) < int(usual["bytes"]) and "rdo 0.2" in other["made_from"]
+    assert usual["made_from"].endswith("rdo 0.0625")
 
 
 def test_pictures_of_one_size_are_chosen_for_each_by_itself(codec, image):
