@@ -14,7 +14,7 @@ from models.records import Analysed
 from models.residual_hyperprior import LEVEL_CODES
 from utils.errors import BudgetError
 
-WEIGHTS = [2 ** (step / 8 - 6) for step in range(49)]  # of bits, for a base that is smaller than nearest codes give
+WEIGHTS = [2 ** (step / 8 - 6) for step in range(49)]  # of bits, for a base that is smaller than the usual one
 NEIGHBOURS = 3  # codes written on both sides of the one that is found: sizes need not rise at every step
 ENOUGH = 0.97  # share of a budget below which the table says what a larger file would take
 
@@ -45,8 +45,8 @@ def fit(codec: Codec, picture: Analysed, max_bytes: int) -> Fitted:
     """The largest file of at most `max_bytes`: of the highest level below the budget, or one near it.
 
     Sizes rise with the level but for a few bytes, and where few symbols are coded may fall before they rise. Some
-    twenty files are written, and one where no residual can fit. Below the base of the nearest codes, weights with an index model
-    give a base whose indices are chosen for their bits as well.
+    twenty files are written, and one where no residual can fit. Below the base, weights with an index model
+    give one with more weight on its bits.
 
     Raises:
         BudgetError: the smallest file has more bytes.
@@ -80,7 +80,7 @@ def _below_base(codec: Codec, picture: Analysed, max_bytes: int, base: int) -> F
     if found == len(WEIGHTS):
         raise BudgetError(_too_small(max_bytes, min(base, len(write(WEIGHTS[-1]))), picture))
     weight = WEIGHTS[found]
-    return Fitted(write(weight), 0, f"base alone, its indices chosen for their bits, too: --rdo {weight:.6g}")
+    return Fitted(write(weight), 0, f"base alone, with more weight on its bits: --rdo {weight:.6g}")
 
 
 def _edge(size: Size, max_bytes: int, fits: int, exceeds: int) -> int:

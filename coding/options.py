@@ -73,7 +73,7 @@ def _add_coding(parser: argparse.ArgumentParser) -> None:
     add("--target_bpp", type=rate, metavar="B", help="the largest file of at most B bits per pixel")
     add("--max_bytes", type=positive, metavar="N", help="the largest file of at most N bytes")
     told = (
-        "indices of the base chosen for their bits, too, at W times the code book's spacing each "
+        "weight of their bits when indices of the base are chosen, in shares of the code book's spacing "
         "(default: 0.0625; 0: the nearest codes, as with weights that have no index model)"
     )
     parser.add_argument("--rdo", type=rate_weight, metavar="W", help=told)

@@ -16,7 +16,8 @@ from models.codec import Codec
 # (owner in the codec, its attribute, the part, symbols spelled out)
 NETWORKS = (
     ("autoencoder", "encode", "E: image encoder, picture to latent x"),
-    ("vq_base", "indices", "VQ-E: base encoder, latent x to indices k of the nearest codes"),
+    ("vq_base", "encode", "VQ-E: base encoder, latent x to vectors z"),
+    ("vq_base", "indices", "indices k of z: the nearest codes, or chosen by distance and bits"),
     ("vq_base", "reconstruct", "VQ-D: base decoder, codes to structural base y"),
     ("residual", "analysis", "residual codec, g_a: x - y to signal s"),
     ("residual", "symbols", "residual codec, h_a: s to hyper symbols, and rounding"),
@@ -34,6 +35,7 @@ PASSES = [
     )
     for name in ("encode", "decode")
 ]
+PASSES.append(("index_model", "choose", NETWORKS[2][2]))
 CODER = ("encode_indices", "encode_symbols", "decode_indices", "decode_symbols")
 ENTROPY, NOISE = "entropy coding of indices and symbols", "noise: standard normal, from the file's seed"
 READ, WRITE = "file I/O: reading the input", "file I/O: writing the output"
