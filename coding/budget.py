@@ -2,8 +2,8 @@
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache
 
@@ -14,7 +14,9 @@ from models.records import Analysed
 from models.residual_hyperprior import LEVEL_CODES
 from utils.errors import BudgetError
 
-WEIGHTS = [2 ** (step / 8 - 6) for step in range(49)]  # of bits, for a base that is smaller than the usual one
+WEIGHTS = [
+    2 ** (step / 8 - 6) for step in range(49)
+]  # of a base's bits, for one that is larger or smaller than the usual one
 NEIGHBOURS = 3  # codes written on both sides of the one that is found: sizes need not rise at every step
 ENOUGH = 0.97  # share of a budget below which the table says what a larger file would take
 
@@ -45,8 +47,8 @@ def fit(codec: Codec, picture: Analysed, max_bytes: int) -> Fitted:
     """The largest file of at most `max_bytes`: of the highest level below the budget, or one near it.
 
     Sizes rise with the level but for a few bytes, and where few symbols are coded may fall before they rise. Some
-    twenty files are written, and one where no residual can fit. Below the base, weights with an index model
-    give one with more weight on its bits.
+    twenty files are written, and one where no residual can fit. There, weights with an index model give a base with less weight
+    on its bits, and below the base one with more.
 
     Raises:
         BudgetError: the smallest file has more bytes.
@@ -61,26 +63,49 @@ def fit(codec: Codec, picture: Analysed, max_bytes: int) -> Fitted:
         return _below_base(codec, picture, max_bytes, base)
     if not codec.has_levels or max_bytes < base + LEAST_RESIDUAL:
         why = f"a residual takes {LEAST_RESIDUAL} bytes or more" if codec.has_levels else "all that these weights have"
-        return Fitted(write(0), 0, f"base alone; {why}" if max_bytes > base else None)
+        return _nearer_base(codec, picture, max_bytes, Fitted(write(0), 0, f"base alone; {why}"))
     if max_bytes >= size(LEVEL_CODES):
         note = "the highest level: more bytes would not serve" if max_bytes > size(LEVEL_CODES) else None
         return Fitted(write(LEVEL_CODES), LEVEL_CODES, note)
     found = _edge(size, max_bytes, 0, LEVEL_CODES) or _beyond_valley(size, max_bytes)
     near = range(max(1, found - NEIGHBOURS), min(LEVEL_CODES, found + NEIGHBOURS) + 1)
     code = max((code for code in (0, *near) if size(code) <= max_bytes), key=lambda code: (size(code), code))
-    return Fitted(write(code), code, _note(size(code), max_bytes, code, map(size, near)))
+    fitted = Fitted(write(code), code, _note(size(code), max_bytes, code, map(size, near)))
+    return fitted if code else _nearer_base(codec, picture, max_bytes, fitted)
 
 
 def _below_base(codec: Codec, picture: Analysed, max_bytes: int, base: int) -> Fitted:
     """The base alone, of the least weight on its bits that fits. Errors as `fit`."""
     if not codec.index_model:
         raise BudgetError(_too_small(max_bytes, base, picture))
-    write = cache(lambda weight: codec.smaller_base(picture, weight))
-    found = bisect_left(WEIGHTS, True, key=lambda weight: len(write(weight)) <= max_bytes)
-    if found == len(WEIGHTS):
-        raise BudgetError(_too_small(max_bytes, min(base, len(write(WEIGHTS[-1]))), picture))
-    weight = WEIGHTS[found]
-    return Fitted(write(weight), 0, f"base alone, with more weight on its bits: --rdo {weight:.6g}")
+    weights = [weight for weight in WEIGHTS if weight > codec.rdo]
+    found = _least_weight(codec, picture, max_bytes, weights)
+    if found is None:
+        smallest = len(codec.base_file(picture, weights[-1])) if weights else base
+        raise BudgetError(_too_small(max_bytes, min(base, smallest), picture))
+    weight, data = found
+    return Fitted(data, 0, f"base alone, with more weight on its bits: --rdo {weight:.6g}")
+
+
+def _nearer_base(codec: Codec, picture: Analysed, max_bytes: int, usual: Fitted) -> Fitted:
+    """The base alone, with less weight on its bits than usual if that fits: nearer to the picture."""
+    if len(usual.data) == max_bytes:
+        return replace(usual, note=None)
+    weights = [0.0, *(weight for weight in WEIGHTS if weight < codec.rdo)]
+    found = _least_weight(codec, picture, max_bytes, weights) if codec.rdo else None
+    if found is None or len(found[1]) <= len(usual.data):
+        return usual
+    weight, data = found
+    return Fitted(data, 0, f"{usual.note}; less weight on its bits: --rdo {weight:.6g}")
+
+
+def _least_weight(
+    codec: Codec, picture: Analysed, max_bytes: int, weights: Sequence[float]
+) -> tuple[float, bytes] | None:
+    """The first of rising weights whose base fits, and its file; None where none does."""
+    write = cache(lambda weight: codec.base_file(picture, weight))
+    found = bisect_left(weights, True, key=lambda weight: len(write(weight)) <= max_bytes)
+    return None if found == len(weights) else (weights[found], write(weights[found]))
 
 
 def _edge(size: Size, max_bytes: int, fits: int, exceeds: int) -> int:

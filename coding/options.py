@@ -74,7 +74,7 @@ def _add_coding(parser: argparse.ArgumentParser) -> None:
     add("--max_bytes", type=positive, metavar="N", help="the largest file of at most N bytes")
     told = (
         "weight of their bits when indices of the base are chosen, in shares of the code book's spacing "
-        "(default: 0.0625; 0: the nearest codes, as with weights that have no index model)"
+        "(default: 0.0625; 0: the nearest codes, as with weights that have no index model; budgets below the base take more)"
     )
     parser.add_argument("--rdo", type=rate_weight, metavar="W", help=told)
     add = parser.add_argument_group("denoising").add_argument
@@ -131,7 +131,7 @@ def _mistakes(args: argparse.Namespace) -> list[tuple[bool, str]]:
         (compares and mode == "decompress" and not args.ref_path, originals),
         (args.json and mode != "inspect", "--json goes with --mode inspect; the other modes write metrics.json"),
         (args.preview and encodes, "--preview goes with --mode decompress or inspect"),
-        (args.rdo and not encodes, "--rdo goes with --mode roundtrip or compress"),
+        (args.rdo is not None and not encodes, "--rdo goes with --mode roundtrip or compress"),
         (sized and not encodes, "--quality, --target_bpp and --max_bytes go with --mode roundtrip or compress"),
         (args.eta is not None and args.infer_steps and not args.one_step, levels),
     ]

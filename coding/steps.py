@@ -30,7 +30,9 @@ from utils.limits import MIN_SIDE
 from utils.memory import freed_memory_returned
 
 SIDE_BY_SIDE = 1 << 29  # bytes of feature maps, in each lane, up to which the lanes' networks run at the same time
-KEPT = 1 << 32  # bytes of feature maps up to which freed memory stays: with it they take up to half as much again
+KEEPS_UP_TO = (
+    1 << 32
+)  # bytes of feature maps up to which freed memory stays: with it they take up to half as much again
 
 
 @dataclass(eq=False)
@@ -187,7 +189,7 @@ class Steps:
         """The result of work(), in turn with other lanes where the networks need it, and seconds for each item."""
         maps = len(items) * (codec.memory(*items[0].size, way) - codec.memory(MIN_SIDE, MIN_SIDE, way))
         turn = self._alone() if self.device.type == "cuda" or maps > SIDE_BY_SIDE else nullcontext()
-        with turn, freed_memory_returned() if self.weights.keeps_memory and maps > KEPT else nullcontext():
+        with turn, freed_memory_returned() if self.weights.keeps_memory and maps > KEEPS_UP_TO else nullcontext():
             result, seconds = self._timed(work)
         return result, seconds / len(items)
 

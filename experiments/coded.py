@@ -57,8 +57,7 @@ class Variant:
 
     @property
     def made_from(self) -> str:
-        rdo = f", rdo {self.model.rdo:g}" if self.model.rdo else ""
-        return f"{weights_of(self.model)}, {self.setting}{rdo}"
+        return f"{weights_of(self.model)}, {self.setting}"
 
 
 def evaluator_of(args: argparse.Namespace) -> Evaluator:

@@ -15,7 +15,7 @@ import numpy as np
 from coding.report import Row
 from coding.table import Table
 from experiments.coded import fill, table_of
-from experiments.inputs import about, checksum, photographs
+from experiments.inputs import about, checksum, photographs, weights_of
 from experiments.summary import write_summary
 from measuring.charts import Curve, chart
 from measuring.evaluator import Evaluator
@@ -136,7 +136,7 @@ def sweep(
         PictureError: one is too small for the metric.
     """
     evaluator = Evaluator([metric], codec.device)
-    made_from = {path: f"weights {codec.fingerprint.hex()}, {metric}, picture {checksum(path)}" for path in pictures}
+    made_from = {path: f"{weights_of(codec)}, {metric}, picture {checksum(path)}" for path in pictures}
     columns = [f"eta {eta:.6g}" for eta in etas]
 
     def stands(path: Path, code: int) -> bool:

@@ -105,9 +105,10 @@ def releases_of(
 
 
 def weights_of(codec: Codec) -> str:
-    """The weights that pictures were decoded with, in words: a row stands as long as they are the same."""
+    """The weights that pictures were coded with, in words: a row stands as long as they are the same."""
     light = f", light decoder {codec.light.sha256[:8]}" if codec.light else ""
-    return f"weights {codec.fingerprint.hex()}{light}"
+    rdo = f", rdo {codec.rdo:g}" if codec.rdo else ""
+    return f"weights {codec.fingerprint.hex()}{light}{rdo}"
 
 
 def about(args: argparse.Namespace, releases: dict[str, Codec], **more: object) -> dict:

@@ -13,11 +13,12 @@ from models import codec as rooms
 from models import entropy_coding
 from models.codec import Codec
 
+CHOICE = "indices k of z: the nearest codes, or chosen by distance and bits"
 # (owner in the codec, its attribute, the part, symbols spelled out)
 NETWORKS = (
     ("autoencoder", "encode", "E: image encoder, picture to latent x"),
     ("vq_base", "encode", "VQ-E: base encoder, latent x to vectors z"),
-    ("vq_base", "indices", "indices k of z: the nearest codes, or chosen by distance and bits"),
+    ("vq_base", "indices", CHOICE),
     ("vq_base", "reconstruct", "VQ-D: base decoder, codes to structural base y"),
     ("residual", "analysis", "residual codec, g_a: x - y to signal s"),
     ("residual", "symbols", "residual codec, h_a: s to hyper symbols, and rounding"),
@@ -35,7 +36,7 @@ PASSES = [
     )
     for name in ("encode", "decode")
 ]
-PASSES.append(("index_model", "choose", NETWORKS[2][2]))
+PASSES.append(("index_model", "choose", CHOICE))
 CODER = ("encode_indices", "encode_symbols", "decode_indices", "decode_symbols")
 ENTROPY, NOISE = "entropy coding of indices and symbols", "noise: standard normal, from the file's seed"
 READ, WRITE = "file I/O: reading the input", "file I/O: writing the output"

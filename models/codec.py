@@ -152,7 +152,7 @@ class Codec(Networks):
 
     @torch.inference_mode()
     @full_precision()
-    def smaller_base(self, picture: Analysed, weight: float) -> bytes:
+    def base_file(self, picture: Analysed, weight: float) -> bytes:
         """The base-only file of a picture with indices of a weight, as `indices` has it."""
         tiles = self.tiles(picture.file.height, picture.file.width)
         k = self.indices(picture.x, tiles, weight)[0].cpu().numpy()

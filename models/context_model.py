@@ -31,6 +31,7 @@ from models.integers import (
     floor_through,
     product,
     rectified,
+    sums_are_exact,
 )
 from models.residual_networks import SCALES
 
@@ -105,8 +106,8 @@ class ContextNetwork(IntegerNetwork):
     @staticmethod
     def width_of(state: Mapping[str, Tensor]) -> tuple[int, ...]:
         """The width of a state dict; nothing, which leaves the usual one, where it does not tell it."""
-        hidden = state.get("hidden.weight")
-        return () if hidden is None or hidden.numel() == 0 else (len(hidden),)
+        hidden = state.get("hidden.weight", torch.empty(0))
+        return (len(hidden),) if hidden.ndim == 4 and len(hidden) and sums_are_exact(len(hidden), 1) else ()
 
     def members(self, number: int) -> Tensor:
         """Channels of a pass: int64 (C,)."""

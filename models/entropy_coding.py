@@ -205,11 +205,6 @@ def own_bits(symbols: np.ndarray, masses: np.ndarray) -> np.ndarray:
     return _CODER_PRECISION - np.log2(1 + masses[np.arange(len(symbols)), symbols])
 
 
-def bits_of_all(masses: np.ndarray) -> np.ndarray:
-    """What every symbol would cost with rows of `own_tables`: (M, K) -> float64 (M, K), in bits."""
-    return _CODER_PRECISION - np.log2(1 + masses)
-
-
 class SectionEncoder:
     """Range-codes symbols that each have a table of their own, part after part."""
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.blocks import distances
-from models.entropy_coding import SectionDecoder, SectionEncoder, bits_of_all, own_bits, own_tables
+from models.entropy_coding import SectionDecoder, SectionEncoder, own_bits, own_tables
 from models.integers import (
     ACTIVATION_UNIT,
     IntegerConv,
@@ -29,6 +29,7 @@ from models.integers import (
     IntegerNetwork,
     product,
     rectified,
+    sums_are_exact,
 )
 
 PATTERN = np.array([[0, 4, 2, 4], [4, 3, 4, 3], [2, 4, 1, 4], [4, 3, 4, 3]])
@@ -37,6 +38,7 @@ CONTEXT = 16
 _REACH = 3 * len(PATTERN)  # of the context, in rows and columns, at most
 _ENTRIES = 1 << 17  # of tables that are in memory at once
 _ALIKE, _OWN = 0.2, 0.3  # at the start: scores' share of the codes' vectors, and how much of random weights is left
+_NOTHING = 1e-3  # of the largest deviation: what has less is not brought to the others'
 _LARGEST = 20  # log2 of the largest share before scaling; none is below 1
 
 
@@ -48,7 +50,7 @@ def _power(units: int) -> int:
     return value
 
 
-_SHARES = np.array([_power(units) for units in range(ACTIVATION_UNIT * _LARGEST, -1, -1)], dtype=np.float64)
+_SHARES = torch.tensor([_power(units) for units in range(ACTIVATION_UNIT * _LARGEST, -1, -1)], dtype=torch.float64)
 
 
 def offsets(number: int) -> np.ndarray:
@@ -117,9 +119,12 @@ class IndexNetwork(IntegerNetwork):
     def sizes(state: Mapping[str, Tensor]) -> tuple[int, int, int, bool] | tuple[()]:
         """The sizes of a state dict; nothing, which leaves the usual ones, where it does not tell them."""
         embedding, hidden = (state.get(f"{name}.weight", torch.empty(0)) for name in ("embedding", "hidden"))
-        if embedding.ndim != 2 or hidden.ndim != 4 or 0 in (embedding.numel(), hidden.numel()):
+        if embedding.ndim != 2 or hidden.ndim != 4:
             return ()
-        return embedding.shape[1], hidden.shape[1], hidden.shape[0], "middle.weight" in state
+        channels, (narrow, wide) = embedding.shape[1], hidden.shape[:2]
+        if not all(size and sums_are_exact(size, 1) for size in (CONTEXT * channels, wide, narrow)):
+            return ()
+        return channels, wide, narrow, "middle.weight" in state
 
     @torch.no_grad()
     def start_alike(self, codebook: Tensor) -> None:
@@ -127,10 +132,11 @@ class IndexNetwork(IntegerNetwork):
         learnt of its neighbours, and rare codes have few examples of their own.
         """
         vectors = codebook - codebook.mean(0)
-        d = min(vectors.shape[1], self.embedding.weight.shape[1], self.out.weight.shape[1] // 2)
+        d = min(*vectors.shape, self.embedding.weight.shape[1], self.out.weight.shape[1] // 2)
         if d < vectors.shape[1]:
             vectors = vectors @ torch.linalg.svd(vectors, full_matrices=False).Vh[:d].T  # its principal components
-        vectors = vectors / vectors.std(0).clamp(min=1e-12)
+        deviation = vectors.std(0)
+        vectors = vectors / deviation.clamp(min=_NOTHING * deviation.amax())
         self.embedding.weight[: self.codes, :d] = vectors
         self.embedding.weight[self.codes] = 0  # what is unknown
         signed = torch.cat([vectors, -vectors], dim=1)  # activations are not negative
@@ -156,10 +162,15 @@ def scored(context: Tensor, rows: Tensor, layers: Sequence[tuple[Tensor, Tensor]
     return product(a, *last)
 
 
-def shares(scores: np.ndarray) -> np.ndarray:
+def below_best(scores: Tensor) -> Tensor:
+    """How many units every score is below the best of its row, as far as shares tell them apart: (M, K)."""
+    return (scores.amax(1, keepdim=True) - scores).clamp_(max=len(_SHARES) - 1)
+
+
+def shares(scores: Tensor) -> Tensor:
     """floor(2^(20 - d/16)), d units below the best score of a row, at least 1: (M, K), integers in float64."""
-    distance = scores.max(axis=1, keepdims=True) - scores
-    return np.take(_SHARES, distance.astype(np.intp), mode="clip")
+    units = below_best(scores).int()
+    return torch.index_select(_SHARES, 0, units.flatten()).view_as(units)
 
 
 class IndexModel:
@@ -186,12 +197,14 @@ class IndexModel:
         Returns:
             int64 (h, w).
         """
-        z, codebook = z.permute(1, 2, 0).cpu(), codebook.cpu()  # h w d_q
+        z, codebook = z.permute(1, 2, 0).float().cpu(), codebook.float().cpu()  # h w d_q
         grid, k = self._unknown(*z.shape[:2])
         for number, rows, columns in parts(*k.shape, self.network.codes):
-            bits = bits_of_all(self.masses(grid, number, rows, columns))
-            cost = distances(z[rows, columns], codebook).double().numpy() + weight * bits
-            k[rows, columns] = cost.argmin(axis=1)
+            bits = (
+                below_best(self._scores_at(grid, number, rows, columns)) / ACTIVATION_UNIT
+            )  # beside what all codes cost
+            cost = distances(z[rows, columns], codebook) + weight * bits
+            k[rows, columns] = cost.argmin(1).numpy()
         return k.astype(np.int64)
 
     def _unknown(self, h: int, w: int) -> tuple[np.ndarray, np.ndarray]:
@@ -232,9 +245,11 @@ class IndexModel:
         return k.astype(np.int64)
 
     @torch.inference_mode()
-    def masses(self, grid: np.ndarray, number: int, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-        """Tables (M, K) of positions of a pass, for the coder, given a grid with the indices of earlier passes."""
+    def _scores_at(self, grid: np.ndarray, number: int, rows: np.ndarray, columns: np.ndarray) -> Tensor:
         context = torch.from_numpy(contexts(grid, number, rows, columns, self.network.codes).astype(np.int64))
         with torch.autocast("cpu", enabled=False):
-            scores = self.scores(number, context)
-        return own_tables(shares(scores.numpy()))
+            return self.scores(number, context)
+
+    def masses(self, grid: np.ndarray, number: int, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        """Tables (M, K) of positions of a pass, for the coder, given a grid with the indices of earlier passes."""
+        return own_tables(shares(self._scores_at(grid, number, rows, columns)).numpy())

@@ -135,9 +135,10 @@ class IntegerNetwork(nn.Module):
         return found
 
     def natural(self, integers: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The state dict of `integers`; what this network does not have comes back as it is."""
-        units = self._units()
-        return {key: value / units[key][0] if key in units else value for key, value in integers.items()}
+        """The state dict of `integers`; what this network does not have, or not in this shape, comes back as it is."""
+        units, own = self._units(), self.state_dict()
+        ours = {key for key, value in integers.items() if key in units and value.shape == own[key].shape}
+        return {key: value / units[key][0] if key in ours else value for key, value in integers.items()}
 
     def _units(self) -> dict[str, tuple[int, int, torch.dtype]]:
         """Unit, largest magnitude and type of every parameter's integers."""

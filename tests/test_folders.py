@@ -223,9 +223,9 @@ def test_large_pictures_give_their_memory_back(pictures, weights, tmp_path, caps
     monkeypatch.setattr("coding.steps.freed_memory_returned", record)
     for limit, without, expected in ((1 << 32, [], 0), (0, [], 2), (0, ["--without", "keep_memory"], 0)):
         returned.clear()
-        monkeypatch.setattr("coding.steps.KEPT", limit)
+        monkeypatch.setattr("coding.steps.KEEPS_UP_TO", limit)
         out = tmp_path / f"{limit}{without}"
-        assert call(capsys, "-i", pictures / "0.png", "-o", out, *weights, *without)[0] == 0
+        assert call(capsys, "-i", pictures / "0.png", "-o", out, "--device", "cpu", *weights, *without)[0] == 0
         assert len(returned) == expected  # once to encode, once to decode
 
 

@@ -123,7 +123,7 @@ def test_the_cost_of_a_known_table():
 
 
 def test_shares_are_powers_of_two_and_no_code_is_without_one():
-    scores = np.array([[7.0, 7 - 16, 7 - 8, -1000]])
+    scores = torch.tensor([[7.0, 7 - 16, 7 - 8, -1000]])
     assert shares(scores).tolist() == [[2**20, 2**19, np.floor(2**19.5), 1]]
 
 
@@ -201,6 +201,16 @@ def test_a_code_book_of_more_dimensions_starts_with_its_principal_components():
     assert torch.equal(order.argsort(descending=bool(order[0] > 0)), torch.arange(5)) and order.std() == pytest.approx(
         1
     )
+
+
+@pytest.mark.parametrize("codes, dimensions", [(8, 32), (4, 1), (16, 16)])
+def test_code_books_of_any_shape_start_within_the_range_of_integers(codes, dimensions):
+    """One dimension says nothing: rounding alone tells its values apart."""
+    network = IndexNetwork(codes).requires_grad_(False)
+    book = torch.randn(codes, dimensions, generator=torch.Generator().manual_seed(0))
+    book[:, -1] = 0.1 if dimensions > 1 else book[:, -1]
+    network.start_alike(book)
+    assert network.embedding.weight[:codes].abs().max() < 16 and network.out.weight.abs().max() < 2
 
 
 def test_threads_parts_and_autocast_do_not_matter(model, monkeypatch):

@@ -12,7 +12,7 @@ from benchmarks import hostile
 from coding import ledger
 from coding.compressai_view import CompressAIView
 from models.bitstream import pack, unpack
-from models.index_model import IndexModel
+from models.index_model import IndexModel, IndexNetwork
 from models.released import Triple, load_release, load_triple, save_triple, states_of
 from release import index_model as fitting
 from tests.residual import K, new_codec, picture
@@ -111,6 +111,18 @@ def test_a_release_keeps_the_model_and_its_fingerprint_counts_it(codec, tmp_path
     assert load_release(tmp_path / "with").fingerprint not in (loaded.fingerprint, plain.fingerprint)
 
 
+def test_models_of_earlier_releases_are_read(tmp_path):
+    """Their layers are 96 wide, and have none in the middle."""
+    codec = new_codec()
+    network = IndexNetwork(K, 16, 96, 96, middle=False)
+    torch.nn.init.normal_(network.out.weight, std=0.3)
+    codec.index_model = IndexModel(network)
+    loaded = load_triple(saved(codec, tmp_path)).index_model
+    assert sorted(loaded.network.state_dict()) == sorted(network.state_dict()) and loaded.network.middle is None
+    k = np.random.default_rng(0).integers(0, K, (9, 13))
+    assert loaded.encode(k) == codec.index_model.encode(k)
+
+
 def without(key):
     return lambda state: {name: value for name, value in state.items() if name != key}
 
@@ -119,6 +131,12 @@ def without(key):
     "damage, told",
     [
         (without("out.bias"), "does not fit the configuration. missing: out.bias$"),
+        (lambda state: state | {"embedding.weight": torch.zeros(K + 1, 33, dtype=torch.int16)}, "other shape"),
+        (
+            lambda state: state | {"hidden.weight": torch.zeros(1, dtype=torch.int8).expand(8, 1 << 36, 1, 1)},
+            "other shape",
+        ),
+        (lambda state: state | {"hidden.weight": torch.zeros((), dtype=torch.int8)}, "other shape"),
         (without("embedding.weight"), "missing: embedding.weight"),
         (without("hidden.weight"), "missing: hidden.weight"),
         (lambda state: state | {"extra": torch.zeros(2)}, "surplus: extra$"),

@@ -16,6 +16,7 @@ from models.integers import (
     IntegerEmbedding,
     bounded,
     floor_through,
+    product,
     rectified,
     round_through,
 )
@@ -124,6 +125,19 @@ def test_the_gradient_of_bounded_leads_back_inside():
     out.backward(torch.tensor([2.0, -2.0, 2.0, -2.0, 2.0, -2.0, 2.0, -2.0]))
     assert x.grad.tolist() == [0, -2, 2, -2, 2, 0, 2, -2]
     assert rectified(torch.tensor([-1.0, 7.0, 1000.0])).tolist() == [0, 7, ACTIVATION_MAX]
+
+
+def test_a_product_of_rows_is_the_convolution_and_has_its_gradients():
+    conv, a = layer(6, 5, 1, 0.3).requires_grad_(True), activations(1, 6, 7, 1)
+    weights = torch.randn(7, 5, generator=torch.Generator().manual_seed(1))
+    found = []
+    for way in (lambda rows: product(rows, *conv.matrix()), lambda rows: conv(rows.T[None, ..., None])[0, ..., 0].T):
+        rows = a[0, :, :, 0].T.clone().requires_grad_(True)
+        out = way(rows)
+        found.append((out, *torch.autograd.grad((out * weights).sum(), (rows, conv.weight, conv.bias))))
+    assert torch.equal(found[0][0], found[1][0])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_the_gradient_of_a_layer_is_that_of_the_float_layer():

@@ -1,4 +1,4 @@
-"""Indices of the base chosen for distortion and rate together: by hand, in files, and below the smallest plain file."""
+"""Indices of the base chosen for distortion and rate together: by hand, in files, and for budgets near the base."""
 
 import copy
 import json
@@ -9,8 +9,9 @@ import torch
 from skimage import data
 
 import reproduce
-from coding import budget
+from coding import budget, options
 from coding.api import load_codec
+from models.codec import RATE_WEIGHT
 from models.index_model import IndexModel, IndexNetwork
 from models.vq_base import Codebook, VQBaseParams
 from tests.commands import call
@@ -72,7 +73,7 @@ def test_the_spacing_of_a_code_book_by_hand():
     assert book.spacing == 9  # of the two in the middle PyTorch's median is the lower
 
 
-def test_more_weight_gives_a_smaller_base_further_from_the_picture(codec, image):
+def test_more_weight_gives_a_base_file_further_from_the_picture(codec, image):
     model = codec.model
     found = [weighted(model, weight).analyse(image) for weight in (0, 0.05, 0.2, 1.0)]
     plain, z = found[0], model.vq_base.encode(found[0].x)
@@ -90,36 +91,58 @@ def test_more_weight_gives_a_smaller_base_further_from_the_picture(codec, image)
     assert error[0] < error[1]
 
 
-def test_a_budget_below_the_nearest_codes_is_met(codec, image):
+def test_a_budget_below_the_base_is_met(codec, image):
     model = codec.model
     plain = model.analyse(image)
     base = len(model.write(plain, 0))
-    for share in (0.99, 0.8, 0.6):
+    for share in (0.99, 0.85, 0.7):
         fitted = budget.fit(model, plain, int(share * base))
         assert (share - 0.12) * base < len(fitted.data) <= share * base and fitted.code == 0
         weight = float(fitted.note.rpartition(" ")[2])
         assert len(load_codec(rdo=weight).compress(image)) == pytest.approx(len(fitted.data), abs=3)
-    assert fitted.data == codec.compress(image, max_bytes=int(0.6 * base))
+    assert fitted.data == codec.compress(image, max_bytes=int(0.7 * base))
     with pytest.raises(BudgetError, match="too few for this picture: its smallest file has") as told:
         budget.fit(model, plain, base // 5)
     smallest = int(str(told.value).rpartition("file has ")[2].split()[0])
     assert base / 3 < smallest < 0.7 * base and len(budget.fit(model, plain, smallest).data) == smallest
 
 
+def test_a_budget_between_the_base_and_the_least_residual_gets_a_base_nearer_to_the_picture(codec, image):
+    model = codec.model
+    usual, nearest = model.analyse(image), weighted(model, 0).analyse(image)
+    sizes = [len(model.write(each, 0)) for each in (usual, nearest)]
+    least = min(len(model.write(usual, code)) for code in (1, 2, 3))
+    assert sizes[0] + 10 < sizes[1] < least
+    fitted = budget.fit(model, usual, sizes[1])
+    assert fitted.data == model.write(nearest, 0) and fitted.note.endswith("less weight on its bits: --rdo 0")
+    between = budget.fit(model, usual, sizes[1] - 4)
+    assert sizes[0] < len(between.data) <= sizes[1] - 4 and between.code == 0
+    assert 0 < float(between.note.rpartition(" ")[2]) < RATE_WEIGHT
+    assert budget.fit(model, usual, sizes[0]).note is None
+    without = budget.fit(weighted(model, 0), nearest, sizes[1] + 5)
+    assert without.data == model.write(nearest, 0) and "--rdo" not in without.note
+
+
+def test_the_help_names_the_usual_weight(capsys):
+    with pytest.raises(SystemExit):
+        options.parse(["--help"])
+    assert f"(default: {RATE_WEIGHT:g};" in " ".join(capsys.readouterr().out.split())
+
+
 def test_the_command_takes_a_weight(image, tmp_path, capsys):
     write_image(tmp_path / "photo.png", image)
     sizes = []
-    for name, options in (("a", ["--rdo", "0"]), ("b", []), ("c", ["--rdo", "0.2"]), ("d", ["--quality", "60"])):
+    for name, flags in (("a", ["--rdo", "0"]), ("b", []), ("c", ["--rdo", "0.2"]), ("d", ["--quality", "60"])):
         where = tmp_path / name
-        status, out, err = call(capsys, "-i", tmp_path / "photo.png", "-o", where, "--mode", "compress", *options)
+        status, out, err = call(capsys, "-i", tmp_path / "photo.png", "-o", where, "--mode", "compress", *flags)
         assert status == 0, err
         sizes.append((where / "photo.dfo").stat().st_size)
     assert sizes[2] < sizes[1] < sizes[0] < sizes[3]
-    for options, said in (
+    for flags, said in (
         (["--rdo", "-1"], "a weight from 0"),
-        (["--mode", "decompress", "--rdo", "1"], "--rdo goes with"),
+        (["--mode", "decompress", "--rdo", "0"], "--rdo goes with"),
     ):
-        status, out, err = call(capsys, "-i", tmp_path / "photo.png", "-o", tmp_path / "d", *options)
+        status, out, err = call(capsys, "-i", tmp_path / "photo.png", "-o", tmp_path / "d", *flags)
         assert status == 2 and said in err
 
 
@@ -153,7 +176,7 @@ def test_rates_shows_both(image, tmp_path, capsys):
     rows = {row["codec"]: row for row in json.loads((tmp_path / "o" / "rates.json").read_text())["pictures"]}
     usual, other = rows["small"], rows["small-rdo-0.2"]
     assert int(other["bytes"]) < int(usual["bytes"]) and "rdo 0.2" in other["made_from"]
-    assert usual["made_from"].endswith("rdo 0.0625")
+    assert ", rdo 0.0625, " in usual["made_from"]
 
 
 def test_pictures_of_one_size_are_chosen_for_each_by_itself(codec, image):

@@ -21,7 +21,7 @@ MOST = 1 << 22  # numbers of an input: a latent of 4 megapixels, a picture of 1.
 # (network of the codec, or the codec itself, its function). Each takes and gives tensors alone.
 GRAPHED = (
     ("autoencoder", "encode"),
-    ("vq_base", "indices"),
+    ("vq_base", "encode"),
     ("vq_base", "reconstruct"),
     ("", "drawn"),
     ("unet", "forward"),
