@@ -128,7 +128,6 @@ def test_rates_are_those_that_are_asked_for(codec, path):
     assert len(base) < len(found) <= middle and codec.info(found)["code"] > 0
     assert codec.compress(path, target_bpp=8 * middle / (80 * 48)) == found
     assert codec.compress(path, max_bytes=10**6) == most
-    assert len(codec.compress(path, max_bytes=len(base) - 1)) < len(base)
     with pytest.raises(BudgetError, match="20 bytes .* its smallest file has"):
         codec.compress(path, max_bytes=20)
 
