@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from coding import options
+from models.index_model import IndexModel, IndexNetwork
 from models.layers import fused_norm
 from models.layers.sharing import sharing
 from models.speed import graphs
@@ -143,6 +144,19 @@ def test_a_codec_with_graphs_writes_and_reads_the_same(quality):
     assert torch.equal(codec.decompress(files[0]), expected[0])
     leave_graphs(codec)
     assert not any(isinstance(vars(module).get(name), Graphed) for module in codec.modules() for _, name in GRAPHED)
+
+
+@pytest.mark.parametrize("weight", [0, 0.2])
+def test_the_base_encoder_has_a_graph_however_its_indices_are_chosen(weight):
+    codec = new_codec()
+    codec.index_model = IndexModel(IndexNetwork(codec.params.vq_base.codebook_size))
+    codec.choose_by_rate(weight)
+    use_graphs(codec, Fixed())
+    graphed, calls = vars(codec.vq_base)["encode"], []
+    assert isinstance(graphed, Graphed)
+    vars(codec.vq_base)["encode"] = lambda x: calls.append(x.shape) or graphed(x)
+    codec.compress(picture(64, 48))
+    assert len(calls) == 1
 
 
 def test_fast_paths_of_cuda_are_on_unless_left_out(monkeypatch):

@@ -8,13 +8,14 @@ import torch
 
 from experiments import timing
 from experiments.published import OURS, published
-from experiments.stopwatch import NETWORKS, NOISE, Stopwatch
+from experiments.stopwatch import CHOICE, NETWORKS, NOISE, Stopwatch
+from models.index_model import IndexModel, IndexNetwork
 from models.released import load_release
 from models.speed.fast import prepare
 from models.speed.graphs import use_graphs
 from reproduce import parse
 from tests.commands import NANO, photograph
-from tests.residual import new_codec
+from tests.residual import new_codec, picture
 from tests.small_releases import reproduce, told_in, two_layers
 from tests.test_graphs import Fixed
 
@@ -109,6 +110,20 @@ def test_networks_of_a_configuration_are_timed_without_a_release(tmp_path, monke
     args.without = []
     assert timing.made_from(codec, NANO, args) != made  # rows of the one do not stand for the other
     assert all(p.any() for name, p in codec.named_parameters() if name.endswith("conv2.weight"))
+
+
+def test_the_choice_of_indices_is_a_part_of_its_own():
+    """Apart from VQ-E, which is counted once, whether the codes are the nearest or chosen by an index model."""
+    codec = new_codec()
+    codec.index_model = IndexModel(IndexNetwork(codec.params.vq_base.codebook_size))
+    for weight in (0, 0.2):
+        codec.choose_by_rate(weight)
+        counted = []
+        stopwatch = Stopwatch(lambda: 0.0)
+        stopwatch.count = lambda part, work, *args, counted=counted, **more: counted.append(part) or work(*args, **more)
+        with stopwatch.watching(codec):
+            codec.compress(picture(64, 48))
+        assert counted.count(CHOICE) == 1 and counted.count(NETWORKS[1][2]) == 1
 
 
 def test_watching_leaves_the_codec_as_it_was(tmp_path):
