@@ -200,9 +200,8 @@ class IndexModel:
         z, codebook = z.permute(1, 2, 0).float().cpu(), codebook.float().cpu()  # h w d_q
         grid, k = self._unknown(*z.shape[:2])
         for number, rows, columns in parts(*k.shape, self.network.codes):
-            bits = (
-                below_best(self._scores_at(grid, number, rows, columns)) / ACTIVATION_UNIT
-            )  # beside what all codes cost
+            # Beside what all codes of a position cost.
+            bits = below_best(self._scores_at(grid, number, rows, columns)) / ACTIVATION_UNIT
             cost = distances(z[rows, columns], codebook) + weight * bits
             k[rows, columns] = cost.argmin(1).numpy()
         return k.astype(np.int64)
