@@ -14,9 +14,7 @@ from models.records import Analysed
 from models.residual_hyperprior import LEVEL_CODES
 from utils.errors import BudgetError
 
-WEIGHTS = [
-    2 ** (step / 8 - 6) for step in range(49)
-]  # of a base's bits, for one that is larger or smaller than the usual one
+WEIGHTS = [2 ** (step / 8 - 6) for step in range(49)]  # of the bits of a base that is not to have the usual size
 NEIGHBOURS = 3  # codes written on both sides of the one that is found: sizes need not rise at every step
 ENOUGH = 0.97  # share of a budget below which the table says what a larger file would take
 

@@ -30,9 +30,7 @@ from utils.limits import MIN_SIDE
 from utils.memory import freed_memory_returned
 
 SIDE_BY_SIDE = 1 << 29  # bytes of feature maps, in each lane, up to which the lanes' networks run at the same time
-KEEPS_UP_TO = (
-    1 << 32
-)  # bytes of feature maps up to which freed memory stays: with it they take up to half as much again
+KEEPS_UP_TO = 1 << 32  # bytes of feature maps up to which freed memory stays, which may add half as much again
 
 
 @dataclass(eq=False)
