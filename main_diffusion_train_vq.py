@@ -1,6 +1,6 @@
 """Train DiffO: the image autoencoder (stage `gt`), then VQ base and denoiser together (stage `codec`).
 
-Stage `light`, by itself, distils a light decoder from a release.
+Stage `decoder`, by itself, trains the image decoder of a release on, and stage `light` distils a light decoder from it.
 
 python main_diffusion_train_vq.py --steps 2 --cfg_path configs/config.yaml --save_dir runs --data pictures/
 torchrun --standalone --nproc_per_node=2 main_diffusion_train_vq.py ...          several processes
@@ -63,6 +63,7 @@ def configure(args: argparse.Namespace) -> tuple[TrainConfig, Path, Origin]:
         "networks.diffusion.steps": args.steps,
         "gt.iterations": args.iterations,
         "codec.iterations": args.iterations,
+        "decoder.iterations": args.iterations,
         "light.iterations": args.iterations,
         "save_every": args.save_every,
     }

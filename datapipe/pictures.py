@@ -45,6 +45,7 @@ class DataParams:
             `square`: a random square of the whole short side, area-resized (the published code's way).
         flip: mirror half of the crops.
         plain: share of the crops that are of one colour or a slope between two instead, which photographs hardly have.
+        framed: share of the crops that end in lines of one colour, as scans of film do (`framed`).
         workers: processes that decode; 0 decodes in the training process.
     """
 
@@ -55,6 +56,7 @@ class DataParams:
     enlarge: tuple[float, ...] = (1.0, 1.0)
     flip: bool = True
     plain: float = 0.0
+    framed: float = 0.0
     workers: int = 4
 
     def __post_init__(self):
@@ -63,7 +65,8 @@ class DataParams:
             raise ValueError(f"{' and '.join(named)} are both set: pictures come from one of {', '.join(KINDS)}")
         good = len(self.enlarge) == 2 and 0 < self.enlarge[0] <= self.enlarge[1]
         require(good, f"enlarge {list(self.enlarge)}: two factors above 0, the smaller first")
-        require(0 <= self.plain <= 1, f"plain {self.plain}: a share, from 0 to 1")
+        for name in ("plain", "framed"):
+            require(0 <= getattr(self, name) <= 1, f"{name} {getattr(self, name)}: a share, from 0 to 1")
         require_from(0, self, "workers")
 
     @property
@@ -125,6 +128,8 @@ class Pictures(Dataset):
         else:
             crop = self._square if self.params.crop == "square" else self._random
             image = crop(self._picture(position), random)
+        if self.params.framed and random.random() < self.params.framed:
+            image = framed(image, random)
         if self.params.flip and random.random() < 0.5:
             image = image.flip(2)
         drawn = draw(self.draws, self.seed, position) if self.draws else {}
@@ -204,6 +209,21 @@ def plain_crop(size: int, random: np.random.Generator) -> Tensor:
     place = 0.5 + (along[:, None] * np.sin(angle) + along * np.cos(angle)) / (abs(np.sin(angle)) + abs(np.cos(angle)))
     start, end = ends[:, :, None, None]  # 3 1 1
     return torch.from_numpy(start + (end - start) * place).float()
+
+
+def framed(image: Tensor, random: np.random.Generator) -> Tensor:
+    """A square, 3 x S x S in [-1, 1], that ends in lines of one grey, 1 to 4 pixels wide, on each side by a chance of a half.
+
+    A third of the lines have an outermost pixel of black. Greys are uniform, a quarter of them black and a quarter white.
+    """
+    grey, image = random.uniform(-2, 2, 1).clip(-1, 1)[0], image.clone()
+    for _ in range(4):
+        if random.random() < 0.5:
+            image[:, : random.integers(1, 5)] = grey
+            if random.random() < 1 / 3:
+                image[:, 0] = -1
+        image = image.rot90(1, (1, 2))
+    return image
 
 
 @lru_cache(maxsize=2)

@@ -29,8 +29,8 @@ from models.entropy_coding import frequency_table, symbol_bits
 from models.residual_hyperprior import SYMBOL_REACH, Symbols
 from models.residual_networks import SCALE_MIN, SCALE_STEP, SCALES
 from release.tables import with_prior
-from training.config import OptimParams
 from training.optimiser import Optimiser
+from training.stage_config import OptimParams
 
 STEPS = 4000
 BATCH = 256  # positions of each pass

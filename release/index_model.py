@@ -17,8 +17,8 @@ from models.codec import Codec
 from models.entropy_coding import table_cost_bits
 from models.index_model import PASSES, IndexModel, IndexNetwork, bordered, contexts, parts
 from models.integers import ACTIVATION_UNIT
-from training.config import OptimParams
 from training.optimiser import Optimiser
+from training.stage_config import OptimParams
 
 STEPS = 6000
 BATCH = 2048  # positions, of all passes together

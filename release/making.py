@@ -14,6 +14,7 @@ from models.codec import Codec
 from models.diffusion import RateParams
 from models.released import ABOUT, DENSITIES, Triple, load_release, load_triple, save_triple, states_of
 from training.config import RUN_CONFIG, TrainConfig
+from utils import checkpoints
 from utils.config import load_mapping, to_mapping
 from utils.errors import CheckpointError, DiffoError
 from utils.files import atomic_write, make_folder, require_writable
@@ -107,15 +108,23 @@ def write_about(out: Path, about: dict) -> None:
     atomic_write(out / ABOUT, (json.dumps(about, indent=1) + "\n").encode())
 
 
+def taken(source: Path) -> tuple[Codec, dict, dict]:
+    """A release that another is made of: its codec with densities, its release.json, and the entries of that which go along."""
+    told = checkpoints.read_json(source / ABOUT)
+    return (
+        load_triple(Triple.in_folder(source), densities=True),
+        told,
+        {k: v for k, v in told.items() if k not in WRITTEN},
+    )
+
+
 def with_rate(source: Path, rate: RateParams, out: Path) -> dict:
     """The release in `source` once more, with another rule for the noise level; the entries of its release.json.
 
     Its fingerprint differs: decoded pictures do. Precision, densities, the notes on training and a light decoder stay.
     """
     require_empty(out)
-    told = json.loads((source / ABOUT).read_text())
-    notes = {key: value for key, value in told.items() if key not in WRITTEN}
-    codec = load_triple(Triple.in_folder(source), densities=True)
+    codec, told, notes = taken(source)
     codec.params = replace(codec.params, rate=rate)
     config = load_mapping(source / RUN_CONFIG)
     config["networks"]["rate"] = to_mapping(rate)

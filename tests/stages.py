@@ -11,7 +11,7 @@ from models.codec import Codec
 from tests.commands import NANO
 from tests.networks import off_zero
 from tests.residual import SMALL, new_residual
-from tests.small_runs import LIGHT
+from tests.small_runs import ALONE
 from training.config import load_config
 from training.stage import Stage
 from training.stages import STAGES
@@ -27,8 +27,8 @@ def new_stage(
     Args:
         perceptual: terms in the place of the configuration's, whose networks are large; it has their factors.
     """
-    own = LIGHT if name == "light" else ()
-    config = load_config(str(NANO), [f"{name}.crop_size={SIDE}", "speed.precision=float32", *own, *overrides])
+    given = f"{name}.crop_size={SIDE}", "speed.precision=float32", *ALONE.get(name, ())
+    config = load_config(str(NANO), [*given, *overrides])
     if residual:
         config = replace(config, networks=replace(config.networks, residual=SMALL))
     torch.manual_seed(0)

@@ -8,8 +8,8 @@ from torch import nn
 
 from tests.stages import batch_of, new_stage, pictures
 from training.adversary import Adversary
-from training.config import AdversaryParams
 from training.progress import Progress
+from training.stage_config import AdversaryParams
 from training.step import Step
 
 

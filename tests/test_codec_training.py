@@ -14,7 +14,8 @@ from models.records import ONE_STEP, Draws, Sampling
 from tests.residual import D, picture
 from tests.residual import new_codec as with_residual
 from tests.small_codec import PARAMS, Traced, new_codec, y_of
-from training.config import CodecStageParams, TrainConfig
+from training.config import TrainConfig
+from training.stage_config import CodecStageParams
 from training.stages import CodecStage
 from training.step import Step
 from utils.images import to_signed, to_uint8

@@ -167,6 +167,32 @@ def test_a_share_of_the_crops_is_plain(folder):
     assert 1 < steepest <= 2
 
 
+def test_a_share_of_the_crops_ends_in_lines(folder):
+    """Of one grey, along each side by a chance of a half, 1 to 4 pixels wide; the rest of the crop is as without them."""
+    framed, bare = dataset(folder, framed=0.5, flip=False, plain=1.0), dataset(folder, flip=False, plain=1.0)
+    pairs = [(framed[position]["image"], bare[position]["image"]) for position in range(400)]
+    sides = []
+    for ours, theirs in pairs:
+        assert torch.equal(ours[:, 4:-4, 4:-4], theirs[:, 4:-4, 4:-4])
+        for turns in range(4):
+            a, b = ours.rot90(turns, (1, 2)), theirs.rot90(turns, (1, 2))
+            changed = [not torch.equal(a[:, row, 4:-4], b[:, row, 4:-4]) for row in range(4)]
+            if any(changed):
+                line = a[:, :4, 4:-4][:, changed]
+                assert torch.equal(line, line[:1, :, :1].expand_as(line))
+                inner = line[0, -1, 0]
+                assert (line[:, 1:] == inner).all() and (line[:, 0] == inner).all() or (line[:, 0] == -1).all()
+                sides.append((turns, sum(changed), float(inner), bool((line[:, 0] != inner).any())))
+    with_lines = sum(not torch.equal(*pair) for pair in pairs)
+    assert 150 <= with_lines <= 225  # half, but for the 1 in 16 that no side is drawn of
+    assert len(sides) / with_lines == pytest.approx(32 / 15, rel=0.1)
+    for turns in range(4):
+        assert sum(side[0] == turns for side in sides) > 70
+    assert {side[1] for side in sides} == {1, 2, 3, 4}
+    assert sum(side[2] == -1 for side in sides) > 80 and sum(side[2] == 1 for side in sides) > 60
+    assert any(side[3] for side in sides)
+
+
 def test_enlarged_crops_show_less_of_the_picture(coordinates):
     pictures = dataset(coordinates, flip=False, enlarge=(1.5, 3.0))
     factors = []

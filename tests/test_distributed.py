@@ -14,7 +14,7 @@ from models.codec import Codec
 from models.released import NETWORKS
 from tests.commands import NANO, run
 from tests.recorded import Fixed
-from tests.small_runs import ALL_PARTS, LIGHT, ranks
+from tests.small_runs import ALL_PARTS, ALONE, ranks
 from training.config import load_config
 from training.progress import Progress
 from training.speed import Speed
@@ -27,8 +27,9 @@ ZERO = 1e-15  # some gradients are rounding alone: the bias of the keys cancels 
 STEPS, BATCH, SIZE = 3, 4, 48
 OVERRIDES = (
     # AdamW divides by |g| + 1e-8: where a gradient is nearly nothing, the step is its rounding times lr / 1e-8.
-    *("gt.optim.lr=1e-4", "codec.optim.lr=1e-4", "light.optim.lr=1e-4"),
+    *("gt.optim.lr=1e-4", "codec.optim.lr=1e-4", "decoder.optim.lr=1e-4", "light.optim.lr=1e-4"),
     *("gt.adversary={weight: 0.5, start: 1}", "codec.adversary={weight: 0.5, start: 1}"),
+    *("decoder.adversary={weight: 0.5, start: 1}", "decoder.chroma_weight=1.0", f"decoder.crop_size={SIZE}"),
     *("light.adversary={weight: 0.5, start: 1}", "light.chroma_weight=1.0", f"light.crop_size={SIZE}"),
     *("gt.chroma_weight=1.0", "codec.chroma_weight=1.0", f"gt.crop_size={SIZE}", f"codec.crop_size={SIZE}"),
     *ALL_PARTS,
@@ -40,7 +41,7 @@ OVERRIDES = (
 
 def new_step(name: str, *overrides: str) -> Step:
     """A stage on networks of random weights, in float64."""
-    config = load_config(str(NANO), [*OVERRIDES, *(LIGHT if name == "light" else ()), *overrides])
+    config = load_config(str(NANO), [*OVERRIDES, *ALONE.get(name, ()), *overrides])
     torch.manual_seed(0)
     codec = Codec(config.networks).double()
     codec.residual.train_rates()
@@ -196,6 +197,8 @@ def test_every_trainable_tensor_is_in_one_group_gets_a_gradient_and_is_averaged(
     trainable = {id(p) for p in step.stage.trained.parameters() if p.requires_grad}
     assert trainable == {id(p) for p in step.stage.codec.parameters() if p.grad is not None}
     averaged = step.stage.networks(step.averages.average)
-    assert set(averaged) == {"gt": {"autoencoder"}, "light": {"light"}}.get(name, set(NETWORKS))
+    assert set(averaged) == {"gt": {"autoencoder"}, "decoder": {"autoencoder"}, "light": {"light"}}.get(
+        name, set(NETWORKS)
+    )
     for network, state in averaged.items():
         assert state.keys() == getattr(step.stage.codec, network).state_dict().keys()

@@ -8,8 +8,8 @@ import torch
 
 from models.records import Draws
 from tests.stages import batch_of, new_stage
-from training.config import CodecStageParams
 from training.perceptual_networks import EnergyScore
+from training.stage_config import CodecStageParams
 
 OPTIONS = ("codec.distortion_weight=0", "codec.perceptual={}", "codec.energy_weight=0.5")
 

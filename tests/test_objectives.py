@@ -18,9 +18,9 @@ from models.records import CodecOutput
 from models.vq_base import BaseCode
 from tests.stages import batch_of, new_stage
 from training.codec_stage import Seen
-from training.config import AdversaryParams, CodecStageParams
 from training.perceptual import Lpips, perceptual_terms
 from training.stage import Restored
+from training.stage_config import AdversaryParams, CodecStageParams
 from utils.errors import ConfigError
 
 RANDOM = np.random.default_rng(0)

@@ -8,9 +8,9 @@ import torch
 
 from tests.stages import batch_of, new_stage
 from training import progress as progress_module
-from training.config import CodecStageParams, OptimParams
 from training.optimiser import Optimiser
 from training.progress import Progress
+from training.stage_config import CodecStageParams, OptimParams
 from training.step import Step
 
 SCHEDULE = dict(lr=5e-3, lr_end=1e-3, warmup=4)

@@ -11,12 +11,13 @@ from datapipe.pictures import Batch
 from models.blocks import nearest_codes
 from models.records import Draws
 from tests.commands import NANO, run
-from tests.small_runs import LIGHT, RESIDUAL
-from training.config import OptimParams, load_config
+from tests.small_runs import ALONE, RESIDUAL
+from training.config import load_config
 from training.dry_run import activations
 from training.optimiser import Optimiser
 from training.progress import Progress
 from training.speed import Speed, SpeedParams
+from training.stage_config import OptimParams
 from training.stages import STAGES
 from training.start import new_codec
 from training.step import Step
@@ -27,7 +28,7 @@ CPU, SIZE, BATCH = torch.device("cpu"), 64, 2
 
 def new_step(name: str, speed: SpeedParams | None = PLAIN, *overrides: str) -> Step:
     """A stage of random networks; `speed` None leaves the block to the overrides."""
-    own = LIGHT if name == "light" else ()
+    own = ALONE.get(name, ())
     config = load_config(str(NANO), [*own, f"networks.residual={RESIDUAL}", "gt.adversary.start=0", *overrides])
     config = replace(config, speed=speed) if speed else config
     return Step(STAGES[name](config, new_codec(config), CPU))

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from tests.commands import NANO
 from tests.recorded import Fixed, tensors
-from tests.small_runs import LIGHT, RESIDUAL
+from tests.small_runs import ALONE, RESIDUAL
 from tests.stages import batch_of, new_stage
 from training.config import load_config
 from training.dry_run import META
@@ -155,7 +155,7 @@ TERMS = "{stlpips: 1.0, features: 1.0, ms_ssim: 1.0, weave: 1.0, lines: 1.0}"
 def taken_from_the_host(name: str, terms: str = TERMS, extra=None) -> list[str]:
     """What the passes of a stage with these terms and a PatchGAN take, by shapes alone; `extra` in MS-SSIM's place."""
     own = [f"{name}.crop_size=192", f"{name}.perceptual={terms}", f"{name}.adversary={{weight: 1.0, start: 0}}"]
-    config = load_config(str(NANO), [*own, f"networks.residual={RESIDUAL}", *(LIGHT if name == "light" else ())])
+    config = load_config(str(NANO), [*own, f"networks.residual={RESIDUAL}", *ALONE.get(name, ())])
     params = getattr(config, name)
     with META:
         bare = replace(config, **{name: replace(params, perceptual={})})

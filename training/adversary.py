@@ -5,11 +5,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from models.losses import PatchDiscriminator, adaptive_factor, hinge_discriminator, hinge_generator
-from training.config import StageParams
 from training.optimiser import Optimiser
 from training.parallel import accumulate, parallel, settle, synchronised
 from training.projected import ProjectedDiscriminator
 from training.speed import Speed
+from training.stage_config import StageParams
 from utils import distributed
 
 DISCRIMINATORS = {"patch": PatchDiscriminator, "projected": ProjectedDiscriminator}

@@ -87,7 +87,7 @@ class Checkpoints:
             (path,) = self._averages(point)
             make_folder(path.parent)
             checkpoints.save(path, {"state_dict": averages["autoencoder"]})
-        elif point.stage == "codec":
+        elif point.stage != "light":
             save_triple(Triple.of(make_folder(self.folder / AVERAGES), point.step), averages, params)
 
     def _averages(self, point: Point) -> list[Path]:

@@ -12,8 +12,9 @@ from models.losses import commitment, distortion
 from models.records import CodecOutput, Draws
 from models.vq_base import perplexity
 from training.coded_stage import CodedStage
-from training.config import CodecStageParams, TrainConfig
+from training.config import TrainConfig
 from training.perceptual_networks import EnergyScore
+from training.stage_config import CodecStageParams
 from utils import distributed
 from utils.ema import Ema
 

@@ -12,8 +12,9 @@ from models.autoencoder import fit_linear
 from models.bitstream import CELL
 from models.codec import Codec
 from models.losses import distortion
-from training.config import GtParams, TrainConfig
+from training.config import TrainConfig
 from training.stage import Evaluated, Restored, Stage
+from training.stage_config import GtParams
 from utils import distributed
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from training.config import OptimParams
+from training.stage_config import OptimParams
 
 
 class Optimiser:

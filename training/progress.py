@@ -2,7 +2,7 @@
 
 import time
 
-from training.config import StageParams
+from training.stage_config import StageParams
 
 
 class Progress:
