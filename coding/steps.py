@@ -38,7 +38,7 @@ class Item:
     """One input on its way, and what has been made of it so far.
 
     Attributes:
-        image, original: uint8 (3, H, W), to be coded, to be compared with. signals: x, k, y, s of `Analysed`.
+        image, original: uint8 (3, H, W), to be coded, to be compared with. signals: as `Codec.signals` gives them.
         data: the file. contents, file, codec: what is in it, and who reads it. decoded: uint8 (3, H, W).
         error: what ended it.
     """
@@ -47,7 +47,7 @@ class Item:
     row: Row = field(default_factory=dict)
     image: Tensor | None = None
     original: Tensor | None = None
-    signals: tuple[Tensor, Tensor, Tensor, Tensor | None] | None = None
+    signals: tuple | None = None
     data: bytes | None = None
     file: CodedPicture | None = None
     contents: Contents | None = None

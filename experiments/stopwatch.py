@@ -13,7 +13,7 @@ from models import codec as rooms
 from models import entropy_coding
 from models.codec import Codec
 
-CHOICE = "indices k of z: the nearest codes, or chosen by distance and bits"
+CHOICE = "indices k of z: the nearest codes, or chosen by distance and bits, and coded"
 # (owner in the codec, its attribute, the part, symbols spelled out)
 NETWORKS = (
     ("autoencoder", "encode", "E: image encoder, picture to latent x"),

@@ -33,6 +33,7 @@ from utils.images import to_signed, to_uint8
 from utils.limits import MAX_PIXELS, MIN_SIDE
 from utils.precision import full_precision
 
+Sections = Sequence[bytes | None]  # of the base in passes, of N pictures; None where it is yet to be made
 RATE_WEIGHT = 1 / 16  # of the bits of indices, beside their distance, unless another is asked for
 
 
@@ -103,8 +104,10 @@ class Codec(Networks):
 
     @torch.inference_mode()
     @full_precision()
-    def signals(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """The encoder's networks: uint8 N x 3 x H x W -> x, k, y and s of `Analysed`, of N pictures. Errors as `compress`."""
+    def signals(self, images: Tensor) -> tuple[Tensor, Tensor, Sections, Tensor, Tensor | None]:
+        """The encoder's networks: uint8 N x 3 x H x W -> x, k, sections of k, y and s of `Analysed`, of N pictures. Errors
+        as `compress`.
+        """
         if self.fingerprint is None:
             raise CheckpointError("these weights have no fingerprint: load them with load_release before coding")
         height, width = images.shape[2:]
@@ -112,30 +115,33 @@ class Codec(Networks):
             raise ValueError(f"pictures start at {MIN_SIDE}x{MIN_SIDE} pixels, not {width}x{height}")
         tiles = self.tiles(height, width)
         x = tiles.run(lambda part: self.to_latent(to_signed(part).to(self.device)), images)
-        k = self.indices(x, tiles, self.rdo)
+        k, sections = self.indices(x, tiles, self.rdo)
         y = tiles.latent.run(self.vq_base.reconstruct, self.vq_base.rows(k))
-        return x, k, y, self.residual.analysis(x - y, y) if self.has_levels else None
+        return x, k, sections, y, self.residual.analysis(x - y, y) if self.has_levels else None
 
-    def indices(self, x: Tensor, tiles: Tiles, weight: float) -> Tensor:
-        """k of latents, N x d x h x w -> int64 N x h x w: the nearest codes or, with a weight, those that cost little as well.
+    def indices(self, x: Tensor, tiles: Tiles, weight: float) -> tuple[Tensor, Sections]:
+        """k of latents, N x d x h x w -> int64 N x h x w: the nearest codes or, with a weight, those that cost little as well,
+        which come with their sections.
 
         Args:
             weight: what a bit may cost, in shares of the code book's spacing (`Codebook.spacing`, `IndexModel.choose`); above
                 0 for weights with an index model.
         """
         if not weight:
-            return tiles.latent.run(self.vq_base.indices, x)
+            return tiles.latent.run(self.vq_base.indices, x), [None] * len(x)
         z, codes = tiles.latent.run(self.vq_base.encode, x), self.vq_base.quantize.embedding.weight
-        k = np.stack([self.index_model.choose(each, codes, weight * self._spacing) for each in z])
-        return torch.from_numpy(k).to(self.device)
+        k, sections = zip(*(self.index_model.choose(each, codes, weight * self._spacing) for each in z), strict=True)
+        return torch.from_numpy(np.stack(k)).to(self.device), sections
 
     @cached_property
     def _spacing(self) -> float:
         return self.vq_base.quantize.spacing  # of codes that no training moves any more
 
-    def analysed(self, height: int, width: int, x: Tensor, k: Tensor, y: Tensor, s: Tensor | None) -> Analysed:
+    def analysed(
+        self, height: int, width: int, x: Tensor, k: Tensor, sections: Sections, y: Tensor, s: Tensor | None
+    ) -> Analysed:
         """The base of one picture, coded, with the `signals` that its files are written from."""
-        file = CodedPicture(height, width, self.fingerprint, **self.coded_base(k[0].cpu().numpy()))
+        file = CodedPicture(height, width, self.fingerprint, **self.coded_base(k[0].cpu().numpy(), sections[0]))
         return Analysed(file, x, k, y, s)
 
     def choose_by_rate(self, weight: float | None = None) -> None:
@@ -155,13 +161,19 @@ class Codec(Networks):
     def base_file(self, picture: Analysed, weight: float) -> bytes:
         """The base-only file of a picture with indices of a weight, as `indices` has it."""
         tiles = self.tiles(picture.file.height, picture.file.width)
-        k = self.indices(picture.x, tiles, weight)[0].cpu().numpy()
-        return bitstream.pack(replace(picture.file, **self.coded_base(k)))
+        k, sections = self.indices(picture.x, tiles, weight)
+        return bitstream.pack(replace(picture.file, **self.coded_base(k[0].cpu().numpy(), sections[0])))
 
-    def coded_base(self, k: np.ndarray) -> dict[str, bytes | bool]:
-        """Indices (h, w) in the shortest of the ways that these weights have: fields of `CodedPicture`."""
+    def coded_base(self, k: np.ndarray, in_passes: bytes | None = None) -> dict[str, bytes | bool]:
+        """Indices (h, w) in the shortest of the ways that these weights have: fields of `CodedPicture`.
+
+        Args:
+            in_passes: their section by the index model, if it is known already.
+        """
         base, fixed = entropy_coding.encode_indices(k.ravel(), self.params.vq_base.codebook_size, self.base_table)
-        if self.index_model and len(in_passes := self.index_model.encode(k)) < len(base):
+        if self.index_model and in_passes is None:
+            in_passes = self.index_model.encode(k)
+        if in_passes is not None and len(in_passes) < len(base):
             return {"base": in_passes, "fixed_length": False, "in_passes": True}
         return {"base": base, "fixed_length": fixed, "in_passes": False}
 

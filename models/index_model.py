@@ -167,9 +167,9 @@ def below_best(scores: Tensor) -> Tensor:
     return (scores.amax(1, keepdim=True) - scores).clamp_(max=len(_SHARES) - 1)
 
 
-def shares(scores: Tensor) -> Tensor:
-    """floor(2^(20 - d/16)), d units below the best score of a row, at least 1: (M, K), integers in float64."""
-    units = below_best(scores).int()
+def shares(below: Tensor) -> Tensor:
+    """floor(2^(20 - d/16)) of d units below the best, as `below_best` gives them: (M, K), integers in float64."""
+    units = below.int()
     return torch.index_select(_SHARES, 0, units.flatten()).view_as(units)
 
 
@@ -188,23 +188,25 @@ class IndexModel:
         """What the network gives, (M, CONTEXT) of a pass -> (M, K), from integers that are made once."""
         return scored(context, self._rows, self._layers[number])
 
-    def choose(self, z: Tensor, codebook: Tensor, weight: float) -> np.ndarray:
+    def choose(self, z: Tensor, codebook: Tensor, weight: float) -> tuple[np.ndarray, bytes]:
         """Indices for little distortion and rate together, pass after pass: argmin_j |z - v_j|^2 + weight bits(j), what is
         chosen before being the context (entropy-constrained VQ, Chou et al. 1989, with a table for every position).
 
         Args:
             z: d_q x h x w. codebook: (K, d_q). weight: squared distance that a bit may cost, from 0.
         Returns:
-            int64 (h, w).
+            int64 (h, w), and their section as `encode` gives it, from scores that are known already.
         """
         z, codebook = z.permute(1, 2, 0).float().cpu(), codebook.float().cpu()  # h w d_q
         grid, k = self._unknown(*z.shape[:2])
+        encoder = SectionEncoder()
         for number, rows, columns in parts(*k.shape, self.network.codes):
+            below = below_best(self._scores_at(grid, number, rows, columns))
             # Beside what all codes of a position cost.
-            bits = below_best(self._scores_at(grid, number, rows, columns)) / ACTIVATION_UNIT
-            cost = distances(z[rows, columns], codebook) + weight * bits
+            cost = distances(z[rows, columns], codebook) + weight * (below / ACTIVATION_UNIT)
             k[rows, columns] = cost.argmin(1).numpy()
-        return k.astype(np.int64)
+            encoder.add(k[rows, columns], own_tables(shares(below).numpy()))
+        return k.astype(np.int64), encoder.close()
 
     def _unknown(self, h: int, w: int) -> tuple[np.ndarray, np.ndarray]:
         """A bordered grid whose indices are to be found, and the view of these."""
@@ -251,4 +253,4 @@ class IndexModel:
 
     def masses(self, grid: np.ndarray, number: int, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
         """Tables (M, K) of positions of a pass, for the coder, given a grid with the indices of earlier passes."""
-        return own_tables(shares(self._scores_at(grid, number, rows, columns)).numpy())
+        return own_tables(shares(below_best(self._scores_at(grid, number, rows, columns))).numpy())

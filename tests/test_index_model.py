@@ -16,6 +16,7 @@ from models.index_model import (
     PASSES,
     IndexModel,
     IndexNetwork,
+    below_best,
     bordered,
     contexts,
     parts,
@@ -124,7 +125,7 @@ def test_the_cost_of_a_known_table():
 
 def test_shares_are_powers_of_two_and_no_code_is_without_one():
     scores = torch.tensor([[7.0, 7 - 16, 7 - 8, -1000]])
-    assert shares(scores).tolist() == [[2**20, 2**19, np.floor(2**19.5), 1]]
+    assert shares(below_best(scores)).tolist() == [[2**20, 2**19, np.floor(2**19.5), 1]]
 
 
 @quick

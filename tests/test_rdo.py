@@ -48,14 +48,16 @@ def test_a_code_is_taken_while_its_bits_are_worth_more_than_its_distance():
     codebook = torch.tensor([[0.0, 0], [3, 0], [0, 3], [9, 9]])
     z = torch.tensor([[2.0, 0]]).expand(5, 6, 2).permute(2, 0, 1)  # 4 from code 0, 1 from code 1: 3 / 4 a bit
     for weight, code in ((0, 1), (0.74, 1), (0.76, 0), (9, 0)):
-        assert (model.choose(z, codebook, weight) == code).all(), weight
+        k, section = model.choose(z, codebook, weight)
+        assert (k == code).all() and section == model.encode(k), weight
 
 
 def test_the_context_of_an_index_is_what_was_chosen_before_it(codec):
     """What is chosen is the best at every position, given all that is chosen in earlier passes."""
     model, book = codec.model.index_model, codec.model.vq_base.quantize.embedding.weight
     z = torch.randn(16, 7, 9, generator=torch.Generator().manual_seed(0))
-    k = model.choose(z, book, 0.5)
+    k, section = model.choose(z, book, 0.5)
+    assert section == model.encode(k)
     random = np.random.default_rng(0)
     for row, column in np.ndindex(k.shape):
         costs = []
@@ -84,7 +86,7 @@ def test_more_weight_gives_a_base_file_further_from_the_picture(codec, image):
         contents = model.read(model.write(each, 100))
         assert torch.equal(contents.k, each.k)
     # The residual is of the y that the decoder has.
-    worse = model.analysed(*image.shape[1:], plain.x, found[3].k, plain.y, plain.s)
+    worse = model.analysed(*image.shape[1:], plain.x, found[3].k, [None], plain.y, plain.s)
     error = [
         (model.known([model.read(model.write(each, 255))])[0] - plain.x).square().mean() for each in (found[3], worse)
     ]

@@ -8,7 +8,7 @@ import torch
 
 from experiments import timing
 from experiments.published import OURS, published
-from experiments.stopwatch import CHOICE, NETWORKS, NOISE, Stopwatch
+from experiments.stopwatch import CHOICE, NETWORKS, NOISE, PASSES, Stopwatch
 from models.index_model import IndexModel, IndexNetwork
 from models.released import load_release
 from models.speed.fast import prepare
@@ -124,6 +124,7 @@ def test_the_choice_of_indices_is_a_part_of_its_own():
         with stopwatch.watching(codec):
             codec.compress(picture(64, 48))
         assert counted.count(CHOICE) == 1 and counted.count(NETWORKS[1][2]) == 1
+        assert counted.count(PASSES[0][2]) == (not weight)  # what is chosen is coded on the way
 
 
 def test_watching_leaves_the_codec_as_it_was(tmp_path):
