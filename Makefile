@@ -5,7 +5,7 @@
 # make lint    undefined names, unused imports, formatting
 # make bench-hostile    10,000 altered files and 1,000 resealed ones: refused, in time and in little memory
 # make bench   time and operations of every part of coding, e.g. make bench BENCH="--quality 40 --device cuda"
-# make bench-cuda    every speed that docs/speed.md states of CUDA, in two and a half minutes: results/cuda; needs a GPU
+# make bench-cuda    the speeds that docs/speed.md states of CUDA, as many as two and a half minutes allow: results/cuda; needs a GPU
 # make bench-train   training speed and memory, e.g. make bench-train BENCH="--stages codec"
 # make bench-folder   200 pictures one after the other and as inference.py does it, e.g. make bench-folder BENCH="--count 24"
 # make rehearse    the paper's size from pictures to a coded picture in minutes, and how long the whole would take:

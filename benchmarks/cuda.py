@@ -1,4 +1,4 @@
-"""Every speed that docs/speed.md states of CUDA, measured in two and a half minutes: cuda.csv, cuda.json, cuda.md.
+"""The speeds that docs/speed.md states of CUDA, as many as two and a half minutes allow: cuda.csv, cuda.json, cuda.md.
 
     python -m benchmarks.cuda
     python -m benchmarks.cuda --parts parts whole -o results/cuda
