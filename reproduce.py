@@ -23,6 +23,7 @@ import argparse
 import importlib
 import re
 import sys
+from itertools import chain
 from pathlib import Path
 
 from coding.options import DECODERS, fast_paths, quality, rate_weight
@@ -241,27 +242,9 @@ COMMANDS = {
     "timing": ("time and operations of every part", [releases, decoders, timed, sizes, one_quality, clock, fast_paths]),
     "equal_bytes": ("two layers within base-only bytes", [releases, pictures, scores, rivals]),
 }
-SHARED = [
-    releases,
-    decoders,
-    optimised,
-    pictures,
-    scores,
-    qualities,
-    others,
-    distances,
-    one_quality,
-    sweep,
-    reference,
-    fitted,
-    beside,
-    squares,
-    clock,
-    sizes,
-    fast_paths,
-    everything,
-]
-COMMANDS["all"] = ("all of these that the inputs allow", SHARED)
+OWN = (held_out, steady, folders, rivals, timed, shown)  # of one command: what `all` needs of them is in `everything`
+SHARED = [each for each in dict.fromkeys(chain(*(groups for _, groups in COMMANDS.values()))) if each not in OWN]
+COMMANDS["all"] = ("all of these that the inputs allow", [*SHARED, everything])
 COMMANDS["report"] = ("one page of all results", [page])
 
 

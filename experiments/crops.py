@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from coding.report import Row
-from experiments.baselines import BASELINES, saved
+from experiments.baselines import saved
 from experiments.coded import COUNTED, Coding, Variant, at, baselines_of, curve_of, evaluator_of, table_of
 from experiments.inputs import about, demo_folder, named_photographs, releases_of, spread
 from experiments.summary import codec_label, write_summary
@@ -44,9 +44,8 @@ def run(args: argparse.Namespace) -> None:
         raise DiffoError("name pictures with --data, or take the demo photographs with --demo")
     if args.demo:
         args = argparse.Namespace(**vars(args) | {"data": demo_folder(args.out_path / "photographs")})
-    releases, baselines, evaluator = releases_of(args, args.decoder), baselines_of(args.codecs), evaluator_of(args)
-    if clash := sorted(set(releases) & set(BASELINES)):
-        raise DiffoError(f"--weights: a release is called {clash[0]}, as another codec is; rename its folder")
+    releases = releases_of(args, args.decoder)
+    baselines, evaluator = baselines_of(args.codecs, releases), evaluator_of(args)
     pictures = named_photographs(args.data)
     crops = crops_of(args.crops, pictures, args.side)
     chosen = {crop.picture: pictures[crop.picture] for crop in crops}
