@@ -27,6 +27,7 @@ from itertools import chain
 from pathlib import Path
 
 from coding.options import DECODERS, fast_paths, quality, rate_weight
+from models.speed.choices import PRECISIONS
 from utils.commandline import answer, command_line, command_parser, loading, number, positive
 
 QUALITIES = (0.0, 0.4, 20.0, 40.0, 60.0, 80.0, 100.0)
@@ -180,7 +181,7 @@ def beside(add) -> None:
 
 def clock(add) -> None:
     add("--repeats", type=positive, default=5, metavar="N", help="rounds after one of warm-up (default 5)")
-    add("--precision", choices=["auto", "float32", "bfloat16"], default="auto", help="of the networks (default: auto)")
+    add("--precision", choices=PRECISIONS, default="auto", help="of the networks (default: auto)")
 
 
 def timed(add) -> None:
