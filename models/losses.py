@@ -134,12 +134,11 @@ class PatchDiscriminator(nn.Module):
     Instance rather than batch normalisation: a score must not depend on who else is in the batch or on which rank.
     """
 
-    def __init__(self, width: int = 64, layers: int = 3):
+    def __init__(self, width: int = 64):
         super().__init__()
-        widths = [width * min(2**i, 8) for i in range(layers + 1)]
+        widths = [width, 2 * width, 4 * width, 8 * width]
         stack: list[nn.Module] = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
-        for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False)):
-            stride = 2 if i < layers - 1 else 1
+        for a, b, stride in zip(widths, widths[1:], (2, 2, 1), strict=False):
             stack += [
                 nn.Conv2d(a, b, 4, stride=stride, padding=1),
                 nn.InstanceNorm2d(b, affine=True),
