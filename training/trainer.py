@@ -275,7 +275,7 @@ class Trainer:
         """The stage to go on with, by number, and the checkpoint's content, {} at its beginning; networks are as saved there.
 
         Raises:
-            CheckpointError: an older version's run, or ranks that see different checkpoints.
+            CheckpointError: ranks see different checkpoints.
         """
         stages = list(self.config.stages)
         saved, refused = self.checkpoints.newest()
