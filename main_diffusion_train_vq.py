@@ -18,6 +18,7 @@ from training.checkpointing import is_run
 from training.config import RUN_CONFIG, TrainConfig, load_config
 from training.dry_run import dry_run
 from training.perceptual import require_available
+from training.stages import STAGES
 from training.start import demo_run, named
 from training.trainer import Trainer
 from utils import distributed
@@ -61,10 +62,7 @@ def configure(args: argparse.Namespace) -> tuple[TrainConfig, Path, Origin]:
                 raise ConfigError(f"{args.resume}: not a run folder (no {needed.name} in it)")
     options = {
         "networks.diffusion.steps": args.steps,
-        "gt.iterations": args.iterations,
-        "codec.iterations": args.iterations,
-        "decoder.iterations": args.iterations,
-        "light.iterations": args.iterations,
+        **{f"{name}.iterations": args.iterations for name in STAGES},
         "save_every": args.save_every,
     }
     options = {key: value for key, value in options.items() if value is not None}

@@ -23,9 +23,11 @@ import argparse
 import importlib
 import re
 import sys
+from itertools import chain
 from pathlib import Path
 
 from coding.options import DECODERS, fast_paths, quality, rate_weight
+from models.speed.choices import PRECISIONS
 from utils.commandline import answer, command_line, command_parser, loading, number, positive
 
 QUALITIES = (0.0, 0.4, 20.0, 40.0, 60.0, 80.0, 100.0)
@@ -179,7 +181,7 @@ def beside(add) -> None:
 
 def clock(add) -> None:
     add("--repeats", type=positive, default=5, metavar="N", help="rounds after one of warm-up (default 5)")
-    add("--precision", choices=["auto", "float32", "bfloat16"], default="auto", help="of the networks (default: auto)")
+    add("--precision", choices=PRECISIONS, default="auto", help="of the networks (default: auto)")
 
 
 def timed(add) -> None:
@@ -241,27 +243,9 @@ COMMANDS = {
     "timing": ("time and operations of every part", [releases, decoders, timed, sizes, one_quality, clock, fast_paths]),
     "equal_bytes": ("two layers within base-only bytes", [releases, pictures, scores, rivals]),
 }
-SHARED = [
-    releases,
-    decoders,
-    optimised,
-    pictures,
-    scores,
-    qualities,
-    others,
-    distances,
-    one_quality,
-    sweep,
-    reference,
-    fitted,
-    beside,
-    squares,
-    clock,
-    sizes,
-    fast_paths,
-    everything,
-]
-COMMANDS["all"] = ("all of these that the inputs allow", SHARED)
+OWN = (held_out, steady, folders, rivals, timed, shown)  # of one command: what `all` needs of them is in `everything`
+SHARED = [each for each in dict.fromkeys(chain(*(groups for _, groups in COMMANDS.values()))) if each not in OWN]
+COMMANDS["all"] = ("all of these that the inputs allow", [*SHARED, everything])
 COMMANDS["report"] = ("one page of all results", [page])
 
 

@@ -22,7 +22,8 @@ from models.entropy_coding import frequency_table
 from models.layers import fused_norm
 from models.records import Contents
 from models.released import SMALL, load_release
-from models.speed.fast import FAST_PATHS, prepare
+from models.speed.choices import CUDA_PATHS
+from models.speed.fast import prepare
 from models.speed.graphs import use_graphs
 from release.tables import Counts
 from training.config import load_config
@@ -78,14 +79,14 @@ class Mode:
 
 
 FASTEST = Mode("bfloat16, channels_last, fused_norm, graphs")
-PLAIN = Mode("float32", "float32", FAST_PATHS)
+PLAIN = Mode("float32", "float32", CUDA_PATHS)
 MODES = (
     PLAIN,
-    Mode("bfloat16, channels_last", without=FAST_PATHS),
+    Mode("bfloat16, channels_last", without=CUDA_PATHS),
     Mode("bfloat16, channels_last, fused_norm", without=("graphs",)),
     Mode("bfloat16, channels_last, graphs", without=("fused_norm",)),
     Mode("float32, graphs", "float32", ("fused_norm",)),
-    Mode("autocast to bfloat16", "float32", FAST_PATHS, autocast=True),
+    Mode("autocast to bfloat16", "float32", CUDA_PATHS, autocast=True),
 )
 
 
@@ -295,7 +296,7 @@ class Bench:
     @torch.inference_mode()
     def compiled(self) -> Iterator[Row]:
         """D by torch.compile, alone and in a graph: what the fused norm is to replace."""
-        codec = Mode("", without=FAST_PATHS).codec(self.codec)
+        codec = Mode("", without=CUDA_PATHS).codec(self.codec)
         how = {"what": f"published, {self.sizes.picture}", "way": "bfloat16, torch.compile of D"}
         x = codec.to_latent(self.picture.to(self.device)[None] / 127.5 - 1)
         codec.autoencoder.decoder.compile(dynamic=False)

@@ -16,7 +16,6 @@ from itertools import cycle, islice
 from pathlib import Path
 
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from coding import options
@@ -25,7 +24,7 @@ from coding.run import Result, Run
 from datapipe.sources import demo_photographs
 from utils.commandline import answer, command_parser, positive
 from utils.errors import DiffoError
-from utils.images import from_pillow, read_image, write_image
+from utils.images import from_pillow, read_image, to_pillow, write_image
 
 WAYS = {"one after the other": ["--batch", "1"], "as inference.py does it": []}
 
@@ -44,7 +43,7 @@ def crops(folder: Path, count: int, side: int) -> list[Path]:
     photographs = [read_image(path) for path in demo_photographs()]
     paths = []
     for number, picture in enumerate(islice(cycle(photographs), count)):
-        image = Image.fromarray(picture.permute(1, 2, 0).numpy())
+        image = to_pillow(picture)
         scale = max(1, side / min(image.size))
         image = image.resize([round(scale * length) for length in image.size])
         left, top = ((97 * number) % (length - side + 1) for length in image.size)

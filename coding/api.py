@@ -12,7 +12,6 @@ import os
 from collections.abc import Sequence
 from numbers import Real
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import torch
@@ -24,7 +23,8 @@ from coding.options import DECODERS
 from models.bitstream import VERSION, unpack
 from models.codec import Codec
 from models.released import SMALL, load_release
-from models.speed.fast import FAST_PATHS, Precision, prepare
+from models.speed.choices import CUDA_PATHS, PRECISIONS, Precision
+from models.speed.fast import prepare
 from utils.distributed import local_device
 from utils.errors import BitstreamError, DiffoError, PictureError
 from utils.images import from_pillow, read_image
@@ -64,8 +64,8 @@ def load_codec(
         CheckpointError: no release there, a damaged one, files of several, no light decoder, or no index model for
         `rdo`. DiffoError: no such device. ValueError: no such decoder, precision, fast path or weight.
     """
-    named = [("decoder", decoder, DECODERS), ("precision", precision, get_args(Precision))]
-    for name, value, allowed in [*named, *(("without", path, FAST_PATHS) for path in without)]:
+    named = [("decoder", decoder, DECODERS), ("precision", precision, PRECISIONS)]
+    for name, value, allowed in [*named, *(("without", path, CUDA_PATHS) for path in without)]:
         if value not in allowed:
             raise ValueError(f"{name} {value!r}: {', '.join(allowed)}")
     if rdo is not None and not 0 <= rdo < math.inf:

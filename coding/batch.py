@@ -12,22 +12,20 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from coding import report
-from coding.plan import STREAM, Job, inputs, names_a_file, plan
+from coding.plan import OVERVIEW, STREAM, Job, inputs, names_a_file, plan
 from coding.table import Table
 from utils.commandline import loading
 from utils.errors import DiffoError
 from utils.files import made_folder, require_writable
-from utils.stopping import StopRequest
+from utils.stopping import STOPPED, StopRequest
 
 if TYPE_CHECKING:  # torch takes seconds: wrong usage is answered before
     from coding.run import Result, Run
 
 TABLE = "metrics"
 TABLES = [f"{TABLE}.csv", f"{TABLE}.json"]
-SHEET = "overview.png"
 WRITTEN = {"roundtrip": [STREAM, ".png"], "compress": [STREAM], "decompress": [".png"]}
 ROUND = 64  # pictures that each of several processes does before it tells the others what came of them
-STOPPED = 128  # and the signal's number: the exit status that shells give to what a signal has ended
 
 
 def run(args: argparse.Namespace) -> int:
@@ -43,10 +41,10 @@ def run(args: argparse.Namespace) -> int:
     if alone and args.overview:
         raise DiffoError(f"{args.out_path}: one file; --overview needs a folder, name one with -o DIR")
     folder, tables = (args.out_path.parent, []) if alone else (args.out_path, TABLES)
-    tables = [*tables, SHEET] if args.overview else tables
+    tables = [*tables, OVERVIEW] if args.overview else tables
     jobs = plan(files, args.out_path, args.ref_path, suffixes, tables, {} if alone else _known(folder))
     written = [job.output(suffix) for job in jobs for suffix in suffixes]
-    _require_free(written + [folder / SHEET] * args.overview, args)
+    _require_free(written + [folder / OVERVIEW] * args.overview, args)
     if "RANK" not in os.environ:  # other processes could see the folder come and go
         with made_folder(folder):
             require_writable(folder)
@@ -198,21 +196,21 @@ def _inputs(args: argparse.Namespace) -> list[tuple[Path, Path]]:
 
 def _inspect(args: argparse.Namespace) -> int:
     """Tell what is in each file; errors with the file's path."""
-    jobs = plan(_inputs(args), None, None, [], [])
+    files = [path for path, _ in _inputs(args)]
     inspection, failed = _inspection(args), 0
-    for job in jobs:
+    for path in files:
         try:
-            inspection(job)
+            inspection(path)
         except DiffoError as error:
             failed += 1
-            told = str(error) if str(job.source) in str(error) else f"{job.source}: {error}"
+            told = str(error) if str(path) in str(error) else f"{path}: {error}"
             print(f"error: {told}", file=sys.stderr)
-    if failed and len(jobs) > 1:
-        print(f"error: {failed} of {len(jobs)} inputs could not be done", file=sys.stderr)
+    if failed and len(files) > 1:
+        print(f"error: {failed} of {len(files)} inputs could not be done", file=sys.stderr)
     return 1 if failed else 0
 
 
-def _inspection(args: argparse.Namespace) -> Callable[[Job], None]:
+def _inspection(args: argparse.Namespace) -> Callable[[Path], None]:
     """Prints header, ledger and, where the weights are named or ship, the estimated cost of a file."""
     with loading():
         from coding import ledger
@@ -221,11 +219,11 @@ def _inspection(args: argparse.Namespace) -> Callable[[Job], None]:
         from models.released import release_named
     weights = Weights(args)
 
-    def inspect(job: Job) -> None:
-        data = read_bytes(job.source, args.max_pixels)
+    def inspect(path: Path) -> None:
+        data = read_bytes(path, args.max_pixels)
         file = unpack(data, args.preview)
         release = release_named(file.fingerprint)
-        facts = {"file": str(job.source), "version": VERSION} | ledger.ledger(file)
+        facts = {"file": str(path), "version": VERSION} | ledger.ledger(file)
         if release or weights.named:
             codec = weights.codec(file.fingerprint)
             facts |= ledger.beside(codec, codec.read(data, args.preview))

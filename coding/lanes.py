@@ -1,8 +1,9 @@
 """Several threads that work through one list, each on other items: while one waits for the disk, others compute."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
-from threading import Lock, Thread
+from threading import Lock
 from typing import TypeVar
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
@@ -20,13 +21,6 @@ class _Shared(Iterator[Item]):
             if self.closed or self._stopped():
                 raise StopIteration
             return next(self._items)
-
-
-class _Ended:
-    """The last that a lane tells: the error that ended it, if one did."""
-
-    def __init__(self, error: BaseException | None = None):
-        self.error = error
 
 
 def in_lanes(
@@ -52,28 +46,20 @@ def in_lanes(
     results: SimpleQueue = SimpleQueue()
 
     def lane() -> None:
-        try:
-            for result in work(shared):
-                results.put(result)
-            results.put(_Ended())
-        except BaseException as error:
-            results.put(_Ended(error))
+        for result in work(shared):
+            results.put(result)
 
-    threads = [Thread(target=lane, name=f"lane {number}") for number in range(lanes)]
-    try:
-        for thread in threads:
-            thread.start()
-        working = lanes
-        while working:
-            result = results.get()
-            if not isinstance(result, _Ended):
-                take(result)
-            elif result.error:
-                raise result.error
-            else:
-                working -= 1
-    finally:
-        shared.closed = True
-        for thread in threads:
-            if thread.ident:
-                thread.join()
+    with ThreadPoolExecutor(lanes, thread_name_prefix="lane") as pool:  # which waits for what is under way
+        try:
+            for _ in range(lanes):
+                pool.submit(lane).add_done_callback(results.put)
+            working = lanes
+            while working:
+                result = results.get()
+                if isinstance(result, Future):
+                    result.result()  # raises what ended the lane
+                    working -= 1
+                else:
+                    take(result)
+        finally:
+            shared.closed = True

@@ -4,11 +4,11 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from models.speed.choices import FAST_PATHS, PRECISIONS
 from utils.commandline import command_line, command_parser, number, positive
 from utils.limits import MAX_PIXELS
 
 DECODERS = ("full", "light")
-FAST_PATHS = ("fused_norm", "graphs", "keep_memory")  # the first two of models.speed.fast, slow to import
 MODES = ("roundtrip", "compress", "decompress", "inspect")
 
 quality = number(float, lambda value: 0 <= value <= 100, "in 0 to 100")
@@ -96,7 +96,7 @@ def _add_coding(parser: argparse.ArgumentParser) -> None:
     add("--batch", type=positive, metavar="N", help=told)
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
     told = "of the networks; auto (the default): bfloat16 where the hardware computes in it and it pays, else float32"
-    add("--precision", choices=["auto", "float32", "bfloat16"], default="auto", help=told)
+    add("--precision", choices=PRECISIONS, default="auto", help=told)
     fast_paths(add)
 
 

@@ -11,6 +11,7 @@ from utils.errors import DiffoError
 from utils.files import PICTURES, find_files, tell_left_out
 
 STREAM = ".dfo"
+OVERVIEW = "overview.png"
 
 
 @dataclass(frozen=True)
@@ -20,13 +21,13 @@ class Job:
     Attributes:
         source: the picture or `.dfo` file.
         name: of the source, relative to the folder that was given.
-        target: output path without its suffix; None where nothing is written.
+        target: output path without its suffix.
         reference: the picture to compare with, where one was asked for.
     """
 
     source: Path
     name: str
-    target: Path | None
+    target: Path
     reference: Path | None = None
 
     def output(self, suffix: str) -> Path:
@@ -83,7 +84,7 @@ def names_a_file(out: Path, suffixes: list[str], count: int) -> bool:
 
 def plan(
     files: list[tuple[Path, Path]],
-    out: Path | None,
+    out: Path,
     references: Path | None,
     suffixes: list[str],
     tables: list[str],
@@ -101,9 +102,7 @@ def plan(
         DiffoError: two inputs of one name, an output that would overwrite an input or a reference, two outputs of one
             name, a missing reference, or as `names_a_file`.
     """
-    if out is None:
-        targets = [None] * len(files)
-    elif names_a_file(out, suffixes, len(files)):
+    if names_a_file(out, suffixes, len(files)):
         targets = [out.with_suffix("")]
     else:
         targets = [out / target for target in _targets(files, suffixes[0], known or {})]
@@ -112,8 +111,6 @@ def plan(
         Job(source, str(relative), target, _reference(references, relative, whole))
         for (source, relative), target in zip(files, targets, strict=True)
     ]
-    if out is None:
-        return jobs
     taken = {job.reference.resolve(): "a reference" for job in jobs if job.reference}
     taken |= {job.source.resolve(): "an input" for job in jobs}
     written = [(out / name, f"the table {name}") for name in tables]

@@ -10,7 +10,7 @@ import torch
 
 from coding.earlier import Earlier
 from coding.lanes import in_lanes
-from coding.plan import Job
+from coding.plan import OVERVIEW, Job
 from coding.report import Row
 from coding.steps import Item, Steps, alike
 from coding.weights import Weights
@@ -122,7 +122,7 @@ class Run:
             told = f"{row['bpp']:.4f} bpp, {row['bytes']:,} bytes, {row['psnr']:.2f} dB"
             sheet.append((*pair, f"{original.stem}, 24 bpp", told))
         if sheet:
-            contact_sheet(sheet, self.folder / "overview.png")
+            contact_sheet(sheet, self.folder / OVERVIEW)
 
     def about(self) -> dict:
         """How the table was made, for whoever finds it later."""

@@ -59,9 +59,6 @@ class Table:
         """The row of a key, or None."""
         return self._rows.get(key)
 
-    def has(self, *key: str) -> bool:
-        return key in self._rows
-
     def add(self, row: Row) -> None:
         """Add a row, or replace the one of its key; on the disk within a moment."""
         key = tuple(row[name] for name in self.key)

@@ -21,7 +21,7 @@ def generator(seed: int, purpose: int, position: int) -> np.random.Generator:
 
 @dataclass(frozen=True)
 class DrawParams:
-    """Distribution of the random numbers of stage `codec`.
+    """Distribution of a sample's random numbers, in the stages that need some.
 
     Attributes:
         latent: d, h and w of a sample's latent. steps: T of the schedule.

@@ -112,7 +112,7 @@ def gather(places: list[str], check: bool) -> list[Path]:
     paths: list[Path] = []
     others: Counter[str] = Counter()
     for place in places:
-        paths += map(Path, read_list(place)) if place.endswith(".txt") else find_pictures(place, True, others)
+        paths += map(Path, read_list(place)) if place.endswith(".txt") else find_pictures(place, others)
     if others:
         print(f"{', '.join(places)}: {len(paths)} pictures{tell_left_out(others)}", file=sys.stderr)
     if check:

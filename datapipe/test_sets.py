@@ -15,7 +15,7 @@ from tqdm import tqdm
 from utils.download import fetch
 from utils.errors import DiffoError
 from utils.files import atomic_path, make_folder
-from utils.images import find_pictures, read_image
+from utils.images import find_pictures, read_image, to_pillow
 
 CROP = 768  # pixels; of CLIC2020 in the papers on diffusion codecs, DiffO (Section 4) among them
 
@@ -99,7 +99,7 @@ def unpack(remotes: Sequence[Remote], folder: Path, report: Callable[[str], None
         with zipfile.ZipFile(archive) as file:
             for member in tqdm(file.infolist(), desc=f"unpacking {remote.name}", disable=None):
                 file.extract(member, folder / "full")
-    report(f"{folder / 'full'}: {len(find_pictures(folder / 'full', recursive=True))} pictures")
+    report(f"{folder / 'full'}: {len(find_pictures(folder / 'full'))} pictures")
 
 
 def crop(folder: Path, report: Callable[[str], None]) -> None:
@@ -108,11 +108,10 @@ def crop(folder: Path, report: Callable[[str], None]) -> None:
     The papers do not name the filter; this is Pillow's bicubic one, which averages when it reduces. Raises DiffoError.
     """
     crops = make_folder(folder / str(CROP))
-    pictures = find_pictures(folder / "full", recursive=True)
+    pictures = find_pictures(folder / "full")
     for path in tqdm(pictures, desc=f"cropping to {CROP}x{CROP}", disable=None):
         with atomic_path(crops / path.name) as temporary:
-            picture = Image.fromarray(read_image(path).permute(1, 2, 0).numpy())
-            square = ImageOps.fit(picture, (CROP, CROP), Image.Resampling.BICUBIC)
+            square = ImageOps.fit(to_pillow(read_image(path)), (CROP, CROP), Image.Resampling.BICUBIC)
             square.save(temporary, "png")
     report(f"{crops}: {len(pictures)} crops, {CROP}x{CROP}")
 

@@ -26,7 +26,8 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         DiffoError: an option is wrong, before anything is coded; a picture cannot be read.
     """
-    releases, others = releases_of(args, args.decoder), baselines_of(args.beside)
+    releases = releases_of(args, args.decoder)
+    others = baselines_of(args.beside, releases, "--beside")
     variants = [v for name, codec in releases.items() for v in curve_of(name, codec, args.qualities)]
     means = measured(args, "pictures", releases, variants, others)
     if not is_main():

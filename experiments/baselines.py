@@ -10,11 +10,11 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from PIL import Image, features
 
 from utils.errors import DiffoError
+from utils.images import to_pillow, to_tensor
 
 Encode = Callable[[Image.Image, int], bytes]
 
@@ -119,7 +119,7 @@ class Baseline:
         """What a file decodes to, at the size that was coded: uint8 (3, h, w). Raises DiffoError as `unavailable`."""
         self._require()
         with Image.open(io.BytesIO(data)) as file:
-            return torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1).contiguous()
+            return to_tensor(file.convert("RGB"))
 
     def _require(self) -> None:
         if reason := self.unavailable():
@@ -134,29 +134,29 @@ def enlarged(picture: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """A picture that was coded at half size, uint8 (3, h, w), at its whole size; one that was not, as it is."""
     if picture.shape[1:] == (height, width):
         return picture
-    whole = _scaled(picture, 1).resize((width, height), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(whole)).permute(2, 0, 1).contiguous()
+    return to_tensor(to_pillow(picture).resize((width, height), Image.Resampling.LANCZOS))
 
 
 def _scaled(image: torch.Tensor, scale: float) -> Image.Image:
     """The picture with its sides times `scale`, rounded up."""
-    picture = Image.fromarray(image.permute(1, 2, 0).cpu().contiguous().numpy())
+    picture = to_pillow(image)
     if scale == 1:
         return picture
     width, height = ((side + 1) // 2 for side in picture.size)
     return picture.resize((width, height), Image.Resampling.LANCZOS)
 
 
-def _saved(picture: Image.Image, kind: str, **options: object) -> bytes:
+def saved(picture: Image.Image, format: str, **options: object) -> bytes:
+    """The bytes of a picture's file, by a format and options of Pillow."""
     file = io.BytesIO()
-    picture.save(file, kind, **options)
+    picture.save(file, format, **options)
     return file.getvalue()
 
 
 def _jpeg(picture: Image.Image, quality: int) -> bytes:
     """4:2:0, with tables of its own; sequential or progressive, whichever is smaller."""
     options = {"quality": quality, "subsampling": "4:2:0", "optimize": True}
-    return min((_saved(picture, "JPEG", progressive=kind, **options) for kind in (False, True)), key=len)
+    return min((saved(picture, "JPEG", progressive=kind, **options) for kind in (False, True)), key=len)
 
 
 def _jpeg2000(picture: Image.Image, target: int) -> bytes:
@@ -167,13 +167,13 @@ def _jpeg2000(picture: Image.Image, target: int) -> bytes:
     width, height = picture.size
     options = {"irreversible": True, "mct": 1, "num_resolutions": min(7, min(width, height).bit_length())}
     options |= {"quality_mode": "rates", "quality_layers": [3 * width * height / target], "comment": " "}
-    data = _saved(picture, "JPEG2000", no_jp2=True, **options)
+    data = saved(picture, "JPEG2000", no_jp2=True, **options)
     comment = b"\xff\x64\x00\x05\x00\x01 "  # OpenJPEG names itself in 37 bytes where none is given
     return data.replace(comment, b"", 1)
 
 
 def _webp(picture: Image.Image, quality: int) -> bytes:
-    return _saved(picture, "WEBP", quality=quality, method=6)
+    return saved(picture, "WEBP", quality=quality, method=6)
 
 
 def _avif(picture: Image.Image, quality: int) -> bytes:
@@ -181,17 +181,17 @@ def _avif(picture: Image.Image, quality: int) -> bytes:
 
     Speed 3: slower ones take up to eight times as long and change bytes at equal scores by less than 1 %.
     """
-    return _saved(picture, "AVIF", quality=quality, speed=3, subsampling="4:2:0", max_threads=1)
+    return saved(picture, "AVIF", quality=quality, speed=3, subsampling="4:2:0", max_threads=1)
 
 
 def _heic(picture: Image.Image, crf: int) -> bytes:
     """One intra picture by x265, as BPG is: 4:2:0, preset veryslow, tuned for SSIM as libheif does by default."""
-    return _saved(picture, "HEIF", chroma="420", enc_params={"preset": "veryslow", "x265:crf": str(crf)})
+    return saved(picture, "HEIF", chroma="420", enc_params={"preset": "veryslow", "x265:crf": str(crf)})
 
 
 def _jxl(picture: Image.Image, quality: int) -> bytes:
     """A bare codestream. Effort 5: up to 5 % smaller at equal scores than 7 to 9, whose tuning is for higher rates."""
-    return _saved(picture, "JXL", quality=quality, effort=5, num_threads=1)
+    return saved(picture, "JXL", quality=quality, effort=5, num_threads=1)
 
 
 def media_bytes(data: bytes) -> int:

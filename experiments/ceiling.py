@@ -69,7 +69,7 @@ def restored(network: Autoencoder, decode: Callable[[Tensor], Tensor], image: Te
     height, width = image.shape[1:]
     device = network.quant_conv.weight.device
     padded = F.pad(to_signed(image)[None].to(device), (0, -width % CELL, 0, -height % CELL), mode="replicate")
-    return to_uint8(decode(network.encode(padded))[0, :, :height, :width].clamp(-1, 1)).cpu()
+    return to_uint8(decode(network.encode(padded))[0, :, :height, :width]).cpu()
 
 
 def scored(

@@ -67,10 +67,15 @@ def evaluator_of(args: argparse.Namespace) -> Evaluator:
     return evaluator
 
 
-def baselines_of(names: Sequence[str]) -> list[Baseline]:
-    """Other codecs by name; says which of them cannot be had, and why. Raises DiffoError for an unknown name."""
+def baselines_of(names: Sequence[str], releases: Iterable[str], option: str = "--codecs") -> list[Baseline]:
+    """Other codecs by name; says which of them cannot be had, and why.
+
+    Raises DiffoError for a name of `option` that is unknown, or a release of another codec's name: rows would mix.
+    """
     if unknown := [name for name in names if name not in BASELINES]:
-        raise DiffoError(f"--codecs {unknown[0]}: unknown; known are {', '.join(BASELINES)}")
+        raise DiffoError(f"{option} {unknown[0]}: unknown; known are {', '.join(BASELINES)}")
+    if clash := sorted(set(releases) & set(BASELINES)):
+        raise DiffoError(f"--weights: a release is called {clash[0]}, as another codec is; rename its folder")
     lacking = {name: reason for name in names if (reason := BASELINES[name].unavailable())}
     _say_left_out(lacking)
     return [BASELINES[name] for name in dict.fromkeys(names) if name not in lacking]

@@ -1,16 +1,14 @@
 """Crops at their own scale beside other codecs at equal bytes: one picture that shows what scores do not."""
 
 import argparse
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
 from torch import Tensor
 
 from coding.report import Row
-from experiments.baselines import BASELINES
+from experiments.baselines import saved
 from experiments.coded import COUNTED, Coding, Variant, at, baselines_of, curve_of, evaluator_of, table_of
 from experiments.inputs import about, demo_folder, named_photographs, releases_of, spread
 from experiments.summary import codec_label, write_summary
@@ -19,7 +17,7 @@ from measuring.sheets import Band, Cell, sheet
 from utils.distributed import is_main
 from utils.errors import DiffoError
 from utils.files import atomic_write
-from utils.images import read_image, write_image
+from utils.images import read_image, to_pillow, write_image
 
 FEW = 3  # pictures that are shown where none are named
 
@@ -46,9 +44,8 @@ def run(args: argparse.Namespace) -> None:
         raise DiffoError("name pictures with --data, or take the demo photographs with --demo")
     if args.demo:
         args = argparse.Namespace(**vars(args) | {"data": demo_folder(args.out_path / "photographs")})
-    releases, baselines, evaluator = releases_of(args, args.decoder), baselines_of(args.codecs), evaluator_of(args)
-    if clash := sorted(set(releases) & set(BASELINES)):
-        raise DiffoError(f"--weights: a release is called {clash[0]}, as another codec is; rename its folder")
+    releases = releases_of(args, args.decoder)
+    baselines, evaluator = baselines_of(args.codecs, releases), evaluator_of(args)
     pictures = named_photographs(args.data)
     crops = crops_of(args.crops, pictures, args.side)
     chosen = {crop.picture: pictures[crop.picture] for crop in crops}
@@ -139,10 +136,9 @@ def written(drawn: Tensor, folder: Path) -> None:
     """crops.png, and crops.jpg where that is smaller; says how large they are."""
     write_image(folder / "crops.png", drawn)
     size = (folder / "crops.png").stat().st_size
-    jpeg = io.BytesIO()
-    Image.fromarray(drawn.permute(1, 2, 0).numpy()).save(jpeg, "JPEG", quality=90, subsampling="4:4:4", optimize=True)
+    jpeg = saved(to_pillow(drawn), "JPEG", quality=90, subsampling="4:4:4", optimize=True)
     told = f"wrote {folder / 'crops.png'}, {size / 1e6:.2f} MB"
-    if len(jpeg.getvalue()) < size:
-        atomic_write(folder / "crops.jpg", jpeg.getvalue())
-        told += f", and crops.jpg, {len(jpeg.getvalue()) / 1e6:.2f} MB, which is not exact"
+    if len(jpeg) < size:
+        atomic_write(folder / "crops.jpg", jpeg)
+        told += f", and crops.jpg, {len(jpeg) / 1e6:.2f} MB, which is not exact"
     print(told)

@@ -1,17 +1,15 @@
 """Pictures as data URIs of a page: files that browsers decode as they are, others coded anew, close to the picture."""
 
 import base64
-import io
 from bisect import bisect_left
 from dataclasses import dataclass
 from functools import cache
 
-from PIL import Image
 from torch import Tensor
 
-from experiments.baselines import enlarged
+from experiments.baselines import enlarged, saved
 from measuring.metrics import psnr
-from utils.images import decode_image
+from utils.images import decode_image, to_pillow
 
 MIN_PSNR = 45.0  # dB over RGB, of what is shown to the picture that it stands for
 TYPES = {".jpg": "image/jpeg", ".webp": "image/webp", ".avif": "image/avif"}  # what every browser decodes
@@ -45,30 +43,23 @@ def close_to(picture: Tensor, small: Tensor | None = None) -> Embedded:
     Args:
         small: what `enlarged` makes the picture of: it is coded instead, and what counts is how it looks enlarged.
     """
-    source = picture if small is None else small
-    image = Image.fromarray(source.permute(1, 2, 0).contiguous().numpy())
+    image = to_pillow(picture if small is None else small)
 
     @cache
     def coded(quality: int, speed: int = _SPEED) -> tuple[float, bytes]:
-        data = _saved(image, quality=quality, speed=speed, **_AVIF)
+        data = saved(image, quality=quality, speed=speed, **_AVIF)
         return psnr(picture, enlarged(decode_image(data, "a picture of the page"), *picture.shape[1:])), data
 
     found = bisect_left(_QUALITIES, MIN_PSNR, key=lambda quality: coded(quality)[0])
     if found == len(_QUALITIES):
         return Embedded(
-            _uri(TYPES[".webp"], _saved(image, format="WEBP", lossless=True)), "lossless WebP", small is not None
+            _uri(TYPES[".webp"], saved(image, format="WEBP", lossless=True)), "lossless WebP", small is not None
         )
     distance, data = coded(_QUALITIES[found])
     below = _QUALITIES[max(found - 1, 0)]
     if MIN_PSNR > coded(below)[0] > MIN_PSNR - _WORTH and (slower := coded(below, _SLOWER))[0] >= MIN_PSNR:
         distance, data = slower
     return Embedded(_uri(TYPES[".avif"], data), f"AVIF of {distance:.1f} dB", small is not None)
-
-
-def _saved(image: Image.Image, **options: object) -> bytes:
-    file = io.BytesIO()
-    image.save(file, **options)
-    return file.getvalue()
 
 
 def _uri(kind: str, data: bytes) -> str:

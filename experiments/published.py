@@ -60,9 +60,8 @@ def published(
     score: str | None = None,
     source: str | None = None,
     variant: str | None = None,
-    timed: bool = False,
 ) -> list[Published]:
-    """Records of one set, with one score and a rate, from one source, of one variant, with a time: what is asked for.
+    """Records of one set, with one score and a rate, from one source, of one variant: what is asked for.
 
     Those of one system, set and score are points of one curve, from one source, and come by rising rate.
     """
@@ -73,6 +72,5 @@ def published(
         and (score is None or (score in record.scores and record.bpp is not None))
         and (source is None or record.source == source)
         and (variant is None or record.variant == variant)
-        and (not timed or record.decode_s is not None)
     ]
     return sorted(found, key=lambda record: (record.system, record.bpp or 0)) if score else found

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from coding.report import Row
-from experiments.baselines import BASELINES, Baseline
+from experiments.baselines import Baseline
 from experiments.coded import COUNTED, baselines_of, curve_of, measured
 from experiments.inputs import about, releases_of
 from experiments.published import published, records
@@ -53,14 +53,12 @@ def points(args: argparse.Namespace, releases: dict[str, Codec]) -> list[Row]:
 
 def baselines_for(args: argparse.Namespace, releases: dict[str, Codec]) -> list[Baseline]:
     """The codecs of --codecs that can be had. Raises DiffoError for names that are unknown, or clash."""
-    baselines = baselines_of(args.codecs)
+    baselines = baselines_of(args.codecs, releases)
     if args.anchor and args.anchor not in [*releases, *(baseline.name for baseline in baselines)]:
         raise DiffoError(f"--anchor {args.anchor}: not among what is measured here (--weights, --codecs)")
     sets = {record.dataset for record in records() if record.bpp and record.dataset}
     if args.published and args.published not in sets:
         raise DiffoError(f"--published {args.published}: no such set; there are {', '.join(sorted(sets))}")
-    if clash := sorted(set(releases) & set(BASELINES)):
-        raise DiffoError(f"--weights: a release is called {clash[0]}, as another codec is; rename its folder")
     return baselines
 
 

@@ -22,21 +22,9 @@ from utils.distributed import is_main
 from utils.errors import DiffoError
 from utils.files import atomic_write
 
+ALIKE = "table1 table2 branches eta variance ablation ceiling artefacts crops timing equal_bytes".split()
 # command -> the tables that it leaves, in the order of the page
-TABLES = {
-    "rates": ("means", "bd_rate"),
-    "table1": ("table1",),
-    "table2": ("table2",),
-    "branches": ("branches",),
-    "eta": ("eta",),
-    "variance": ("variance",),
-    "ablation": ("ablation",),
-    "ceiling": ("ceiling",),
-    "artefacts": ("artefacts",),
-    "crops": ("crops",),
-    "timing": ("timing",),
-    "equal_bytes": ("equal_bytes",),
-}
+TABLES = {"rates": ("means", "bd_rate")} | {name: (name,) for name in ALIKE}
 DEMO = {
     "qualities": (0.0, 20.0, 100.0),
     "metrics": ("psnr", "ms_ssim", "stlpips-alex", "nlpd"),

@@ -4,7 +4,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import reduce
 
 import torch
 from torch import nn
@@ -12,6 +11,7 @@ from torch import nn
 from models import codec as rooms
 from models import entropy_coding
 from models.codec import Codec
+from models.speed.graphs import part_of
 
 CHOICE = "indices k of z: the nearest codes, or chosen by distance and bits, and coded"
 # (owner in the codec, its attribute, the part, symbols spelled out)
@@ -64,7 +64,7 @@ class Stopwatch:
     @contextmanager
     def watching(self, codec: Codec) -> Iterator[None]:
         """Inside it, every call of the codec's parts is counted."""
-        watched = [(_part_of(codec, owner), name, part) for owner, name, part in (*NETWORKS, *PASSES)]
+        watched = [(part_of(codec, owner), name, part) for owner, name, part in (*NETWORKS, *PASSES)]
         watched += [(entropy_coding, name, ENTROPY) for name in CODER]
         saved = []
         try:
@@ -95,11 +95,6 @@ class Stopwatch:
                 yield self.count(NOISE, next, source)
 
         return draws
-
-
-def _part_of(codec: Codec, path: str) -> object | None:
-    """The codec's part of a dotted path, the codec of an empty one; None where there is none."""
-    return reduce(lambda owner, name: getattr(owner, name, None), filter(None, path.split(".")), codec)
 
 
 def seconds(device: torch.device) -> float:

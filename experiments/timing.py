@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import ImageOps
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -44,7 +44,7 @@ from utils.config import build, load_mapping, to_mapping
 from utils.distributed import is_main, local_device
 from utils.errors import DiffoError
 from utils.files import atomic_write
-from utils.images import read_image, write_image
+from utils.images import read_image, to_pillow, to_tensor, write_image
 from utils.memory import keep_freed_memory
 
 KEY = ("codec", "size", "way", "part")
@@ -171,8 +171,7 @@ def measure(codec: Codec, picture: Path, size: str, args: argparse.Namespace) ->
 def fitted(picture: Path, size: str) -> torch.Tensor:
     """A picture cropped and scaled to HEIGHTxWIDTH: uint8 (3, H, W)."""
     height, width = map(int, size.split("x"))
-    image = ImageOps.fit(Image.fromarray(read_image(picture).permute(1, 2, 0).numpy()), (width, height))
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return to_tensor(ImageOps.fit(to_pillow(read_image(picture)), (width, height)))
 
 
 def turns(

@@ -41,7 +41,8 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         DiffoError: an option is wrong, before anything is coded; a picture cannot be read.
     """
-    releases, others = releases_of(args), baselines_of(args.codecs)
+    releases = releases_of(args)
+    others = baselines_of(args.codecs, releases)
     variants = [Variant(n, f"{args.quality:g}", c, at_quality(n, c, args.quality)) for n, c in releases.items()]
     pictures = named_photographs(args.data, args.limit)
     with table_of(args, "pictures", releases) as table:

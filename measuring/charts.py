@@ -12,10 +12,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from measuring.intervals import Interval
 from utils.files import atomic_path
+from utils.images import to_pillow, to_tensor, write_image
 
 if TYPE_CHECKING:  # it takes a second to import
     from matplotlib.figure import Figure
-from utils.images import write_image
 
 COLUMN, MARGIN, CAPTION = 512, 24, 36  # pixels; pictures fit a square as wide as a column: portraits stay as large
 # Curves are told apart without colour: neighbours differ by marker, dashes and lightness.
@@ -117,12 +117,12 @@ def contact_sheet(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
         for column, image in enumerate(row):
             sheet.paste(image, (MARGIN + column * (COLUMN + MARGIN), top))
         top += height + MARGIN
-    write_image(path, torch.from_numpy(np.array(sheet)).permute(2, 0, 1))
+    write_image(path, to_tensor(sheet))
 
 
 def _captioned(picture: torch.Tensor, caption: str) -> Image.Image:
     """A picture centred above its caption, of which nothing is wider than the column."""
-    image = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
+    image = to_pillow(picture)
     image.thumbnail((COLUMN, COLUMN), Image.Resampling.LANCZOS)
     whole = Image.new("RGB", (COLUMN, image.height + CAPTION), "white")
     whole.paste(image, ((COLUMN - image.width) // 2, 0))

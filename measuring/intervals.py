@@ -41,10 +41,10 @@ def bootstrap(values: Sequence[float | None], seed: int = 0) -> Interval | None:
     return Interval(mean, float(low), float(high))
 
 
-def paired(a: Sequence[float | None], b: Sequence[float | None], seed: int = 0) -> Interval | None:
+def paired(a: Sequence[float | None], b: Sequence[float | None]) -> Interval | None:
     """The mean of a - b over the same pictures, in the same order, as `bootstrap`: narrower than two means would say.
 
     Raises ValueError if they are not as many.
     """
     both = list(zip(a, b, strict=True))
-    return None if any(None in pair for pair in both) else bootstrap([x - y for x, y in both], seed)
+    return None if any(None in pair for pair in both) else bootstrap([x - y for x, y in both])

@@ -9,7 +9,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-MS_SSIM_EXPONENTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+from models.losses import MS_SSIM_EXPONENTS, gaussian_window, similarity
+
 MS_SSIM_MIN_SIDE = 161
 
 
@@ -22,7 +23,6 @@ def psnr(original: torch.Tensor, decoded: torch.Tensor) -> float:
 
 def psnr_red(original: torch.Tensor, decoded: torch.Tensor) -> float:
     """PSNR in dB of the red channel alone, which the published evaluation measures; blind to green and blue."""
-    require_pair(original, decoded)
     return psnr(*(picture[:1].expand(3, -1, -1) for picture in (original, decoded)))
 
 
@@ -36,25 +36,23 @@ def ms_ssim(original: torch.Tensor, decoded: torch.Tensor) -> float | None:
     require_pair(original, decoded)
     if min(original.shape[-2:]) < MS_SSIM_MIN_SIDE:
         return None
-    x, y = _luma(original), _luma(decoded)
-    score = 1.0
+    x, y = (_luma(picture) / 255 for picture in (original, decoded))
+    window, score = gaussian_window(x), 1.0
     for exponent in MS_SSIM_EXPONENTS[:-1]:
-        score *= _ssim_terms(x, y)[1].mean().item() ** exponent
+        score *= similarity(x, y, window)[1].relu().mean().item() ** exponent
         padding = (x.shape[2] % 2, x.shape[3] % 2)
         x, y = F.avg_pool2d(x, 2, padding=padding), F.avg_pool2d(y, 2, padding=padding)
-    luminance, contrast = _ssim_terms(x, y)
-    return score * (luminance * contrast).mean().item() ** MS_SSIM_EXPONENTS[-1]
+    luminance, contrast = similarity(x, y, window)
+    return score * (luminance * contrast.relu()).mean().item() ** MS_SSIM_EXPONENTS[-1]
 
 
-def ms_ssim_rgb(original: torch.Tensor, decoded: torch.Tensor) -> float | None:
+def ms_ssim_rgb(original: torch.Tensor, decoded: torch.Tensor) -> float:
     """Multi-scale structural similarity of R, G and B, 0..1: their mean, by pytorch-msssim, in float32.
 
     What learned codecs mostly report. Negative terms are cut to 0 after the mean over a channel, not at every pixel,
-    and nothing is rounded. None if a side is under 161 pixels.
+    and nothing is rounded. Sides from 161 pixels, which `Evaluator` sees to.
     """
     require_pair(original, decoded)
-    if min(original.shape[-2:]) < MS_SSIM_MIN_SIDE:
-        return None
     import pytorch_msssim
 
     return pytorch_msssim.ms_ssim(original[None].float(), decoded[None].float(), data_range=255).item()
@@ -85,20 +83,3 @@ def _luma(picture: torch.Tensor) -> torch.Tensor:
     red, green, blue = picture.float() / 255
     # Near halves the rounding hangs on these float32 steps, in pyiqa's order; in flat, dark regions it matters.
     return ((red * 0.299 + green * 0.587 + blue * 0.114) * 255).round().double()[None, None]
-
-
-def _ssim_terms(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Maps of the luminance term and of the contrast-structure term (the latter cut at 0) of two (1, 1, H, W)."""
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    mean_x, mean_y = _blur(x), _blur(y)
-    variance_x, variance_y = _blur(x * x) - mean_x**2, _blur(y * y) - mean_y**2
-    covariance = _blur(x * y) - mean_x * mean_y
-    contrast = (2 * covariance + c2) / (variance_x + variance_y + c2)
-    luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
-    return luminance, contrast.relu()
-
-
-def _blur(x: torch.Tensor) -> torch.Tensor:
-    window = torch.exp(-(torch.arange(-5.0, 6.0, dtype=x.dtype, device=x.device) ** 2) / (2 * 1.5**2))
-    window = window / window.sum()
-    return F.conv2d(F.conv2d(x, window.view(1, 1, 11, 1)), window.view(1, 1, 1, 11))

@@ -177,12 +177,7 @@ def fid(originals: Sequence[Tensor], decoded: Sequence[Tensor]) -> Interval:
     return Interval(metric.compute().item())
 
 
-def kid(
-    originals: Sequence[Tensor],
-    decoded: Sequence[Tensor],
-    reference: Sequence[Tensor] | None = None,
-    seed: int = 0,
-) -> Interval:
+def kid(originals: Sequence[Tensor], decoded: Sequence[Tensor], reference: Sequence[Tensor] | None = None) -> Interval:
     """Kernel distance of features (Binkowski et al., ICLR 2018) with its 95 % interval; unbiased, so it may be below 0.
 
         mean k(x_i, x_j) + k(y_i, y_j) - k(x_i, y_j) - k(x_j, y_i),   k(x, y) = (x . y / d + 1)^3
@@ -195,7 +190,6 @@ def kid(
     Args:
         originals, decoded: of every picture, (patches, channels), the same numbers of patches; at least four pictures.
         reference: as `decoded`; its distance is taken away, over the same halves, where it is given.
-        seed: of the halves.
     """
     counts = torch.tensor([len(features) for features in originals], dtype=torch.double)
     sums = _pair_sums(originals, decoded)
@@ -207,7 +201,7 @@ def kid(
         """Of subsets of the pictures, (subsets, pictures) of 0 or 1."""
         return torch.einsum("si,ij,sj->s", chosen, sums, chosen) / torch.einsum("si,ij,sj->s", chosen, pairs, chosen)
 
-    order = torch.rand(HALVES, len(counts), generator=torch.Generator().manual_seed(seed)).argsort(1)
+    order = torch.rand(HALVES, len(counts), generator=torch.Generator().manual_seed(0)).argsort(1)
     halves = distances((order < len(counts) // 2).double())
     low, high = torch.quantile(halves, torch.tensor(PERCENTILES, dtype=torch.double) / 100).tolist()
     return Interval(distances(torch.ones_like(counts)[None]).item(), low, high)

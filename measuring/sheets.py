@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from utils.images import to_pillow, to_tensor
 
 MARGIN, GAP = 20, 10  # pixels around the sheet and between its parts
 SIZE = 14  # of the letters
@@ -52,7 +52,7 @@ def sheet(bands: Sequence[Band], notes: Sequence[str], side: int) -> Tensor:
         top += step + GAP
     for i, line in enumerate(foot):
         draw.text((MARGIN, top + LINE * i), line, SOFT, plain)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return to_tensor(image)
 
 
 def _place(image: Image.Image, draw: ImageDraw.ImageDraw, cell: Cell, at: tuple[int, int], side: int, fonts) -> None:
@@ -60,7 +60,7 @@ def _place(image: Image.Image, draw: ImageDraw.ImageDraw, cell: Cell, at: tuple[
     if cell.picture is None:
         draw.rectangle((left, top, left + side - 1, top + side - 1), EMPTY)
     else:
-        image.paste(Image.fromarray(cell.picture.permute(1, 2, 0).contiguous().numpy()), at)
+        image.paste(to_pillow(cell.picture), at)
     larger, plain = fonts
     for i, line in enumerate(cell.lines):
         place = (left, top + side + GAP // 2 + LINE * i)

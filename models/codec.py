@@ -72,8 +72,6 @@ class Codec(Networks):
 
     # Coding ---------------------------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
-    @full_precision()
     def compress(self, image: Tensor, quality: float = 0.0) -> bytes:
         """Code a picture: uint8 (3, H, W), sides from 16 -> the bytes of a `.dfo` file.
 
@@ -237,7 +235,6 @@ class Codec(Networks):
             raise BitstreamError("the file has a residual and its weights have no residual codec: it is damaged")
         return self.residual.read(coded.hyper, coded.symbols, k, coded.code)
 
-    @torch.inference_mode()
     def decompress(self, data: bytes) -> Tensor:
         """Decode a file with the codec's single step: bytes -> uint8 (3, H, W). Errors as `read`."""
         return self.decode(data).image

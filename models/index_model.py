@@ -216,21 +216,22 @@ class IndexModel:
     def encode(self, k: np.ndarray) -> bytes:
         """The section of indices (h, w) in [0, K)."""
         encoder = SectionEncoder()
-        for _, symbols, masses in self._coded(k):
+        for symbols, masses, _ in self._coded(k):
             encoder.add(symbols, masses)
         return encoder.close()
 
     def bits(self, k: np.ndarray) -> np.ndarray:
         """Ideal cost of every index of (h, w): float64 (h, w)."""
         bits = np.empty(k.shape)
-        for at, symbols, masses in self._coded(k):
+        for symbols, masses, at in self._coded(k):
             bits[at] = own_bits(symbols, masses)
         return bits
 
-    def _coded(self, k: np.ndarray) -> Iterator[tuple[tuple[np.ndarray, np.ndarray], np.ndarray, np.ndarray]]:
+    def _coded(self, k: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, tuple]]:
+        """Indices, their tables and where they are, in the file's order."""
         grid = bordered(k, self.network.codes)
         for number, rows, columns in parts(*k.shape, self.network.codes):
-            yield (rows, columns), k[rows, columns], self.masses(grid, number, rows, columns)
+            yield k[rows, columns], self.masses(grid, number, rows, columns), (rows, columns)
 
     def decode(self, section: bytes, h: int, w: int) -> np.ndarray:
         """Inverse of `encode`: int64 (h, w). Accepts exactly what the encoder writes.

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.bitstream import CELL
 from models.blocks import ResnetBlock, group_norm, start_linear
 from utils.config import require, require_from
 from utils.precision import without_autocast
 
-CELL = 16  # pixels per latent position, along each side
 FINE = 4  # pixels per position of the finer resolution
 
 

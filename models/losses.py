@@ -13,10 +13,10 @@ from models.bitstream import CELL
 LUMA = (0.299, 0.587, 0.114)
 MS_SSIM_EXPONENTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 GROUND = 64  # side of a block of smooth ground, in pixels
+SMOOTH = 8.0  # grey values: the largest deviation of the original's luma inside one
 LEAST_LINES = 12 * CELL  # pixels of a spectrum whose lines have neighbours of their own
 NEIGHBOURS = range(2, 6)  # bins of the spectrum on either side that a line is compared with
 TINY = 1e-12  # of a power: no error is exactly 0 there
-SMOOTH = 8.0  # grey values: the largest deviation of the original's luma inside one
 
 
 def distortion(image: Tensor, target: Tensor) -> Tensor:
@@ -47,27 +47,27 @@ def ms_ssim_loss(image: Tensor, target: Tensor) -> Tensor:
     x, y = (
         (v[:, :1] * red + v[:, 1:2] * green + v[:, 2:] * blue + 1) / 2 for v in (image, target)
     )  # N 1 H W in [0, 1]
-    window = _window(x)
+    window = gaussian_window(x)
     value = 1.0
     for scale, exponent in enumerate(MS_SSIM_EXPONENTS):
         if scale:
             x, y = (F.avg_pool2d(v, 2, padding=[side % 2 for side in v.shape[2:]]) for v in (x, y))
-        luminance, contrast = _similarity(x, y, window)
+        luminance, contrast = similarity(x, y, window)
         last = scale == len(MS_SSIM_EXPONENTS) - 1
         terms = (luminance * contrast if last else contrast).mean((1, 2, 3))
         value = value * terms.clamp(min=TINY) ** exponent  # at 0 its slope is infinite
     return 1 - value.mean()
 
 
-def _window(like: Tensor) -> Tensor:
-    """Gaussian of deviation 1.5 over 11 pixels: (11,), sum 1."""
+def gaussian_window(like: Tensor) -> Tensor:
+    """SSIM's: deviation 1.5 over 11 pixels, sum 1; (11,), of the precision and on the device of another tensor."""
     place = torch.arange(11, device=like.device, dtype=like.dtype) - 5
     window = torch.exp(-place.square() / (2 * 1.5**2))
     return window / window.sum()
 
 
-def _similarity(x: Tensor, y: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:
-    """SSIM's terms of luminance, and of contrast and structure: N 1 H W in [0, 1] -> N 1 H-10 W-10 each."""
+def similarity(x: Tensor, y: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:
+    """SSIM's terms of luminance, and of contrast and structure: N 1 H W in [0, 1] -> N 1 H-10 W-10 each, negative ones uncut."""
 
     def local(v: Tensor) -> Tensor:
         return F.conv2d(F.conv2d(v, window.view(1, 1, -1, 1)), window.view(1, 1, 1, -1))
@@ -134,12 +134,11 @@ class PatchDiscriminator(nn.Module):
     Instance rather than batch normalisation: a score must not depend on who else is in the batch or on which rank.
     """
 
-    def __init__(self, width: int = 64, layers: int = 3):
+    def __init__(self, width: int = 64):
         super().__init__()
-        widths = [width * min(2**i, 8) for i in range(layers + 1)]
+        widths = [width, 2 * width, 4 * width, 8 * width]
         stack: list[nn.Module] = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
-        for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False)):
-            stride = 2 if i < layers - 1 else 1
+        for a, b, stride in zip(widths, widths[1:], (2, 2, 1), strict=False):
             stack += [
                 nn.Conv2d(a, b, 4, stride=stride, padding=1),
                 nn.InstanceNorm2d(b, affine=True),

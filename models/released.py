@@ -324,14 +324,12 @@ def release_named(fingerprint: bytes) -> str | None:
     return folder and folder.name
 
 
-def release_of(fingerprint: bytes | None) -> Path:
-    """Folder of the release that a file needs; of the small one where no fingerprint is known.
+def release_of(fingerprint: bytes) -> Path:
+    """Folder of the release that a file needs.
 
     Raises:
         CheckpointError: no release of that fingerprint ships.
     """
-    if fingerprint is None:
-        return SMALL
     known = releases()
     if fingerprint.hex() not in known:
         names = ", ".join(f"{folder.name} ({key})" for key, folder in known.items()) or "none"

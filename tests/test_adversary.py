@@ -1,4 +1,4 @@
-"""The adversary in either stage: its terms and factor by hand, when it joins, and what it changes."""
+"""The adversary of a stage: its terms and factor by hand, when it joins, and what it changes."""
 
 import copy
 

@@ -92,11 +92,8 @@ def test_what_a_killed_save_left_is_removed_and_nothing_else(tmp_path):
     assert tree(tmp_path) == {"checkpoints/gt_1.pth", "ema_ckpts/notes.txt"}
 
 
-@pytest.mark.parametrize(
-    "name, told", [("states/gt_1.pth", "an older version's run"), ("checkpoints/vq_1.pth", "stage")]
-)
-def test_checkpoints_of_other_versions_are_refused(name, told, tmp_path):
-    (tmp_path / name).parent.mkdir()
-    (tmp_path / name).touch()
-    with pytest.raises(CheckpointError, match=told):
+def test_checkpoints_of_other_stages_are_refused(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "vq_1.pth").touch()
+    with pytest.raises(CheckpointError, match="stage"):
         Checkpoints(tmp_path, ["gt", "codec"], 2).points()

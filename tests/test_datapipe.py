@@ -43,7 +43,7 @@ def test_every_epoch_is_a_permutation(folder, monkeypatch):
     pictures = dataset(folder)
     n = len(pictures.source)
     files = [pictures.source.path(i) for i in range(n)]
-    assert n == 7 and files == list(map(str, find_pictures(folder, recursive=True)))
+    assert n == 7 and files == list(map(str, find_pictures(folder)))
     read = []
     monkeypatch.setattr("datapipe.sources.read_image", lambda path: read.append(path) or read_image(path))
     for position in range(3 * n):

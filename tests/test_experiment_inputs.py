@@ -40,7 +40,7 @@ def test_results_do_not_go_among_the_pictures(tmp_path, capsys, monkeypatch):
 def test_what_is_named_twice_is_one_point():
     base_alone = type("BaseAlone", (), {"has_levels": False})
     assert len(curve_of("small", base_alone, [0, 0.0, 20])) == 1
-    assert [codec.name for codec in baselines_of(["webp", "jpeg", "webp"])] == ["webp", "jpeg"]
+    assert [codec.name for codec in baselines_of(["webp", "jpeg", "webp"], [])] == ["webp", "jpeg"]
 
 
 def test_ranks_meet_before_the_first_of_them_writes(monkeypatch):

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from coding import options
 from models.index_model import IndexModel, IndexNetwork
 from models.layers import fused_norm
 from models.layers.sharing import sharing
 from models.speed import graphs
-from models.speed.fast import FAST_PATHS, prepare
+from models.speed.choices import CUDA_PATHS
+from models.speed.fast import prepare
 from models.speed.graphs import GRAPHED, Graphed, Recorder, leave_graphs, use_graphs
 from tests.residual import new_codec, picture
 
@@ -161,11 +161,10 @@ def test_the_base_encoder_has_a_graph_however_its_indices_are_chosen(weight):
 
 def test_fast_paths_of_cuda_are_on_unless_left_out(monkeypatch):
     codec = new_codec()
-    assert options.FAST_PATHS == (*FAST_PATHS, "keep_memory")
     assert not isinstance(vars(prepare(codec, "float32").unet).get("forward"), Graphed)  # on a CPU there are none
     monkeypatch.setattr(type(codec), "device", torch.device("cuda"))
     monkeypatch.setattr(fused_norm, "enabled", True)
-    for without in (), ("graphs",), FAST_PATHS, ():
+    for without in (), ("graphs",), CUDA_PATHS, ():
         prepare(codec, "float32", without)
         assert fused_norm.enabled == ("fused_norm" not in without)
         assert isinstance(vars(codec.unet).get("forward"), Graphed) == ("graphs" not in without)

@@ -116,10 +116,9 @@ def test_ms_ssim_of_rgb_is_the_mean_over_channels():
         assert abs(metrics.ms_ssim(square, decoded) - expected) > 1e-3, kind
 
 
-@pytest.mark.parametrize("score", [metrics.ms_ssim, metrics.ms_ssim_rgb])
-def test_ms_ssim_needs_five_scales(score):
+def test_ms_ssim_needs_five_scales():
     for height, width, expected in ((160, 200, None), (200, 160, None), (161, 161, pytest.approx(1, abs=1e-6))):
-        assert score(*(ASTRONAUT[:, :height, :width],) * 2) == expected
+        assert metrics.ms_ssim(*(ASTRONAUT[:, :height, :width],) * 2) == expected
 
 
 def test_colour_shift_has_the_sign_of_the_decoded_picture():

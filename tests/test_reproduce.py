@@ -1,6 +1,7 @@
 """The commands of reproduce.py beside `rates`: what each one's table says, what `all` leaves out, what any refuses."""
 
 import math
+import shutil
 import statistics
 from pathlib import Path
 from types import SimpleNamespace
@@ -275,6 +276,8 @@ def test_table_2_takes_one_release_for_each_number_of_steps():
         (["rates", "--qualities", "20", "200"], "200 is not in 0 to 100"),
         (["rates", "--distances", "fvd"], "unknown distance fvd"),
         (["rates", "--codecs", "bmp"], "--codecs bmp: unknown"),
+        (["artefacts", "--beside", "bmp"], "--beside bmp: unknown"),
+        *(([name, "--weights", "webp"], "a release is called webp") for name in ("rates", "artefacts", "variance")),
         (["rates", "--anchor", "vvc"], "--anchor vvc: not among what is measured"),
         (["rates", "--published", "moon"], "--published moon: no such set"),
         (["rates", "--weights", "RELEASE", "RELEASE"], "two releases of one folder name"),
@@ -291,6 +294,7 @@ def test_table_2_takes_one_release_for_each_number_of_steps():
 def test_options_are_checked_before_pictures(flags, told, release, plain, pictures, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Codec, "analyse", lambda *_: pytest.fail("a picture was coded"))
+    shutil.copytree(release, "webp")
     named = {"PICTURES": str(pictures), "RELEASE": str(release), "PLAIN": str(plain)}
     status = reproduce(*(named.get(flag, flag) for flag in flags), "--data", pictures, "-o", "out")
     assert status and told in capsys.readouterr().err

@@ -96,7 +96,7 @@ def test_shards_are_told_apart_by_what_they_hold(folder, shards, tmp_path):
 
 def test_the_library_reads_our_shards(folder, shards):
     tars = [str(path) for path in find_shards([str(shards)])]
-    paths = find_pictures(folder, recursive=True)
+    paths = find_pictures(folder)
     samples = list(webdataset.WebDataset(tars, shardshuffle=False))
     assert len({sample["__key__"] for sample in samples}) == 7
     for sample, path in zip(samples, paths, strict=True):
@@ -106,7 +106,7 @@ def test_the_library_reads_our_shards(folder, shards):
 
 
 def test_we_read_the_shards_of_the_library(folder, tmp_path):
-    paths = find_pictures(folder, recursive=True)
+    paths = find_pictures(folder)
     with webdataset.ShardWriter(str(tmp_path / "set-%03d.tar"), maxcount=3, verbose=0) as writer:
         for i, path in enumerate(paths):
             writer.write(

@@ -109,7 +109,7 @@ def test_adversaries_that_take_more_are_not_recorded(kind, adaptive, world, can,
 def test_graphs_are_for_cuda_where_nothing_is_compiled():
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+        patch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
         assert Speed(SpeedParams(), cuda).graphs and "graphs" in str(Speed(SpeedParams(), cuda))
         assert not Speed(SpeedParams(compile=True), cuda).graphs and not Speed(SpeedParams(graphs=False), cuda).graphs
     assert not Speed(SpeedParams(graphs=True), cpu).graphs

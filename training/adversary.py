@@ -1,4 +1,4 @@
-"""The adversary of either stage: a discriminator that is trained beside the networks whose pictures it judges."""
+"""The adversary of any stage: a discriminator that is trained beside the networks whose pictures it judges."""
 
 import torch
 from torch import Tensor, nn

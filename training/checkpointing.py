@@ -18,7 +18,6 @@ from utils.errors import CheckpointError
 from utils.files import atomic_write, make_folder, remove_leftovers
 
 CHECKPOINTS, AVERAGES, BEST = "checkpoints", "ema_ckpts", "best.json"
-OLD = "states"  # of runs before checkpoints were one file
 
 
 @dataclass(frozen=True)
@@ -42,10 +41,8 @@ class Checkpoints:
         """Those that are there, the newest last.
 
         Raises:
-            CheckpointError: one of a stage that the configuration does not have, or of an older version.
+            CheckpointError: one of a stage that the configuration does not have.
         """
-        if (self.folder / OLD).is_dir():
-            raise CheckpointError(f"{self.folder}: an older version's run ({OLD}/); go on with that version")
         found = []
         for path in (self.folder / CHECKPOINTS).glob("*_*.pth"):
             stage, _, step = path.stem.partition("_")
@@ -132,4 +129,4 @@ class Checkpoints:
 
 def is_run(folder: Path) -> bool:
     """Whether a run has saved something in a folder."""
-    return any(path for sub in (CHECKPOINTS, OLD) for path in (folder / sub).glob("*.pth"))
+    return any((folder / CHECKPOINTS).glob("*.pth"))

@@ -19,6 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from models.autoencoder import Autoencoder
 from models.blocks import AttnBlock, ResnetBlock
 from models.codec import Codec
+from models.speed.choices import Precision
+from models.speed.fast import computes_bfloat16
 from models.unet import Stage
 from utils.memory import keep_freed_memory
 
@@ -46,7 +48,7 @@ class SpeedParams:
             by the system; `auto` on the CPU.
     """
 
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Precision = "auto"
     tf32: bool = False
     perceptual_tf32: Switch = "auto"
     channels_last: Switch = "auto"
@@ -72,14 +74,12 @@ class Speed:
         self.params, self.device = params, device
         cuda = device.type == "cuda"
         real = device.type != "meta"  # shapes alone are neither rounded nor compiled
-        cpu = {name for name, has in torch.cpu.get_capabilities().items() if has is True}
-        hardware = (
-            torch.cuda.is_bf16_supported(including_emulation=False) if cuda else cpu & {"avx512_bf16", "amx_bf16"}
-        )
-        self.bfloat16 = real and (params.precision == "bfloat16" or (params.precision == "auto" and bool(hardware)))
+        automatic = params.precision == "auto"
+        self.bfloat16 = real and (params.precision == "bfloat16" or (automatic and computes_bfloat16(device)))
         self.perceptual_tf32 = real and _decided(params.perceptual_tf32, cuda)
         self.compile = real and params.compile
-        self.channels_last = _decided(params.channels_last, cuda or (device.type == "cpu" and "avx512_f" in cpu))
+        wide = device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_f", False)
+        self.channels_last = _decided(params.channels_last, cuda or wide)
         self.fused_adamw = real and _decided(params.fused_adamw, cuda)
         self.graphs = cuda and not self.compile and _decided(params.graphs, cuda)
         self.keep_memory = _decided(params.keep_memory, not cuda) and platform.libc_ver()[0] == "glibc"

@@ -1,7 +1,7 @@
 """What the stages of a run depend on: lengths, optimiser, terms of the loss. Defaults are the paper's, or VQGAN's for stage gt."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from measuring.metrics import MS_SSIM_MIN_SIDE
 from models.losses import GROUND, LEAST_LINES
@@ -219,6 +219,8 @@ class DecoderStageParams(StageParams):
         base_only_share: of samples that are coded at level 0. The others' levels are drawn between the first and the last.
     """
 
+    squared_errors: ClassVar[tuple[str, ...]] = ("distortion_weight", "chroma_weight")  # names of their factors
+
     iterations: int = 20_000
     optim: OptimParams = field(default_factory=OptimParams)
     perceptual: Factors = field(default_factory=lambda: {"lpips": 0.2})
@@ -231,17 +233,10 @@ class DecoderStageParams(StageParams):
         super().__post_init__()
         for name in ("clean_share", "base_only_share"):
             require(0 <= getattr(self, name) <= 1, f"{name} {getattr(self, name)}: in [0, 1]")
-        require_from(0, self, *self.weights)
-        told = ", ".join(self.weights)
-        learns = any(
-            (*(getattr(self, name) for name in self.weights), self.adversary.weight, *self.perceptual.values())
-        )
-        require(learns, f"{told}, perceptual and adversary.weight are all 0")
-
-    @property
-    def weights(self) -> tuple[str, ...]:
-        """Names of the factors of squared errors."""
-        return "distortion_weight", "chroma_weight"
+        require_from(0, self, *self.squared_errors)
+        factors = [getattr(self, name) for name in self.squared_errors]
+        learns = any((*factors, self.adversary.weight, *self.perceptual.values()))
+        require(learns, f"{', '.join(self.squared_errors)}, perceptual and adversary.weight are all 0")
 
 
 @dataclass(frozen=True)
@@ -257,6 +252,8 @@ class LightStageParams(DecoderStageParams):
         statistics: crops that the linear map is fitted to before the first step.
     """
 
+    squared_errors: ClassVar[tuple[str, ...]] = ("teacher_weight", *DecoderStageParams.squared_errors)
+
     start: str | None = None
     target: Literal["original", "teacher"] = "original"
     teacher_weight: float = 1.0
@@ -266,7 +263,3 @@ class LightStageParams(DecoderStageParams):
     def __post_init__(self):
         super().__post_init__()
         require_from(1, self, "statistics")
-
-    @property
-    def weights(self) -> tuple[str, ...]:
-        return "teacher_weight", *super().weights

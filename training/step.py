@@ -21,10 +21,9 @@ from utils.errors import CheckpointError, NotFinite
 
 @dataclass(frozen=True)
 class Flags:
-    """All that a step waits for: whether everything is finite, a rank is asked to stop, a code is dead; the main
-    process's clock, in seconds."""
+    """What a step that is finite has waited for: whether a rank is asked to stop, a code is dead; the main process's
+    clock, in seconds."""
 
-    finite: bool
     stop: bool
     dead: bool
     seconds: float
@@ -161,16 +160,17 @@ class Step:
         together = distributed.all_reduce_sum(torch.cat([scalars, *own]))
         means = together[: len(terms)] / distributed.world_size()
         norms = [value for name, value in numbers.items() if name.endswith("grad_norm")]
-        finite = torch.cat([means, torch.stack(norms).double()]).isfinite().all()
-        flags = torch.stack([finite.double(), together[-2], dead.double(), together[-1]]).tolist()
+        whole = torch.cat([means, torch.stack(norms).double()]).isfinite().all()
+        flags = torch.stack([whole.double(), together[-2], dead.double(), together[-1]])
+        finite, stopped, died, now = flags.tolist()
         named = dict(zip(terms, means, strict=True))
-        if not flags[0]:
+        if not finite:
             broken = [name for name, value in (named | numbers).items() if not math.isfinite(value)]
             raise NotFinite(
                 f"stage {self.stage.name}, step {progress.step}: the term {broken[0]} is not finite; nothing was "
                 "updated with it"
             )
-        return Flags(True, flags[1] > 0, flags[2] > 0, flags[3]), named
+        return Flags(stopped > 0, died > 0, now), named
 
     def logs(self, done: Done) -> dict[str, float]:
         """The scalars of an update, fetched from the device; a collective."""

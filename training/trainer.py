@@ -29,9 +29,8 @@ from utils.config import to_mapping
 from utils.errors import CheckpointError, ConfigError, DiffoError, NotFinite
 from utils.files import atomic_write, held, make_folder, require_writable
 from utils.logging import LOG, RunLog, Unbroken
-from utils.stopping import StopRequest
+from utils.stopping import STOPPED, StopRequest
 
-STOPPED = 128  # and the signal's number: the exit status that shells give to what a signal has ended
 FAILED = "failed_state.pth"
 
 
@@ -276,7 +275,7 @@ class Trainer:
         """The stage to go on with, by number, and the checkpoint's content, {} at its beginning; networks are as saved there.
 
         Raises:
-            CheckpointError: an older version's run, or ranks that see different checkpoints.
+            CheckpointError: ranks see different checkpoints.
         """
         stages = list(self.config.stages)
         saved, refused = self.checkpoints.newest()

@@ -28,7 +28,7 @@ class Validation:
 
     def __init__(self, params: ValidationParams, device: torch.device, least_sides: Mapping[str, int]):
         self.params, self.device = params, device
-        self.files = find_pictures(Path(params.folder), recursive=True)[: params.limit]
+        self.files = find_pictures(Path(params.folder))[: params.limit]
         if not self.files:
             raise ConfigError(f"{params.folder}: no pictures there to validate on")
         for path in self.files[distributed.rank() :: distributed.world_size()]:  # told now, not after hours

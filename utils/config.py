@@ -136,8 +136,8 @@ class _Refused(Exception):
         self.key, self.told = key, told
 
 
-def build(cls: type[T], mapping: dict, where: str | Origin, base: T | None = None) -> T:
-    """Fill the dataclass `cls` from a mapping; absent keys keep the values of `base`, or else the defaults.
+def build(cls: type[T], mapping: dict, where: str | Origin) -> T:
+    """Fill the dataclass `cls` from a mapping; absent keys keep the defaults.
 
     A block that is filled in part keeps the rest of what stands in its place by default.
 
@@ -147,7 +147,7 @@ def build(cls: type[T], mapping: dict, where: str | Origin, base: T | None = Non
         ConfigError: a key that `cls` does not have, a value of another type, or one that `cls` refuses.
     """
     try:
-        return _build(cls, mapping, "", base)
+        return _build(cls, mapping, "", None)
     except _Refused as error:
         raise ConfigError(f"{where if isinstance(where, str) else where(error.key, error.told)}: {error}") from error
 

@@ -35,14 +35,14 @@ def read_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> to
     """
     try:
         with open(path, "rb") as file:
-            return _read_open_file(file, path, max_pixels)
+            return _read(read_rgb, file, path, max_pixels)
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise PictureError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or one_line(error)})") from error
 
 
 def decode_image(data: bytes, name: str) -> torch.Tensor:
     """A picture file's content as `read_image` would read it; `name` is what errors call it. Raises PictureError."""
-    return _read_open_file(io.BytesIO(data), name)
+    return _read(read_rgb, io.BytesIO(data), name, MAX_PIXELS)
 
 
 def from_pillow(image: Image.Image, name: str, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
@@ -64,8 +64,17 @@ def write_image(path: str | os.PathLike[str], picture: torch.Tensor) -> None:
     chunks.add(b"sRGB", b"\0")  # rendering intent: perceptual
     chunks.add_text("Software", SOFTWARE)
     with atomic_path(path) as temporary:
-        image = Image.fromarray(picture.permute(1, 2, 0).cpu().contiguous().numpy())
-        image.save(temporary, format="PNG", pnginfo=chunks, compress_level=PNG_LEVEL)
+        to_pillow(picture).save(temporary, format="PNG", pnginfo=chunks, compress_level=PNG_LEVEL)
+
+
+def to_pillow(picture: torch.Tensor) -> Image.Image:
+    """A uint8 tensor (3, H, W), RGB, on any device, as an image of Pillow."""
+    return Image.fromarray(picture.permute(1, 2, 0).cpu().contiguous().numpy())
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """An RGB image of Pillow as it is, a uint8 tensor (3, H, W); `from_pillow` takes images of any kind."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 def is_ours(path: str | os.PathLike[str]) -> bool:
@@ -101,15 +110,9 @@ def to_uint8(signed: torch.Tensor) -> torch.Tensor:
     return ((signed.float() * 0.5 + 0.5) * 255).clamp(0, 255).round().to(torch.uint8)
 
 
-def find_pictures(
-    folder: str | os.PathLike[str], recursive: bool = False, left_out: Counter[str] | None = None
-) -> list[Path]:
-    """The pictures in a folder, by suffix: `find_files` with `PICTURES`."""
-    return find_files(folder, PICTURES, recursive, left_out)
-
-
-def _read_open_file(file: BinaryIO, path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> torch.Tensor:
-    return _read(read_rgb, file, path, max_pixels)
+def find_pictures(folder: str | os.PathLike[str], left_out: Counter[str] | None = None) -> list[Path]:
+    """The pictures in a folder and those below it, by suffix: `find_files` with `PICTURES`."""
+    return find_files(folder, PICTURES, True, left_out)
 
 
 def _read(

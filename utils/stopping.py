@@ -6,6 +6,7 @@ import time
 from types import FrameType
 
 ASKING = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+STOPPED = 128  # and the signal's number: the exit status that shells give to what a signal has ended
 GRACE = 5.0  # seconds in which schedulers and launchers repeat the same request
 
 

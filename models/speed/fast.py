@@ -6,7 +6,6 @@ decoder and the steps of the diffusion stay in float32: what a file holds decode
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +14,9 @@ from torch import Tensor, nn
 from models.codec import Codec
 from models.layers import fused_norm, norms
 from models.light import LightDecoder
+from models.speed.choices import Precision
 from models.speed.graphs import leave_graphs, use_graphs
 
-Precision = Literal["auto", "float32", "bfloat16"]
-FAST_PATHS = ("fused_norm", "graphs")  # of CUDA; where one cannot run, it says so in a line, and the rest goes on
 AMPERE = 8, 0  # compute capability of the first with bfloat16
 WIDE = 64  # channels of a network from which bfloat16 pays
 
@@ -37,7 +35,7 @@ def prepare(codec: Codec, precision: Precision = "auto", without: Sequence[str] 
     Args:
         precision: `bfloat16` casts the weights of all of them, and their feature maps lie NHWC; `auto` casts those of
             WIDE channels and more where the hardware computes in it, and none elsewhere.
-        without: of FAST_PATHS, those to leave out. `fused_norm` is a switch of the process.
+        without: of CUDA_PATHS, those to leave out. `fused_norm` is a switch of the process.
     Returns:
         the codec.
     """

@@ -7,6 +7,7 @@ replay; a few sizes are kept, and large pictures, whose work hides the starting,
 
 import sys
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import torch
@@ -125,19 +126,17 @@ def use_graphs(codec: nn.Module, recorder: Recorder | None = None) -> None:
     recorder = recorder or Recorder()
     leave_graphs(codec)
     for owner, name in GRAPHED:
-        if network := _network(codec, owner):
+        if network := part_of(codec, owner):
             vars(network)[name] = Graphed(getattr(network, name), network, recorder)
 
 
 def leave_graphs(codec: nn.Module) -> None:
     """Have the networks of a codec run as always."""
     for owner, name in GRAPHED:
-        if (network := _network(codec, owner)) and isinstance(vars(network).get(name), Graphed):
+        if (network := part_of(codec, owner)) and isinstance(vars(network).get(name), Graphed):
             del vars(network)[name]
 
 
-def _network(codec: nn.Module, owner: str) -> nn.Module | None:
-    network = codec
-    for name in filter(None, owner.split(".")):
-        network = getattr(network, name, None)
-    return network
+def part_of(codec: nn.Module, path: str) -> Any:
+    """The codec's part of a dotted path, the codec of an empty one; None where there is none."""
+    return reduce(lambda owner, name: getattr(owner, name, None), filter(None, path.split(".")), codec)
