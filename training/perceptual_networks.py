@@ -30,13 +30,15 @@ LITE0_BLOCKS = (0, 2, 4, 10, 15)  # the last of each resolution, 1/2 to 1/32: 16
 PACKAGED = {"stlpips": (STLPIPS_VGG,), "features": (LITE0, LITE0_NETWORK)}  # by term, the weights first
 
 
-def packaged(term: str) -> Path:
+def packaged(term: str, asked: str | None = None) -> Path:
     """The weights of a term, inside an installed package, which is not imported.
 
+    Args:
+        asked: what of the configuration needs them, if not `perceptual`.
     Raises:
         ConfigError: a package of the term is not installed; says what to install.
     """
-    if reason := lacking(f"perceptual.{term}", PACKAGED[term]):
+    if reason := lacking(asked or f"perceptual.{term}", PACKAGED[term]):
         raise ConfigError(reason)
     return PACKAGED[term][0].path
 
