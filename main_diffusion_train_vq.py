@@ -1,6 +1,6 @@
 """Train DiffO: the image autoencoder (stage `gt`), then VQ base and denoiser together (stage `codec`).
 
-Stage `decoder`, by itself, trains the image decoder of a release on, and stage `light` distils a light decoder from it.
+Stage `decoder`, by itself, trains the image decoder D of a release on; stage `light`, by itself, distils a light decoder from such a D.
 
 python main_diffusion_train_vq.py --steps 2 --cfg_path configs/config.yaml --save_dir runs --data pictures/
 torchrun --standalone --nproc_per_node=2 main_diffusion_train_vq.py ...          several processes

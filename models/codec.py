@@ -103,8 +103,8 @@ class Codec(Networks):
     @torch.inference_mode()
     @full_precision()
     def signals(self, images: Tensor) -> tuple[Tensor, Tensor, Sections, Tensor, Tensor | None]:
-        """The encoder's networks: uint8 N x 3 x H x W -> x, k, sections of k, y and s of `Analysed`, of N pictures. Errors
-        as `compress`.
+        """The encoder's networks: uint8 N x 3 x H x W -> x, k, y and s of `Analysed`, and after k its sections, of N
+        pictures. Errors as `compress`.
         """
         if self.fingerprint is None:
             raise CheckpointError("these weights have no fingerprint: load them with load_release before coding")
@@ -118,8 +118,8 @@ class Codec(Networks):
         return x, k, sections, y, self.residual.analysis(x - y, y) if self.has_levels else None
 
     def indices(self, x: Tensor, tiles: Tiles, weight: float) -> tuple[Tensor, Sections]:
-        """k of latents, N x d x h x w -> int64 N x h x w: the nearest codes or, with a weight, those that cost little as well,
-        which come with their sections.
+        """k of latents, N x d x h x w -> int64 N x h x w, and their sections: of the nearest codes None each, of codes that are
+        chosen with a weight, to cost little as well, the bytes.
 
         Args:
             weight: what a bit may cost, in shares of the code book's spacing (`Codebook.spacing`, `IndexModel.choose`); above

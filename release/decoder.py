@@ -1,5 +1,6 @@
 """A run of stage decoder -> a release: that which it started from, with the D that went on learning."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from models.released import Triple
@@ -36,4 +37,4 @@ def with_decoder(out: Path, config: TrainConfig, iteration: int, source: Triple 
     if notes["precision"] == "float16":
         state = halved(state, "autoencoder")
     checkpoints.load_strictly(codec.autoencoder, state, path)
-    return write_release(out, iteration, codec, config, **notes)
+    return write_release(out, iteration, codec, replace(config, networks=codec.params), **notes)

@@ -14,10 +14,9 @@ from main_diffusion_train_vq import main
 from models.records import Draws
 from models.released import load_release
 from release.__main__ import main as release
-from release.making import write_release
+from release.making import halved, round_to_half, write_release
 from tests.commands import NANO
-from tests.residual import SMALL, picture
-from tests.small_releases import two_layers
+from tests.residual import SMALL, new_codec, picture
 from tests.small_runs import ALONE, lines
 from tests.stages import batch_of, new_stage
 from tests.test_objectives import Recorder, as_floats, numbers
@@ -102,8 +101,12 @@ def taught(data: Path, save_dir: Path, source: Path, *options: str) -> int:
 
 @pytest.fixture(scope="module")
 def before(tmp_path_factory) -> Path:
-    """A release that no test changes."""
-    return two_layers(tmp_path_factory.mktemp("before") / "nano")
+    """A release in half precision, as training runs make them, that no test changes."""
+    folder, codec = tmp_path_factory.mktemp("before") / "nano", new_codec()
+    round_to_half(codec)
+    config = replace(load_config(str(NANO)), networks=codec.params)
+    write_release(folder, 3, codec, config, "float16", counted_indices=7)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -139,15 +142,19 @@ def test_its_release_has_the_same_bytes_and_other_pictures(before, run, tmp_path
     assert new.model.fingerprint != old.model.fingerprint
     told, earlier = (json.loads((folder / "release.json").read_text()) for folder in (tmp_path / "out", before))
     assert told["iteration"] == 4 and told["counted_indices"] == earlier["counted_indices"]
-    averages = checkpoints.read(run / "checkpoints" / "decoder_4.pth")["averages"]["autoencoder"]
+    averages = halved(checkpoints.read(run / "checkpoints" / "decoder_4.pth")["averages"]["autoencoder"], "autoencoder")
     decoder = load_release(tmp_path / "out").autoencoder.state_dict()
-    assert all(torch.equal(decoder[key], value) for key, value in averages.items())
+    assert all(torch.equal(decoder[key], value.float()) for key, value in averages.items())
 
 
 def test_a_checkpoint_between_and_the_best_one_do_as_well(run, tmp_path):
-    for iteration in ("2", "best"):
-        assert release([str(run), str(tmp_path / iteration), "--iteration", iteration]) == 0
-    assert json.loads((tmp_path / "2" / "release.json").read_text())["iteration"] == 2
+    folder, best = tmp_path / "run", json.loads((run / "best.json").read_text())["step"]
+    shutil.copytree(run, folder)
+    for path in (folder / "ema_ckpts").glob("*_2.*"):  # there if it is the best one
+        path.unlink()
+    for source, iteration, number in ((folder, "2", 2), (run, "best", best)):
+        assert release([str(source), str(tmp_path / iteration), "--iteration", iteration]) == 0
+        assert json.loads((tmp_path / iteration / "release.json").read_text())["iteration"] == number
 
 
 def test_a_release_that_became_another_is_refused_in_one_line(before, run, tmp_path, capsys):

@@ -44,7 +44,7 @@ class TrainConfig:
             release it takes the place of the release's, whose latent it must share.
         vq_base, unet: checkpoints whose published parameters stage codec starts from; without them, from nothing.
         release: folder of a release that training goes on from, with residual codec and densities. Stages decoder and
-            light, which stand alone, leave all of it as it is but D, or all.
+            light stand alone: decoder changes D and nothing else of it, light nothing.
         networks: sizes, schedule and rate modulation.
         log_every: iterations between logged scalars. save_every: between checkpoints. picture_every: between
             TensorBoard pictures.
