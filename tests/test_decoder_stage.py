@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from coding.api import load_codec
 from datapipe.pictures import Batch
@@ -94,7 +95,7 @@ def taught(data: Path, save_dir: Path, source: Path, *options: str) -> int:
     sizes = ", ".join(f"{key}: {getattr(SMALL, key)}" for key in SMALL.__dataclass_fields__ if key != "extrapolated")
     own = "stages=[decoder]", f"release={source}", f"networks.residual={{{sizes}}}", "save_every=2"
     validated = (f"validation.folder={data}", "validation.limit=2", "validation.every=2")
-    learns = "decoder.optim.lr=0.01", "decoder.ema=0.1"
+    learns = "decoder.optim.lr=0.01", "decoder.ema=0.1", "networks.rate.c=0.07"
     command = ["--cfg_path", NANO, "--save_dir", save_dir, "--data", data, *own, *validated, *learns, *options]
     return main([*map(str, command)])
 
@@ -142,6 +143,8 @@ def test_its_release_has_the_same_bytes_and_other_pictures(before, run, tmp_path
     assert new.model.fingerprint != old.model.fingerprint
     told, earlier = (json.loads((folder / "release.json").read_text()) for folder in (tmp_path / "out", before))
     assert told["iteration"] == 4 and told["counted_indices"] == earlier["counted_indices"]
+    ours, theirs = (yaml.safe_load((folder / "config.yaml").read_text()) for folder in (tmp_path / "out", before))
+    assert ours["networks"] == theirs["networks"] and told["c"] == ours["networks"]["rate"]["c"] != 0.07
     averages = halved(checkpoints.read(run / "checkpoints" / "decoder_4.pth")["averages"]["autoencoder"], "autoencoder")
     decoder = load_release(tmp_path / "out").autoencoder.state_dict()
     assert all(torch.equal(decoder[key], value.float()) for key, value in averages.items())
