@@ -110,12 +110,9 @@ def write_about(out: Path, about: dict) -> None:
 
 def taken(source: Path) -> tuple[Codec, dict, dict]:
     """A release that another is made of: its codec with densities, its release.json, and the entries of that which go along."""
+    codec = load_triple(Triple.in_folder(source), densities=True)
     told = checkpoints.read_json(source / ABOUT)
-    return (
-        load_triple(Triple.in_folder(source), densities=True),
-        told,
-        {k: v for k, v in told.items() if k not in WRITTEN},
-    )
+    return codec, told, {key: value for key, value in told.items() if key not in WRITTEN}
 
 
 def with_rate(source: Path, rate: RateParams, out: Path) -> dict:
