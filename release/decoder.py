@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from models.released import Triple
-from release.making import halved, require_empty, taken, write_release
+from release.making import require_empty, taken, write_release
 from training.config import TrainConfig
 from utils import checkpoints
 from utils.errors import CheckpointError
@@ -34,7 +34,5 @@ def with_decoder(out: Path, config: TrainConfig, iteration: int, source: Triple 
         state, base = content["averages"]["autoencoder"], content["vq_base"]
     if checkpoints.digest(base) != checkpoints.digest(codec.vq_base.state_dict()):
         raise CheckpointError(f"{path}: of a run that started from another release than {before} is now")
-    if notes["precision"] == "float16":
-        state = halved(state, "autoencoder")
     checkpoints.load_strictly(codec.autoencoder, state, path)
     return write_release(out, iteration, codec, replace(config, networks=codec.params), **notes)
