@@ -26,7 +26,7 @@ import sys
 from itertools import chain
 from pathlib import Path
 
-from coding.options import DECODERS, fast_paths, quality, rate_weight
+from coding.options import DECODERS, fast_paths, quality, rate, rate_weight
 from models.speed.choices import PRECISIONS
 from utils.commandline import answer, command_line, command_parser, loading, number, positive
 
@@ -112,6 +112,12 @@ def one_quality(add) -> None:
 def qualities(add) -> None:
     told = " ".join(f"{q:g}" for q in QUALITIES)
     add("--qualities", type=quality, nargs="+", default=QUALITIES, metavar="Q", help=f"default: {told}")
+    budgets(add)
+
+
+def budgets(add) -> None:
+    told = "instead of --qualities: the largest files of at most so many bits per pixel, at the scale that suits each"
+    add("--bpp", type=rate, nargs="+", default=(), metavar="B", help=told)
 
 
 def others(add) -> None:
@@ -203,6 +209,7 @@ def shown(add) -> None:
     add("--data", type=Path, metavar="DIR", help="pictures, for instance Kodak")
     add("--demo", action="store_true", help="the photographs that scikit-image ships, instead of --data")
     add("--qualities", type=quality, nargs="+", default=(0.0, 30.0), metavar="Q", help="default: 0 30")
+    budgets(add)
     add("--codecs", nargs="*", default=OTHERS, metavar="NAME", help="other codecs (default: " + " ".join(OTHERS) + ")")
     add("--metrics", nargs="*", default=LABELS, metavar="NAME", help="default: " + " ".join(LABELS))
     by(add)

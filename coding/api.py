@@ -19,8 +19,8 @@ from PIL import Image
 from torch import Tensor
 
 from coding import budget, ledger
-from coding.options import DECODERS
-from models.bitstream import VERSION, unpack
+from coding.options import DECODERS, SCALES
+from models.bitstream import VERSION, WHOLE, unpack
 from models.codec import Codec
 from models.released import SMALL, load_release
 from models.speed.choices import CUDA_PATHS, PRECISIONS, Precision
@@ -96,6 +96,7 @@ class ImageCodec:
         quality: float | None = None,
         target_bpp: float | None = None,
         max_bytes: int | None = None,
+        scale: float | None = None,
     ) -> bytes:
         """Code a picture, sides from 16 pixels; without further arguments as the base alone.
 
@@ -104,6 +105,8 @@ class ImageCodec:
                 uint8, grey values 0 to 255, or floating point in [0, 1].
             quality: 0, the base alone, to 100, any number between. Or a budget that the largest file within is written to:
             target_bpp: bits per pixel of the picture, at most. max_bytes: bytes of the file, at most.
+            scale: share of both sides that is coded, a multiple of 1/16 from 1/4; the decoder enlarges what it decodes. None:
+            1, or, with a budget, what suits that (`coding.budget.fit_scaled`).
         Returns:
             The content of a `.dfo` file.
         Raises:
@@ -112,14 +115,18 @@ class ImageCodec:
             each other or are out of range. TypeError: one that is no number.
         """
         _require_one(quality=quality, target_bpp=target_bpp, max_bytes=max_bytes)
+        if scale is not None and scale not in SCALES:
+            raise ValueError(f"scale {scale}: a multiple of 1/16 from 0.25 to 1")
         code = self.model.level_code(quality or 0)
         picture = as_picture(image, self.model.max_pixels)
-        analysed = self.model.analyse(picture)
+        analysed = self.model.analyse(picture, round(WHOLE * (scale or 1)))
         if target_bpp is not None:
             max_bytes = budget.bytes_of_bpp(target_bpp, *picture.shape[1:])
-        if max_bytes is not None:
-            return budget.fit(self.model, analysed, max_bytes).data
-        return self.model.write(analysed, code)
+        if max_bytes is None:
+            return self.model.write(analysed, code)
+        if scale is None:
+            return budget.fit_scaled(self.model, picture, max_bytes, analysed).data
+        return budget.fit(self.model, analysed, max_bytes).data
 
     def decompress(self, data: Bytes, preview: bool = False) -> Tensor:
         """Decode a file: anything bytes-like -> uint8 tensor 3 x H x W, RGB, on the CPU.
@@ -135,7 +142,7 @@ class ImageCodec:
         """Sizes of a file and where its bits go, without decoding the picture.
 
         Returns:
-            `version` of the format, `weights` (the release's fingerprint), `width`, `height`, `bytes`, `bpp`, `code` of the
+            `version` of the format, `weights` (the release's fingerprint), `width`, `height`, `scale`, `bytes`, `bpp`, `code` of the
             level (0: the base alone) and the bits of every part, `header_bits` to `check_bits`, 8 x `bytes` together. If it
             was written with these weights, also `estimated_bits` (what the tables' probabilities come to) and
             `fixed_length_base_bits`.

@@ -1,20 +1,22 @@
-"""The largest file that is not over a budget: the code is searched, the image encoder runs once."""
+"""The largest file that is not over a budget: the level is searched at one scale, and the scale follows from the budget."""
 
 import math
-from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from bisect import bisect_right
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
 
+from torch import Tensor
+
 from measuring.metrics import bpp
-from models.bitstream import LEAST_RESIDUAL
+from models.bitstream import LEAST_RESIDUAL, LEAST_SCALE, WHOLE
 from models.codec import Codec
 from models.records import Analysed
 from models.residual_hyperprior import LEVEL_CODES
 from utils.errors import BudgetError
 
-WEIGHTS = [2 ** (step / 8 - 6) for step in range(49)]  # of the bits of a base that is not to have the usual size
+BASE_SHARE = 0.45  # of a budget that goes into the base, at most: a picture that needs more is coded at a smaller size
 NEIGHBOURS = 3  # codes written on both sides of the one that is found: sizes need not rise at every step
 ENOUGH = 0.97  # share of a budget below which the table says what a larger file would take
 
@@ -41,12 +43,36 @@ def bytes_of_bpp(target_bpp: float, height: int, width: int) -> int:
     return exact + (bpp(exact + 1, height, width) <= target_bpp)  # the reported rate may be rounded down to the target
 
 
+def fit_scaled(codec: Codec, image: Tensor, max_bytes: int, whole: Analysed) -> Fitted:
+    """`fit` at the scale that suits: the largest at which the base takes BASE_SHARE of the budget, or a little more.
+
+    Below some 2.2 times the base, bits serve better as residual of a smaller picture (docs/results.md). Weights without a
+    residual code the largest picture whose base fits.
+
+    Args:
+        image: uint8 (3, H, W). whole: it, analysed at its whole size.
+    Raises:
+        BudgetError: the smallest file has more bytes.
+    """
+    share = BASE_SHARE if codec.has_levels else 1.0
+    found = math.isqrt(int(WHOLE**2 * share * max_bytes / len(codec.write(whole, 0))))
+    for scale in range(max(LEAST_SCALE, min(found, WHOLE)), LEAST_SCALE - 1, -1):
+        analysed = whole if scale == WHOLE else codec.analyse(image, scale)
+        try:
+            fitted = fit(codec, analysed, max_bytes)
+        except BudgetError:
+            if scale == LEAST_SCALE:
+                raise
+        else:
+            if fitted.code or not codec.has_levels or scale == LEAST_SCALE:
+                return fitted
+
+
 def fit(codec: Codec, picture: Analysed, max_bytes: int) -> Fitted:
-    """The largest file of at most `max_bytes`: of the highest level below the budget, or one near it.
+    """The largest file of at most `max_bytes` at one scale: of the highest level below the budget, or one near it.
 
     Sizes rise with the level but for a few bytes, and where few symbols are coded may fall before they rise. Some
-    twenty files are written, and one where no residual can fit. There, weights with an index model give a base with less weight
-    on its bits, and below the base one with more.
+    twenty files are written, and one where no residual can fit.
 
     Raises:
         BudgetError: the smallest file has more bytes.
@@ -58,52 +84,17 @@ def fit(codec: Codec, picture: Analysed, max_bytes: int) -> Fitted:
 
     base = size(0)
     if max_bytes < base:
-        return _below_base(codec, picture, max_bytes, base)
+        raise BudgetError(_too_small(max_bytes, base, picture))
     if not codec.has_levels or max_bytes < base + LEAST_RESIDUAL:
         why = f"a residual takes {LEAST_RESIDUAL} bytes or more" if codec.has_levels else "all that these weights have"
-        return _nearer_base(codec, picture, max_bytes, Fitted(write(0), 0, f"base alone; {why}"))
+        return Fitted(write(0), 0, None if max_bytes == base else f"base alone; {why}")
     if max_bytes >= size(LEVEL_CODES):
         note = "the highest level: more bytes would not serve" if max_bytes > size(LEVEL_CODES) else None
         return Fitted(write(LEVEL_CODES), LEVEL_CODES, note)
     found = _edge(size, max_bytes, 0, LEVEL_CODES) or _beyond_valley(size, max_bytes)
     near = range(max(1, found - NEIGHBOURS), min(LEVEL_CODES, found + NEIGHBOURS) + 1)
     code = max((code for code in (0, *near) if size(code) <= max_bytes), key=lambda code: (size(code), code))
-    fitted = Fitted(write(code), code, _note(size(code), max_bytes, code, map(size, near)))
-    return fitted if code else _nearer_base(codec, picture, max_bytes, fitted)
-
-
-def _below_base(codec: Codec, picture: Analysed, max_bytes: int, base: int) -> Fitted:
-    """The base alone, of the least weight on its bits that fits. Errors as `fit`."""
-    if not codec.index_model:
-        raise BudgetError(_too_small(max_bytes, base, picture))
-    weights = [weight for weight in WEIGHTS if weight > codec.rdo]
-    found = _least_weight(codec, picture, max_bytes, weights)
-    if found is None:
-        smallest = len(codec.base_file(picture, weights[-1])) if weights else base
-        raise BudgetError(_too_small(max_bytes, min(base, smallest), picture))
-    weight, data = found
-    return Fitted(data, 0, f"base alone, with more weight on its bits: --rdo {weight:.6g}")
-
-
-def _nearer_base(codec: Codec, picture: Analysed, max_bytes: int, usual: Fitted) -> Fitted:
-    """The base alone, with less weight on its bits than usual if that fits: nearer to the picture."""
-    if len(usual.data) == max_bytes:
-        return replace(usual, note=None)
-    weights = [0.0, *(weight for weight in WEIGHTS if weight < codec.rdo)]
-    found = _least_weight(codec, picture, max_bytes, weights) if codec.rdo else None
-    if found is None or len(found[1]) <= len(usual.data):
-        return usual
-    weight, data = found
-    return Fitted(data, 0, f"{usual.note}; less weight on its bits: --rdo {weight:.6g}")
-
-
-def _least_weight(
-    codec: Codec, picture: Analysed, max_bytes: int, weights: Sequence[float]
-) -> tuple[float, bytes] | None:
-    """The first of rising weights whose base fits, and its file; None where none does."""
-    write = cache(lambda weight: codec.base_file(picture, weight))
-    found = bisect_left(weights, True, key=lambda weight: len(write(weight)) <= max_bytes)
-    return None if found == len(weights) else (weights[found], write(weights[found]))
+    return Fitted(write(code), code, _note(size(code), max_bytes, code, map(size, near)))
 
 
 def _edge(size: Size, max_bytes: int, fits: int, exceeds: int) -> int:
@@ -134,9 +125,10 @@ def _note(used: int, max_bytes: int, code: int, near: Iterable[int]) -> str | No
 
 
 def _too_small(max_bytes: int, smallest: int, picture: Analysed) -> str:
-    height, width = picture.file.height, picture.file.width
+    height, width, scale = picture.file.height, picture.file.width, picture.file.scale
     rate = -(-80_000 * smallest // (height * width)) / 1e4  # rounded up, so that it can be asked for
+    smaller = "" if scale == LEAST_SCALE else f" at scale {scale / WHOLE:g}, and smaller ones below"
     return (
         f"{max_bytes:,} bytes ({bpp(max_bytes, height, width):.4f} bpp) are too few for this picture: "
-        f"its smallest file has {smallest:,} bytes ({rate:.4f} bpp)"
+        f"its smallest file has {smallest:,} bytes ({rate:.4f} bpp){smaller}"
     )

@@ -3,7 +3,7 @@
 import math
 
 from measuring.metrics import bpp
-from models.bitstream import CodedPicture
+from models.bitstream import WHOLE, CodedPicture
 from models.codec import Codec
 from models.records import Contents
 
@@ -19,7 +19,8 @@ def ledger(file: CodedPicture) -> Facts:
     bits |= {f"{name}_bits": 8 * size for name, size in file.section_bytes.items()}
     bits |= {"check_bits": 8 * file.check_bytes}
     size = sum(bits.values()) // 8
-    facts = {"width": file.width, "height": file.height, "bytes": size, "bpp": bpp(size, file.height, file.width)}
+    facts = {"width": file.width, "height": file.height, "scale": file.scale / WHOLE}
+    facts |= {"bytes": size, "bpp": bpp(size, file.height, file.width)}
     return facts | {"code": file.residual.code if file.residual else 0} | bits
 
 

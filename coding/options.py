@@ -4,17 +4,20 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from models.bitstream import LEAST_SCALE, WHOLE
 from models.speed.choices import FAST_PATHS, PRECISIONS
 from utils.commandline import command_line, command_parser, number, positive
 from utils.limits import MAX_PIXELS
 
 DECODERS = ("full", "light")
+SCALES = tuple(n / WHOLE for n in range(LEAST_SCALE, WHOLE + 1))
 MODES = ("roundtrip", "compress", "decompress", "inspect")
 
 quality = number(float, lambda value: 0 <= value <= 100, "in 0 to 100")
 rate = number(float, lambda value: 0 < value < float("inf"), "a rate above 0")
 noise_level = number(float, lambda value: 0 < value <= 1, "in (0, 1]")
 tile_side = number(int, lambda value: value >= 256 and value % 64 == 0, "a multiple of 64 pixels, from 256")
+scale = number(float, lambda value: value in SCALES, "a multiple of 1/16 from 0.25 to 1, as 0.75 or 0.625")
 rate_weight = number(float, lambda value: 0 <= value < float("inf"), "a weight from 0")
 noise_seed = number(int, lambda value: 0 <= value < 2**32, "in 0 to 2^32 - 1")
 
@@ -74,9 +77,11 @@ def _add_coding(parser: argparse.ArgumentParser) -> None:
     add("--max_bytes", type=positive, metavar="N", help="the largest file of at most N bytes")
     told = (
         "weight of their bits when indices of the base are chosen, in shares of the code book's spacing "
-        "(default: 0.0625; 0: the nearest codes, as with weights that have no index model; budgets below the base take more)"
+        "(default: 0.0625; 0: the nearest codes, as with weights that have no index model)"
     )
     parser.add_argument("--rdo", type=rate_weight, metavar="W", help=told)
+    told = "share of both sides that is coded, for the decoder to enlarge (default: 1; with a budget, what suits it)"
+    parser.add_argument("--scale", type=scale, metavar="S", help=told)
     add = parser.add_argument_group("denoising").add_argument
     add("--one_step", action="store_true", help="a single step, noise level from the rate (the default)")
     add("--ddim", action="store_true", help="deterministic steps (the default)")
@@ -89,7 +94,6 @@ def _add_coding(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--preview", action="store_true", help="the base alone, also of a file that was cut after it")
     add("--max_pixels", type=positive, default=MAX_PIXELS, metavar="N", help="refuse files that claim more pixels")
-    add("--scale", type=int, choices=[1], default=1, help="kept for the published command; a codec does not enlarge")
     told = "side of the tiles that large pictures are coded in (default %(default)s)"
     add("--chop_size", type=tile_side, default=1024, metavar="PX", help=told)
     told = "so many pictures of one size at once (default: by their size; 1: one picture after the other)"
@@ -131,6 +135,7 @@ def _mistakes(args: argparse.Namespace) -> list[tuple[bool, str]]:
         (compares and mode == "decompress" and not args.ref_path, originals),
         (args.json and mode != "inspect", "--json goes with --mode inspect; the other modes write metrics.json"),
         (args.preview and encodes, "--preview goes with --mode decompress or inspect"),
+        ((args.scale or 1) != 1 and not encodes, "--scale goes with --mode roundtrip or compress: files have theirs"),
         (args.rdo is not None and not encodes, "--rdo goes with --mode roundtrip or compress"),
         (sized and not encodes, "--quality, --target_bpp and --max_bytes go with --mode roundtrip or compress"),
         (args.eta is not None and args.infer_steps and not args.one_step, levels),

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 COLUMNS = {
     **{name: (name, "s") for name in ("codec", "label", "picture")},
     "output": None,
-    **{name: (name, "d") for name in ("width", "height", "bytes")},
+    **{name: (name, "d") for name in ("width", "height")},
+    "scale": ("scale", ".4g"),
+    "bytes": ("bytes", "d"),
     "bpp": ("bpp", ".4f"),
     "code": ("level/255", "d"),
     **dict.fromkeys(f"{part}_bits" for part in ("header", "base", "hyper", "residual", "check", "estimated")),

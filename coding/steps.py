@@ -19,13 +19,13 @@ from coding.weights import Weights, read_bytes
 from measuring.evaluator import Evaluator
 from measuring.metrics import colour_shift, ms_ssim, psnr
 from measuring.scores import SCORES
-from models.bitstream import CodedPicture, unpack
+from models.bitstream import WHOLE, CodedPicture, scaled, unpack
 from models.codec import Codec
 from models.records import Analysed, Contents, Sampling
 from models.sizes.memory import Way
 from utils.errors import PictureError, out_of_memory
 from utils.files import atomic_write, make_folder
-from utils.images import read_image, write_image
+from utils.images import read_image, resized, write_image
 from utils.limits import MIN_SIDE
 from utils.memory import freed_memory_returned
 
@@ -38,7 +38,8 @@ class Item:
     """One input on its way, and what has been made of it so far.
 
     Attributes:
-        image, original: uint8 (3, H, W), to be coded, to be compared with. signals: as `Codec.signals` gives them.
+        image, original: uint8 (3, H, W), to be coded, to be compared with. scale: sixteenths of its sides that the image is
+            coded at. signals: as `Codec.signals` gives them.
         data: the file. contents, file, codec: what is in it, and who reads it. decoded: uint8 (3, H, W).
         error: what ended it.
     """
@@ -47,6 +48,7 @@ class Item:
     row: Row = field(default_factory=dict)
     image: Tensor | None = None
     original: Tensor | None = None
+    scale: int = WHOLE
     signals: tuple | None = None
     data: bytes | None = None
     file: CodedPicture | None = None
@@ -62,10 +64,17 @@ class Item:
             return self.file.height, self.file.width
         return tuple(self.image.shape[1:]) if self.image is not None else (0, 0)
 
+    @property
+    def coded_size(self) -> tuple[int, int]:
+        """Height and width that the networks see."""
+        if self.file:
+            return self.file.coded_size
+        return tuple(scaled(side, self.scale) for side in self.size)
+
 
 def alike(codec: Codec, item: Item) -> Hashable:
     """What pictures that go through the networks at once have in common; one that is coded in tiles goes alone."""
-    return (codec, item.size) if codec.tiles(*item.size).small else id(item)
+    return (codec, item.coded_size) if codec.tiles(*item.coded_size).small else id(item)
 
 
 class Steps:
@@ -88,6 +97,8 @@ class Steps:
         self.evaluator, self.earlier = evaluator, earlier
         self.encodes, self.decodes = earlier.encodes, earlier.decodes
         self.device, self.threads = weights.device, torch.get_num_threads()
+        self.chooses_scale = args.scale is None and bool(args.target_bpp or args.max_bytes)
+        self.scale = round(WHOLE * (args.scale or 1))  # before that choice
         self._turn = Lock()
 
     def read(self, item: Item) -> None:
@@ -97,6 +108,7 @@ class Steps:
         item.data = stream if self.encodes else read_bytes(job.source, args.max_pixels)
         if self.encodes and (self.decodes or item.data is None):
             item.image = read_image(job.source, args.max_pixels)
+            item.scale = self.scale
         item.original = read_image(job.reference, args.max_pixels) if job.reference else item.image
         if item.image is not None:
             require_comparable(item)
@@ -111,8 +123,11 @@ class Steps:
         """The encoder's networks."""
         codec = self.weights.codec()
         codec.require_allowed(*items[0].size)
-        images = torch.stack([item.image for item in items])
-        signals, seconds = self._by_networks(codec, items, "encode", lambda: codec.signals(images))
+
+        def work() -> tuple:
+            return codec.signals(torch.stack([resized(item.image, *item.coded_size) for item in items]))
+
+        signals, seconds = self._by_networks(codec, items, "encode", work)
         for i, item in enumerate(items):
             item.signals = tuple(None if each is None else each[i : i + 1] for each in signals)
             item.row["encode_s"] = seconds
@@ -120,9 +135,10 @@ class Steps:
     def write(self, item: Item) -> None:
         """Entropy coding, and the file."""
         codec = self.weights.codec()
-        analysed, base = self._timed(lambda: codec.analysed(*item.size, *item.signals))
-        with self._alone() if self.device.type == "cuda" else nullcontext():  # a residual has networks of its own
-            fitted, seconds = self._timed(lambda: self._fitted(codec, analysed))
+        analysed, base = self._timed(lambda: codec.analysed(*item.size, item.scale, *item.signals))
+        networks = self.device.type == "cuda" or self.chooses_scale  # the residual's own, or all, for a smaller picture
+        with self._turn_for(codec, [item], "encode") if networks else nullcontext():
+            fitted, seconds = self._timed(lambda: self._fitted(codec, item.image, analysed))
         self._place(item.job, STREAM, lambda path: atomic_write(path, fitted.data))
         item.data = fitted.data
         item.row |= {"encode_s": item.row["encode_s"] + base + seconds, "write_s": seconds, "note": fitted.note}
@@ -173,23 +189,31 @@ class Steps:
         make_folder(job.target.parent)
         write(job.output(suffix))
 
-    def _fitted(self, codec: Codec, analysed: Analysed) -> budget.Fitted:
+    def _fitted(self, codec: Codec, image: Tensor, analysed: Analysed) -> budget.Fitted:
         """The file of the quality or the budget that was asked for."""
-        args, file = self.args, analysed.file
+        args, max_bytes = self.args, self.args.max_bytes
         if args.target_bpp:
-            return budget.fit(codec, analysed, budget.bytes_of_bpp(args.target_bpp, file.height, file.width))
-        if args.max_bytes:
-            return budget.fit(codec, analysed, args.max_bytes)
+            max_bytes = budget.bytes_of_bpp(args.target_bpp, *image.shape[1:])
+        if self.chooses_scale:
+            return budget.fit_scaled(codec, image, max_bytes, analysed)
+        if max_bytes:
+            return budget.fit(codec, analysed, max_bytes)
         code = codec.level_code(args.quality)
         return budget.Fitted(codec.write(analysed, code), code)
 
     def _by_networks(self, codec: Codec, items: Sequence[Item], way: Way, work: Callable):
         """The result of work(), in turn with other lanes where the networks need it, and seconds for each item."""
-        maps = len(items) * (codec.memory(*items[0].size, way) - codec.memory(MIN_SIDE, MIN_SIDE, way))
-        turn = self._alone() if self.device.type == "cuda" or maps > SIDE_BY_SIDE else nullcontext()
-        with turn, freed_memory_returned() if self.weights.keeps_memory and maps > KEEPS_UP_TO else nullcontext():
+        with self._turn_for(codec, items, way):
             result, seconds = self._timed(work)
         return result, seconds / len(items)
+
+    @contextmanager
+    def _turn_for(self, codec: Codec, items: Sequence[Item], way: Way) -> Iterator[None]:
+        """Around networks: no other lane's inside it where they are large, or on CUDA."""
+        maps = len(items) * (codec.memory(*items[0].coded_size, way) - codec.memory(MIN_SIDE, MIN_SIDE, way))
+        turn = self._alone() if self.device.type == "cuda" or maps > SIDE_BY_SIDE else nullcontext()
+        with turn, freed_memory_returned() if self.weights.keeps_memory and maps > KEEPS_UP_TO else nullcontext():
+            yield
 
     @contextmanager
     def _alone(self) -> Iterator[None]:

@@ -82,8 +82,8 @@ def commands(args: argparse.Namespace) -> Iterator[tuple[ModuleType, dict, str |
         photographs(args.fit)
     for module in (ceiling, artefacts):
         yield module, {}, None
-    lowest_and_middle = spread(sorted(args.qualities), 3)[:2]
-    yield crops, {"demo": False, "qualities": lowest_and_middle}, too_small(args)
+    lower = {name: spread(sorted(getattr(args, name)), 3)[:2] for name in ("qualities", "bpp")}
+    yield crops, {"demo": False} | lower, too_small(args)
     yield timing, {"data": next(iter(pictures.values())), "config": None}, None
     if args.against:
         equal_bytes.rivals_of(args, next(iter(releases.values())))

@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> None:
     """
     releases = releases_of(args, args.decoder)
     others = baselines_of(args.beside, releases, "--beside")
-    variants = [v for name, codec in releases.items() for v in curve_of(name, codec, args.qualities)]
+    variants = [v for name, codec in releases.items() for v in curve_of(name, codec, args)]
     means = measured(args, "pictures", releases, variants, others)
     if not is_main():
         return
@@ -90,5 +90,5 @@ def flat(variant: Variant, value: int) -> int:
     """The largest error of a picture of one grey value, coded and decoded."""
     picture = torch.full((3, SIDE, SIDE), value, dtype=torch.uint8)
     model = variant.model
-    decoded = model.decode(model.write(model.analyse(picture), model.level_code(variant.quality)), variant.sampling)
+    decoded = model.decode(variant.file(picture, model.analyse(picture)), variant.sampling)
     return (decoded.image.int() - value).abs().max().item()

@@ -14,7 +14,7 @@ import torch
 from PIL import Image, features
 
 from utils.errors import DiffoError
-from utils.images import to_pillow, to_tensor
+from utils.images import resized, to_pillow, to_tensor
 
 Encode = Callable[[Image.Image, int], bytes]
 
@@ -112,7 +112,7 @@ class Baseline:
         return best
 
     def _coded(self, image: torch.Tensor, setting: int, data: bytes, scale: float) -> Coded:
-        decoded = enlarged(self.opened(data), *image.shape[1:])
+        decoded = resized(self.opened(data), *image.shape[1:])
         return Coded(data, self.payload(data), self.setting.format(setting), scale, decoded)
 
     def opened(self, data: bytes) -> torch.Tensor:
@@ -128,13 +128,6 @@ class Baseline:
             plugin = importlib.import_module(self.module)  # JPEG XL's registers itself
             if self.module == "pillow_heif":
                 plugin.register_heif_opener()
-
-
-def enlarged(picture: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """A picture that was coded at half size, uint8 (3, h, w), at its whole size; one that was not, as it is."""
-    if picture.shape[1:] == (height, width):
-        return picture
-    return to_tensor(to_pillow(picture).resize((width, height), Image.Resampling.LANCZOS))
 
 
 def _scaled(image: torch.Tensor, scale: float) -> Image.Image:

@@ -12,6 +12,7 @@ from statistics import fmean
 from torch import Tensor
 from tqdm import tqdm
 
+from coding import budget
 from coding.plan import STREAM
 from coding.report import Row
 from coding.table import Table
@@ -22,8 +23,9 @@ from experiments.summary import mean_of
 from measuring.evaluator import Evaluator
 from measuring.metrics import bpp
 from measuring.patches import PatchDistances
+from models.bitstream import WHOLE, unpack
 from models.codec import Codec
-from models.records import ONE_STEP, Sampling
+from models.records import ONE_STEP, Analysed, Sampling
 from utils.distributed import gather_objects, is_main, local_device, rank, world_size
 from utils.errors import DiffoError
 from utils.files import atomic_write, make_folder
@@ -40,7 +42,8 @@ class Variant:
 
     Attributes:
         codec, label: names of its rows, and of the folders of its files. model: the networks.
-        quality: 0, the base alone, to 100. sampling: how to denoise.
+        quality: 0, the base alone, to 100. bpp: instead of it, bits per pixel that a file has at most, at the scale that
+        suits (`coding.budget.fit_scaled`). sampling: how to denoise.
     """
 
     codec: str
@@ -48,16 +51,25 @@ class Variant:
     model: Codec
     quality: float = 0.0
     sampling: Sampling = ONE_STEP
+    bpp: float | None = None
 
     @property
     def setting(self) -> str:
-        """Quality and sampling, in words."""
+        """Quality or budget, and sampling, in words."""
         steps = self.sampling.steps
-        return f"quality {self.quality:g}, " + ("one step" if steps is None else f"{steps} of the schedule's steps")
+        rate = f"quality {self.quality:g}" if self.bpp is None else f"at most {self.bpp:g} bits per pixel"
+        return f"{rate}, " + ("one step" if steps is None else f"{steps} of the schedule's steps")
 
     @property
     def made_from(self) -> str:
         return f"{weights_of(self.model)}, {self.setting}"
+
+    def file(self, image: Tensor, analysed: Analysed) -> bytes:
+        """The file of a picture, uint8 (3, H, W), which was analysed at its whole size. Raises BudgetError."""
+        if self.bpp is None:
+            return self.model.write(analysed, self.model.level_code(self.quality))
+        max_bytes = budget.bytes_of_bpp(self.bpp, *image.shape[1:])
+        return budget.fit_scaled(self.model, image, max_bytes, analysed).data
 
 
 def evaluator_of(args: argparse.Namespace) -> Evaluator:
@@ -216,10 +228,11 @@ class Coding:
             if self._stands(v.codec, v.label, name, v.made_from, scored=False):
                 rows.append(self._scored(self.table.get(v.codec, v.label, name), image))
                 continue
-            data = v.model.write(analysed(v.model), v.model.level_code(v.quality))
+            data = v.file(image, analysed(v.model))
             decoded = v.model.decode(data, v.sampling)
             row = self._row(v.codec, v.label, name, image, v.made_from, data=data, suffix=STREAM)
-            row |= {"payload_bytes": len(data), "scale": 1.0, "setting": v.setting, "eta": decoded.eta}
+            row |= {"payload_bytes": len(data), "scale": unpack(data).scale / WHOLE}
+            row |= {"setting": v.setting, "eta": decoded.eta}
             rows.append(self._scored(row, image, decoded.image))
         return rows
 
@@ -298,13 +311,15 @@ def at_quality(name: str, model: Codec, quality: float) -> float:
     return quality
 
 
-def curve_of(name: str, model: Codec, qualities: Sequence[float]) -> list[Variant]:
-    """A release at all those qualities that it has, the base alone among them if it has no others.
+def curve_of(name: str, model: Codec, args: argparse.Namespace) -> list[Variant]:
+    """A release at --bpp, or else at all those --qualities that it has.
 
     Raises:
         DiffoError: it has none of them.
     """
-    has = [quality for quality in dict.fromkeys(qualities) if quality == 0 or model.has_levels]
+    if args.bpp:
+        return [Variant(name, f"{bpp:g}bpp", model, bpp=bpp) for bpp in dict.fromkeys(args.bpp)]
+    has = [quality for quality in dict.fromkeys(args.qualities) if quality == 0 or model.has_levels]
     if not has:
         raise DiffoError(f"{name}: this release codes the base alone: add 0 to --qualities, or leave it out")
     return [Variant(name, f"{quality:g}", model, quality) for quality in has]

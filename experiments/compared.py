@@ -85,7 +85,8 @@ def _original(name: str, path: Path | None, made_from: str) -> Tensor:
 
 def _embedded(folder: Path, row: Row) -> Embedded:
     """The coded file where browsers decode it, else what it decodes to; of half size where that was coded."""
-    stem, halved = Path(row["codec"], row["label"], row["picture"]).with_suffix(""), row["scale"] != 1
+    stem = Path(row["codec"], row["label"], row["picture"]).with_suffix("")
+    halved = row["codec"] in BASELINES and row["scale"] != 1
     by = ", enlarged here from half size by Lanczos as it was measured" if halved else ""
     small = None
     if baseline := BASELINES.get(row["codec"]):

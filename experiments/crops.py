@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
     pictures = named_photographs(args.data)
     crops = crops_of(args.crops, pictures, args.side)
     chosen = {crop.picture: pictures[crop.picture] for crop in crops}
-    curves = [curve_of(name, codec, args.qualities) for name, codec in releases.items()]
+    curves = [curve_of(name, codec, args) for name, codec in releases.items()]
     with table_of(args, "rates", releases) as table:
         coding = Coding(table, chosen, args.out_path, evaluator)
         coding.code([variant for curve in curves for variant in curve])
@@ -109,7 +109,7 @@ def band(coding: Coding, crop: Crop, rows: Sequence[Row], side: int) -> Band:
             cells.append(Cell(None, [label, "no file so small:", f"at least {row['floor_bytes']:,} bytes"]))
             continue
         decoded = read_image(coding.decoded(row["codec"], row["label"], crop.picture))
-        lines = [label, f"{row['bytes']:,} bytes" + (", at half size" if row["scale"] != 1 else "")]
+        lines = [label, f"{row['bytes']:,} bytes" + (f", scale {row['scale']:g}" if row["scale"] != 1 else "")]
         lines += [score_line(name, row[name]) for name in coding.evaluator.names if row.get(name) is not None]
         cells.append(Cell(crop.of(decoded, side), lines))
     name, first = Path(crop.picture).with_suffix(""), rows[0]
@@ -126,8 +126,8 @@ def notes(names: Sequence[str], by: str) -> list[str]:
     within = "without their containers " if by == "payload" else ""
     ways = [f"{SCORES[name].heading}: {'less' if SCORES[name].lower_is_better else 'more'} is better" for name in names]
     return [
-        f"Pixel by pixel. The other codecs have their largest files {within}within the bytes of the first one's. At half size: "
-        "coded at half the width and height, and enlarged.",
+        f"Pixel by pixel. The other codecs have their largest files {within}within the bytes of the first one's. Scale: "
+        "share of the width and height that is coded; what is decoded is enlarged.",
         f"Bytes and scores are of whole pictures. {'; '.join(ways)}{'.' if ways else ''}",
     ]
 

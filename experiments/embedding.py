@@ -7,9 +7,9 @@ from functools import cache
 
 from torch import Tensor
 
-from experiments.baselines import enlarged, saved
+from experiments.baselines import saved
 from measuring.metrics import psnr
-from utils.images import decode_image, to_pillow
+from utils.images import decode_image, resized, to_pillow
 
 MIN_PSNR = 45.0  # dB over RGB, of what is shown to the picture that it stands for
 TYPES = {".jpg": "image/jpeg", ".webp": "image/webp", ".avif": "image/avif"}  # what every browser decodes
@@ -25,7 +25,7 @@ _SPEED, _SLOWER, _WORTH = 6, 4, 0.2
 
 @dataclass(frozen=True)
 class Embedded:
-    """A picture's data URI, in words what it holds, and whether the page has to enlarge it, as `baselines.enlarged`."""
+    """A picture's data URI, in words what it holds, and whether the page has to enlarge it, as `resized` does."""
 
     uri: str
     told: str
@@ -41,14 +41,14 @@ def close_to(picture: Tensor, small: Tensor | None = None) -> Embedded:
     """A uint8 picture (3, H, W), RGB, as AVIF of the lowest quality that reaches `MIN_PSNR`, else as lossless WebP.
 
     Args:
-        small: what `enlarged` makes the picture of: it is coded instead, and what counts is how it looks enlarged.
+        small: what `resized` makes the picture of: it is coded instead, and what counts is how it looks enlarged.
     """
     image = to_pillow(picture if small is None else small)
 
     @cache
     def coded(quality: int, speed: int = _SPEED) -> tuple[float, bytes]:
         data = saved(image, quality=quality, speed=speed, **_AVIF)
-        return psnr(picture, enlarged(decode_image(data, "a picture of the page"), *picture.shape[1:])), data
+        return psnr(picture, resized(decode_image(data, "a picture of the page"), *picture.shape[1:])), data
 
     found = bisect_left(_QUALITIES, MIN_PSNR, key=lambda quality: coded(quality)[0])
     if found == len(_QUALITIES):

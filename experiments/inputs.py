@@ -65,7 +65,7 @@ def _found(folder: Path, limit: int | None) -> list[tuple[Path, Path]]:
 
 def spread(values: Sequence, count: int) -> list:
     """At most `count` of the values, evenly spread, both ends among them."""
-    last = len(values) - 1
+    last, count = len(values) - 1, min(count, len(values))
     return [values[i] for i in dict.fromkeys(round(last * k / max(1, count - 1)) for k in range(count))]
 
 

@@ -44,9 +44,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def points(args: argparse.Namespace, releases: dict[str, Codec]) -> list[Row]:
-    """Means of every release at --qualities, and of --codecs at the first one's bytes. Errors as `run`."""
+    """Means of every release at --qualities or --bpp, and of --codecs at the first one's bytes. Errors as `run`."""
     baselines = baselines_for(args, releases)
-    curves = [curve_of(name, codec, args.qualities) for name, codec in releases.items()]
+    curves = [curve_of(name, codec, args) for name, codec in releases.items()]
     variants = [variant for curve in curves for variant in curve]
     return measured(args, "rates", releases, variants, baselines, args.distances, args.by)
 

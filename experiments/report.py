@@ -27,6 +27,7 @@ ALIKE = "table1 table2 branches eta variance ablation ceiling artefacts crops ti
 TABLES = {"rates": ("means", "bd_rate")} | {name: (name,) for name in ALIKE}
 DEMO = {
     "qualities": (0.0, 20.0, 100.0),
+    "bpp": (),
     "metrics": ("psnr", "ms_ssim", "stlpips-alex", "nlpd"),
     "codecs": ("jpeg2000", "webp", "avif", "heic", "jxl"),
     "decoder": ("full",),

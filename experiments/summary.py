@@ -25,7 +25,7 @@ HEADINGS = {
     "label": "variant",
     "changes": "what it changes",
     "reached": "pictures reached",
-    "half_size": "of these at half size",
+    "smaller": "of these coded smaller",
     "floor_bytes": "smallest file where not reached, bytes",
     "payload_bytes": "bytes without container",
     "bpp": "bits per pixel",
@@ -41,12 +41,12 @@ CODE = ("command", "commit", "weights")  # what a table says of these is code, t
 def mean_of(rows: Sequence[Row], scores: Sequence[str]) -> Row:
     """Means over the pictures of one codec and label; a mean is over all of them, or it is not there.
 
-    `reached` counts the pictures for which there is a file, `half_size` those coded at half size; `floor_bytes` is the
+    `reached` counts the pictures for which there is a file, `smaller` those of which a smaller picture was coded; `floor_bytes` is the
     mean of the smallest files of the pictures that were not reached.
     """
     mean: Row = {"codec": rows[0]["codec"], "label": rows[0]["label"], "pictures": len(rows)}
     mean["reached"] = sum(row["bytes"] is not None for row in rows)
-    mean["half_size"] = sum(row.get("scale") == 0.5 for row in rows)
+    mean["smaller"] = sum(row.get("scale", 1) < 1 for row in rows)
     floors = [row["floor_bytes"] for row in rows if row["bytes"] is None]
     mean["floor_bytes"] = fmean(floors) if floors else None
     for name in SIZES:

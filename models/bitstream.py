@@ -3,10 +3,11 @@
     magic         3 bytes   b"DfO"
     version       1 byte    1
     flags         1 byte    bit 0: base at fixed length; bit 1: residual sections follow; bit 2: base in passes, not
-                            together with bit 0; others zero
+                            together with bit 0; bit 3: the picture is coded at a smaller size; others zero
     fingerprint   4 bytes   of the weights that wrote the file
     height        varint    of the source picture, in pixels
     width         varint
+    scale         1 byte    with bit 3: the sixteenths of both sides that are coded, 4 to 15
     base length   varint    in bytes
     base                    see entropy_coding; in passes, index_model
     CRC-32        4 bytes   big endian, over everything before it
@@ -19,7 +20,8 @@ and with bit 1, after what a preview needs,
     hyper, residual         see entropy_coding
     CRC-32        4 bytes   big endian, over everything before it
 
-A varint is LEB128, unsigned, in its shortest form. A 768×512 picture has 19 bytes beside its base, 28 with a residual.
+A varint is LEB128, unsigned, in its shortest form. A 768×512 picture has 19 bytes beside its base, 28 with a residual, and
+one more if it is coded at a smaller size.
 """
 
 import zlib
@@ -34,10 +36,12 @@ FINGERPRINT_BYTES = 4
 MAX_SIDE = 1 << 20
 LEAST_RESIDUAL = 9  # bytes that the shortest residual adds: code, two lengths, two sections of a byte, CRC-32
 CELL = 16  # pixels per latent position, along each side
+LEAST_SCALE, WHOLE = 4, 16  # sixteenths of both sides that are coded
 
 _FLAG_FIXED_LENGTH = 1
 _FLAG_RESIDUAL = 2
 _FLAG_PASSES = 4
+_FLAG_SCALED = 8
 _FLAGS_AT = len(MAGIC) + 1
 _FINGERPRINT_AT = _FLAGS_AT + 1
 _SIZES_AT = _FINGERPRINT_AT + FINGERPRINT_BYTES
@@ -71,8 +75,9 @@ class CodedPicture:
         fixed_length: whether the base is at fixed length rather than range-coded.
         residual: the sections above the base; None for the base alone.
         in_passes: whether the base is range-coded in passes, by the index model, rather than with one table.
+        scale: sixteenths of both sides that are coded, LEAST_SCALE to WHOLE; the decoder enlarges what it decodes.
     Raises:
-        BitstreamError: a size outside the range, an empty base, or one that is coded in two ways.
+        BitstreamError: a size or a scale outside the range, an empty base, or one that is coded in two ways.
     """
 
     height: int
@@ -82,12 +87,17 @@ class CodedPicture:
     fixed_length: bool
     residual: CodedResidual | None = None
     in_passes: bool = False
+    scale: int = WHOLE
 
     def __post_init__(self) -> None:
         if not (MIN_SIDE <= self.height <= MAX_SIDE and MIN_SIDE <= self.width <= MAX_SIDE):
             raise BitstreamError(
                 f"a picture of {self.width}×{self.height} pixels cannot be stored: "
                 f"each side must be {MIN_SIDE} to {MAX_SIDE}"
+            )
+        if not LEAST_SCALE <= self.scale <= WHOLE:
+            raise BitstreamError(
+                f"the scale is {self.scale} sixteenths, not {LEAST_SCALE} to {WHOLE}: the file is damaged"
             )
         if not self.base:
             raise BitstreamError("the base section is empty: there is nothing to decode")
@@ -112,14 +122,25 @@ class CodedPicture:
 
     @property
     def section_bpp(self) -> float:
-        """B_eta: bits of the coded sections per pixel of the latent's 16×16 cells; the B of DiffO's Eq. 11."""
+        """B_eta: bits of the coded sections per coded pixel of the latent's 16×16 cells; the B of DiffO's Eq. 11."""
         h, w = self.latent_size
         return 8 * sum(self.section_bytes.values()) / (CELL**2 * h * w)
 
     @property
+    def coded_size(self) -> tuple[int, int]:
+        """Height and width that are coded, in pixels."""
+        return scaled(self.height, self.scale), scaled(self.width, self.scale)
+
+    @property
     def latent_size(self) -> tuple[int, int]:
-        """(h, w) of the latent: one index per 16×16 pixels, partial blocks included."""
-        return -(-self.height // CELL), -(-self.width // CELL)
+        """(h, w) of the latent: one index per 16×16 coded pixels, partial blocks included."""
+        height, width = self.coded_size
+        return -(-height // CELL), -(-width // CELL)
+
+
+def scaled(side: int, sixteenths: int) -> int:
+    """A side of a picture at a scale: rounded to pixels, halves up, and at least MIN_SIDE."""
+    return max(MIN_SIDE, (side * sixteenths + WHOLE // 2) // WHOLE)
 
 
 def noise_seed(base: bytes) -> int:
@@ -145,11 +166,12 @@ def unpack(data: bytes, preview: bool = False) -> CodedPicture:
     _check_kind(data)
     height, at = _read_varint(data, _SIZES_AT)
     width, at = _read_varint(data, at)
+    scale, at = _read_scale(data, at)
     base_bytes, at = _read_varint(data, at)
     end = at + base_bytes + _CRC_BYTES
     _check_layer(data, end)
     flags = data[_FLAGS_AT]
-    if flags & ~(_FLAG_FIXED_LENGTH | _FLAG_RESIDUAL | _FLAG_PASSES):
+    if flags & ~(_FLAG_FIXED_LENGTH | _FLAG_RESIDUAL | _FLAG_PASSES | _FLAG_SCALED):
         raise BitstreamError(f"this file uses features (flags {flags:#04x}) of a newer program: update the program")
     residual = None
     if flags & _FLAG_RESIDUAL and not preview:
@@ -164,7 +186,19 @@ def unpack(data: bytes, preview: bool = False) -> CodedPicture:
         fixed_length=bool(flags & _FLAG_FIXED_LENGTH),
         residual=residual,
         in_passes=bool(flags & _FLAG_PASSES),
+        scale=scale,
     )
+
+
+def _read_scale(data: bytes, at: int) -> tuple[int, int]:
+    """The scale, which a file without its flag does not have, and the position after it."""
+    if not data[_FLAGS_AT] & _FLAG_SCALED:
+        return WHOLE, at
+    if at >= len(data):
+        raise _Cut(f"the file is cut within its header, after {len(data)} bytes")
+    if data[at] == WHOLE:
+        raise BitstreamError("the file is marked as coded at a smaller size, and its scale is the whole: it is damaged")
+    return data[at], at + 1
 
 
 def _read_residual(data: bytes, at: int) -> tuple[CodedResidual, int]:
@@ -188,10 +222,12 @@ def _header(picture: CodedPicture) -> bytes:
         _FLAG_FIXED_LENGTH: picture.fixed_length,
         _FLAG_RESIDUAL: picture.residual,
         _FLAG_PASSES: picture.in_passes,
+        _FLAG_SCALED: picture.scale != WHOLE,
     }
     flags = sum(flag for flag, present in marks.items() if present)
-    sizes = (picture.height, picture.width, len(picture.base))
-    return MAGIC + bytes((VERSION, flags)) + picture.fingerprint + b"".join(map(_varint, sizes))
+    sides = _varint(picture.height) + _varint(picture.width)
+    scale = bytes((picture.scale,)) if picture.scale != WHOLE else b""
+    return MAGIC + bytes((VERSION, flags)) + picture.fingerprint + sides + scale + _varint(len(picture.base))
 
 
 def _residual_header(residual: CodedResidual | None) -> bytes:

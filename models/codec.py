@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from models import bitstream, diffusion, entropy_coding
-from models.bitstream import CodedPicture, CodedResidual
+from models.bitstream import WHOLE, CodedPicture, CodedResidual, scaled
 from models.index_model import IndexModel
 from models.networks import Networks
 from models.noise import drawn, portable_noise
@@ -29,7 +29,7 @@ from models.residual_hyperprior import LEVEL_CODES, Symbols
 from models.sizes import memory
 from models.sizes.tiles import SIDE, Tiles
 from utils.errors import BitstreamError, CheckpointError
-from utils.images import to_signed, to_uint8
+from utils.images import resized, to_signed, to_uint8
 from utils.limits import MAX_PIXELS, MIN_SIDE
 from utils.precision import full_precision
 
@@ -43,8 +43,8 @@ class Codec(Networks):
     Attributes:
         max_pixels: files that claim more are refused before anything is allocated.
         tile_side: of the tiles that large pictures are coded in, in pixels, a multiple of 64 (models.sizes.tiles).
-        rdo: weight of the bits when indices of the base are chosen, as `indices` has it; 0 takes the nearest codes. Released
-            weights that have an index model start with RATE_WEIGHT.
+        rdo: what a bit may cost when indices of the base are chosen, in shares of the code book's spacing
+            (`Codebook.spacing`); 0 takes the nearest codes. Released weights that have an index model start with RATE_WEIGHT.
         base_table: integer frequency table of the base indices, int32 (K,), learnt at release; None before.
         index_model: codes the base indices in passes, fitted at release; None without one.
         fingerprint: 4 bytes that name the weights; None while they are being trained.
@@ -72,16 +72,17 @@ class Codec(Networks):
 
     # Coding ---------------------------------------------------------------------------------------------------------
 
-    def compress(self, image: Tensor, quality: float = 0.0) -> bytes:
+    def compress(self, image: Tensor, quality: float = 0.0, scale: int = WHOLE) -> bytes:
         """Code a picture: uint8 (3, H, W), sides from 16 -> the bytes of a `.dfo` file.
 
         Args:
             quality: 0 sends the base alone; above it, up to 100, the residual as well, at a level whose code is 1 to 255.
+            scale: as `analyse` has it.
         Raises:
             CheckpointError: the weights have no fingerprint, or no residual codec for a quality above 0.
             ValueError: a side under 16, or a quality outside its range.
         """
-        return self.write(self.analyse(image), self.level_code(quality))
+        return self.write(self.analyse(image, scale), self.level_code(quality))
 
     def level_code(self, quality: float) -> int:
         """The byte that stands for a quality: 0 for the base alone, else 1 to 255. Errors as `compress`."""
@@ -96,9 +97,14 @@ class Codec(Networks):
         """Whether these weights can send a residual."""
         return self.residual is not None and self.residual.tables is not None
 
-    def analyse(self, image: Tensor) -> Analysed:
-        """The image encoder, the base code and g_a, run once: uint8 (3, H, W). Errors as `compress`."""
-        return self.analysed(*image.shape[1:], *self.signals(image[None]))
+    def analyse(self, image: Tensor, scale: int = WHOLE) -> Analysed:
+        """The image encoder, the base code and g_a, run once: uint8 (3, H, W). Errors as `compress`.
+
+        Args:
+            scale: sixteenths of both sides that are coded, LEAST_SCALE to WHOLE; the decoder enlarges what it decodes.
+        """
+        coded = resized(image, *(scaled(side, scale) for side in image.shape[1:]))
+        return self.analysed(*image.shape[1:], scale, *self.signals(coded[None]))
 
     @torch.inference_mode()
     @full_precision()
@@ -113,22 +119,19 @@ class Codec(Networks):
             raise ValueError(f"pictures start at {MIN_SIDE}x{MIN_SIDE} pixels, not {width}x{height}")
         tiles = self.tiles(height, width)
         x = tiles.run(lambda part: self.to_latent(to_signed(part).to(self.device)), images)
-        k, sections = self.indices(x, tiles, self.rdo)
+        k, sections = self.indices(x, tiles)
         y = tiles.latent.run(self.vq_base.reconstruct, self.vq_base.rows(k))
         return x, k, sections, y, self.residual.analysis(x - y, y) if self.has_levels else None
 
-    def indices(self, x: Tensor, tiles: Tiles, weight: float) -> tuple[Tensor, Sections]:
+    def indices(self, x: Tensor, tiles: Tiles) -> tuple[Tensor, Sections]:
         """k of latents, N x d x h x w -> int64 N x h x w, and their sections: of the nearest codes None each, of codes that are
-        chosen with a weight, to cost little as well, the bytes.
-
-        Args:
-            weight: what a bit may cost, in shares of the code book's spacing (`Codebook.spacing`, `IndexModel.choose`); above
-                0 for weights with an index model.
+        chosen to cost little as well, with the weight `rdo` (`IndexModel.choose`), the bytes.
         """
-        if not weight:
+        if not self.rdo:
             return tiles.latent.run(self.vq_base.indices, x), [None] * len(x)
         z, codes = tiles.latent.run(self.vq_base.encode, x), self.vq_base.quantize.embedding.weight
-        k, sections = zip(*(self.index_model.choose(each, codes, weight * self._spacing) for each in z), strict=True)
+        weight = self.rdo * self._spacing
+        k, sections = zip(*(self.index_model.choose(each, codes, weight) for each in z), strict=True)
         return torch.from_numpy(np.stack(k)).to(self.device), sections
 
     @cached_property
@@ -136,10 +139,11 @@ class Codec(Networks):
         return self.vq_base.quantize.spacing  # of codes that no training moves any more
 
     def analysed(
-        self, height: int, width: int, x: Tensor, k: Tensor, sections: Sections, y: Tensor, s: Tensor | None
+        self, height: int, width: int, scale: int, x: Tensor, k: Tensor, sections: Sections, y: Tensor, s: Tensor | None
     ) -> Analysed:
         """The base of one picture, coded, with the `signals` that its files are written from."""
-        file = CodedPicture(height, width, self.fingerprint, **self.coded_base(k[0].cpu().numpy(), sections[0]))
+        base = self.coded_base(k[0].cpu().numpy(), sections[0])
+        file = CodedPicture(height, width, self.fingerprint, **base, scale=scale)
         return Analysed(file, x, k, y, s)
 
     def choose_by_rate(self, weight: float | None = None) -> None:
@@ -153,14 +157,6 @@ class Codec(Networks):
         if weight and self.index_model is None:
             raise CheckpointError("these weights have no index model (python -m release fits one): leave out --rdo")
         self.rdo = weight
-
-    @torch.inference_mode()
-    @full_precision()
-    def base_file(self, picture: Analysed, weight: float) -> bytes:
-        """The base-only file of a picture with indices of a weight, as `indices` has it."""
-        tiles = self.tiles(picture.file.height, picture.file.width)
-        k, sections = self.indices(picture.x, tiles, weight)
-        return bitstream.pack(replace(picture.file, **self.coded_base(k[0].cpu().numpy(), sections[0])))
 
     def coded_base(self, k: np.ndarray, in_passes: bytes | None = None) -> dict[str, bytes | bool]:
         """Indices (h, w) in the shortest of the ways that these weights have: fields of `CodedPicture`.
@@ -256,12 +252,13 @@ class Codec(Networks):
     @torch.inference_mode()
     @full_precision()
     def render_all(self, contents: Sequence[Contents], sampling: Sampling = ONE_STEP) -> list[Decoded]:
-        """`render` of files whose pictures have one size, through the networks at once. Errors as `render`."""
+        """`render` of files whose coded pictures have one size, through the networks at once. Errors as `render`."""
         files = [each.file for each in contents]
         y_hat, z_q = self.known(contents)
         x_hat, etas = self.denoise(y_hat, z_q, files, sampling)
-        images = self.tiles(files[0].height, files[0].width).run(self.to_picture, x_hat)
-        return list(map(Decoded, images, etas))
+        images = self.tiles(*files[0].coded_size).run(self.to_picture, x_hat)
+        pictures = [resized(image, file.height, file.width) for image, file in zip(images, files, strict=True)]
+        return list(map(Decoded, pictures, etas))
 
     def picture(self, x_hat: Tensor) -> Tensor:
         """X^ = D(x^), or the light decoder's: N x d x h x w -> N x 3 x 16h x 16w, unclamped."""
@@ -275,11 +272,11 @@ class Codec(Networks):
         return to_uint8(image.float().cpu())
 
     def known(self, contents: Sequence[Contents]) -> tuple[Tensor, Tensor]:
-        """y^ = y + r^, N x d x h x w, and z_q, N x d_q x h x w: what N files of one size tell of the latents."""
+        """y^ = y + r^, N x d x h x w, and z_q, N x d_q x h x w: what N files of one coded size tell of the latents."""
         file = contents[0].file
         k = torch.cat([each.k for each in contents]).to(self.device)
         z_q = self.vq_base.rows(k)
-        y_hat = self.tiles(file.height, file.width).latent.run(self.vq_base.reconstruct, z_q)
+        y_hat = self.tiles(*file.coded_size).latent.run(self.vq_base.reconstruct, z_q)
         for i, each in enumerate(contents):
             if each.symbols:  # levels differ
                 own, code = slice(i, i + 1), each.file.residual.code
@@ -298,7 +295,7 @@ class Codec(Networks):
         def draw() -> Tensor:
             return torch.cat([next(noise) for noise in noises])
 
-        denoiser = self.denoiser(y_hat, self.tiles(files[0].height, files[0].width).latent.run)
+        denoiser = self.denoiser(y_hat, self.tiles(*files[0].coded_size).latent.run)
         if sampling.steps is not None:
             schedule = self.schedule.spaced(sampling.steps)
             x_hat = diffusion.sample(schedule, denoiser, known, lq, draw, sampling.ddim, centre)

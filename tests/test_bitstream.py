@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.bitstream import CodedPicture, CodedResidual, noise_seed, pack, unpack
+from models.bitstream import LEAST_SCALE, WHOLE, CodedPicture, CodedResidual, noise_seed, pack, unpack
 from utils.errors import BitstreamError
 
 RESIDUAL = CodedResidual(code=200, hyper=b"\x01\x02\x03", symbols=bytes(range(9)))
@@ -15,8 +15,13 @@ BASE = CodedPicture(height=30, width=200, fingerprint=b"\xde\xad\xbe\xef", base=
 BOTH = CodedPicture(30, 200, b"\xde\xad\xbe\xef", b"base", False, RESIDUAL)
 BASE_END = 13 + 4 + 4  # of BOTH: header, base, checksum
 GOLDEN_BASE = "44664f0101deadbeef1ec8011a000102030405060708090a0b0c0d0e0f10111213141516171819" + "a43dbb7b"
+SCALED = dataclasses.replace(BOTH, scale=10)
 GOLDEN_BOTH = (
     "44664f0102deadbeef1ec80104" + "62617365" + "5d6af9d8" + "c80309" + "010203" + "000102030405060708" + "0e29b3fe"
+)
+
+GOLDEN_SCALED = (
+    "44664f010adeadbeef1ec8010a04" + "62617365" + "6921dac9" + "c80309" + "010203" + "000102030405060708" + "1e2e90f7"
 )
 
 quick = settings(max_examples=150, deadline=None, derandomize=True, database=None)
@@ -32,8 +37,9 @@ pictures = st.builds(
     fingerprint=st.binary(min_size=4, max_size=4),
     base=sections,
     residual=st.none() | residuals,
+    scale=st.integers(LEAST_SCALE, WHOLE),
 )
-either = pytest.mark.parametrize("picture", [BASE, BOTH], ids=["base", "both"])
+either = pytest.mark.parametrize("picture", [BASE, BOTH, SCALED], ids=["base", "both", "scaled"])
 
 
 def resealed(content: bytes) -> bytes:
@@ -62,7 +68,11 @@ def refused(data: bytes, message: str | None = None, preview: bool = False) -> N
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("picture", "golden"), [(BASE, GOLDEN_BASE), (BOTH, GOLDEN_BOTH)], ids=["base", "both"])
+@pytest.mark.parametrize(
+    ("picture", "golden"),
+    [(BASE, GOLDEN_BASE), (BOTH, GOLDEN_BOTH), (SCALED, GOLDEN_SCALED)],
+    ids=["base", "both", "scaled"],
+)
 def test_golden_files_pin_the_format(picture, golden):
     assert pack(picture).hex() == golden
     assert unpack(bytes.fromhex(golden)) == picture
@@ -174,6 +184,21 @@ def test_latent_size(height, width, latent):
 
 
 @pytest.mark.parametrize(
+    ("height", "width", "scale", "coded", "latent"),
+    [
+        (512, 768, 16, (512, 768), (32, 48)),
+        (512, 768, 10, (320, 480), (20, 30)),
+        (333, 517, 12, (250, 388), (16, 25)),  # 249.75 and 387.75
+        (20, 200, 10, (16, 125), (1, 8)),  # 12.5, which is too small, and 125
+        (36, 2**20, 10, (23, 655_360), (2, 40_960)),  # 22.5
+    ],
+)
+def test_a_picture_that_is_coded_smaller(height, width, scale, coded, latent):
+    picture = CodedPicture(height, width, b"abcd", b"x", False, scale=scale)
+    assert picture.coded_size == coded and picture.latent_size == latent
+
+
+@pytest.mark.parametrize(
     ("data", "message"),
     [
         (b"\x89PNG\r\n\x1a\n" + bytes(40), "not a .dfo file"),
@@ -183,7 +208,7 @@ def test_latent_size(height, width, latent):
         (edited(BASE, 3, b"\x00"), "version 0; this program reads 1: update"),
         (altered(BASE, 3, b"\x02"), "damaged"),
         (edited(BASE, 4, b"\x02"), "cut after 43 bytes, within its residual"),
-        (edited(BASE, 4, b"\x08"), "features .flags 0x08. of a newer program: update"),
+        (edited(BASE, 4, b"\x10"), "features .flags 0x10. of a newer program: update"),
         (edited(BASE, 4, b"\x83"), "newer program: update"),
         (edited(BASE, 4, b"\x05"), "at fixed length and as coded in passes: the file is damaged"),
         (altered(BASE, 4, b"\x03"), "damaged"),
@@ -203,14 +228,19 @@ def test_latent_size(height, width, latent):
         (edited(BOTH, 23, b"\xff\xff\xff\xff\x7f"), "cut after .* within its residual"),
         (edited(BOTH, 23, b"\x08"), "checksum does not match|follow"),
         (pack(BOTH)[:-4] + bytes(4), "checksum does not match"),
-        (resealed(resealed(b"DfO\x01\x0a" + pack(BOTH)[5 : BASE_END - 4]) + pack(BOTH)[21:-4]), "newer program"),
+        *((edited(alone(SCALED), 12, bytes([n])), f"the scale is {n} sixteenths, not 4") for n in (0, 3, 17, 255)),
+        (edited(alone(SCALED), 12, b"\x10"), "coded at a smaller size, and its scale is the whole"),
+        (pack(SCALED)[:12], "cut within its header, after 12 bytes"),
+        (resealed(resealed(b"DfO\x01\x12" + pack(BOTH)[5 : BASE_END - 4]) + pack(BOTH)[21:-4]), "newer program"),
     ],
 )
 def test_refusals_say_what_is_wrong(data, message):
     refused(data, message)
 
 
-@pytest.mark.parametrize("change", [{"height": 15}, {"width": 2**20 + 1}, {"base": b""}], ids=str)
+@pytest.mark.parametrize(
+    "change", [{"height": 15}, {"width": 2**20 + 1}, {"base": b""}, {"scale": 3}, {"scale": 17}], ids=str
+)
 def test_what_cannot_be_stored_is_refused(change):
     with pytest.raises(BitstreamError):
         dataclasses.replace(BASE, **change)

@@ -1,5 +1,7 @@
 """Which pictures a command of reproduce.py takes, and what it refuses before any work."""
 
+from argparse import Namespace
+
 import pytest
 
 from experiments.coded import baselines_of, curve_of, fill
@@ -39,7 +41,8 @@ def test_results_do_not_go_among_the_pictures(tmp_path, capsys, monkeypatch):
 
 def test_what_is_named_twice_is_one_point():
     base_alone = type("BaseAlone", (), {"has_levels": False})
-    assert len(curve_of("small", base_alone, [0, 0.0, 20])) == 1
+    assert len(curve_of("small", base_alone, Namespace(qualities=[0, 0.0, 20], bpp=()))) == 1
+    assert len(curve_of("small", base_alone, Namespace(qualities=[20], bpp=[0.05, 0.050, 0.1]))) == 2
     assert [codec.name for codec in baselines_of(["webp", "jpeg", "webp"], [])] == ["webp", "jpeg"]
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from experiments.baselines import BASELINES, Baseline
 from measuring.patches import PatchDistances
+from models.bitstream import unpack
 from models.codec import Codec
 from models.released import load_release
 from tests.commands import photograph, run
@@ -83,6 +84,32 @@ def test_rates_of_two_releases_and_another_codec_at_the_first_ones_bytes(release
     assert means["about"]["weights"]["nano"] == load_release(release).fingerprint.hex()
     assert {path.name for path in out.glob("psnr.*")} == {"psnr.png", "psnr.pdf"}
     assert (out / "bd_rate.md").read_text().startswith("# BD-rate against WebP")
+
+
+def test_rates_by_budget(release, pictures, tmp_path, monkeypatch):
+    """At the bytes of the smaller base a smaller picture is coded, at those of the highest level the whole."""
+    monkeypatch.setattr("experiments.rates.draw", lambda *_: None)
+    codec = load_release(release)
+    images = [read_image(path) for path in sorted(pictures.iterdir())]
+    low = min(len(codec.compress(image)) for image in images) / (96 * 80 / 8)
+    high = max(len(codec.compress(image, 100)) for image in images) / (96 * 80 / 8)
+    command = ["rates", "--weights", release, "--data", pictures, "-o", tmp_path / "out", "--metrics", "psnr"]
+    assert reproduce(*command, "--bpp", low, high, "--codecs", "jpeg2000") == 0
+    rows = {(row["codec"], row["label"], row["picture"]): row for row in rows_in(tmp_path / "out" / "rates.csv")}
+    labels = [f"{rate:g}bpp" for rate in (low, high)]
+    points = [("nano", label) for label in labels] + [("jpeg2000", f"at {label}") for label in labels]
+    assert set(rows) == {(*point, f"{i}.png") for point in points for i in range(2)}
+    for label, rate in zip(labels, (low, high), strict=True):
+        for i in range(2):
+            row = rows["nano", label, f"{i}.png"]
+            file = (tmp_path / "out" / "files" / "nano" / label / f"{i}.dfo").read_bytes()
+            assert float(row["bpp"]) == pytest.approx(8 * len(file) / (96 * 80)) and float(row["bpp"]) <= rate
+            assert float(row["scale"]) == unpack(file).scale / 16 and (float(row["scale"]) < 1) == (rate == low)
+            assert row["setting"] == f"at most {rate:g} bits per pixel, one step"
+            other = rows["jpeg2000", f"at {label}", f"{i}.png"]
+            assert other["made_from"].startswith(f"within {len(file)} bytes")
+    means = {(row["codec"], row["label"]): row for row in told_in(tmp_path / "out" / "means.json")["rows"]}
+    assert [means["nano", label]["smaller"] for label in labels] == [2, 0]
 
 
 def test_by_payload_the_containers_of_other_codecs_do_not_count(release, pictures, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Indices of the base chosen for distortion and rate together: by hand, in files, and for budgets near the base."""
+"""Indices of the base chosen for distortion and rate together: by hand, and in files."""
 
 import copy
 import json
@@ -9,14 +9,15 @@ import torch
 from skimage import data
 
 import reproduce
-from coding import budget, options
+from coding import options
 from coding.api import load_codec
+from models.bitstream import WHOLE
 from models.codec import RATE_WEIGHT
 from models.index_model import IndexModel, IndexNetwork
 from models.vq_base import Codebook, VQBaseParams
 from tests.commands import call
 from tests.residual import new_codec
-from utils.errors import BudgetError, CheckpointError
+from utils.errors import CheckpointError
 from utils.images import write_image
 
 
@@ -86,43 +87,11 @@ def test_more_weight_gives_a_base_file_further_from_the_picture(codec, image):
         contents = model.read(model.write(each, 100))
         assert torch.equal(contents.k, each.k)
     # The residual is of the y that the decoder has.
-    worse = model.analysed(*image.shape[1:], plain.x, found[3].k, [None], plain.y, plain.s)
+    worse = model.analysed(*image.shape[1:], WHOLE, plain.x, found[3].k, [None], plain.y, plain.s)
     error = [
         (model.known([model.read(model.write(each, 255))])[0] - plain.x).square().mean() for each in (found[3], worse)
     ]
     assert error[0] < error[1]
-
-
-def test_a_budget_below_the_base_is_met(codec, image):
-    model = codec.model
-    plain = model.analyse(image)
-    base = len(model.write(plain, 0))
-    for share in (0.99, 0.85, 0.7):
-        fitted = budget.fit(model, plain, int(share * base))
-        assert (share - 0.12) * base < len(fitted.data) <= share * base and fitted.code == 0
-        weight = float(fitted.note.rpartition(" ")[2])
-        assert len(load_codec(rdo=weight).compress(image)) == pytest.approx(len(fitted.data), abs=3)
-    assert fitted.data == codec.compress(image, max_bytes=int(0.7 * base))
-    with pytest.raises(BudgetError, match="too few for this picture: its smallest file has") as told:
-        budget.fit(model, plain, base // 5)
-    smallest = int(str(told.value).rpartition("file has ")[2].split()[0])
-    assert base / 3 < smallest < 0.7 * base and len(budget.fit(model, plain, smallest).data) == smallest
-
-
-def test_a_budget_between_the_base_and_the_least_residual_gets_a_base_nearer_to_the_picture(codec, image):
-    model = codec.model
-    usual, nearest = model.analyse(image), weighted(model, 0).analyse(image)
-    sizes = [len(model.write(each, 0)) for each in (usual, nearest)]
-    least = min(len(model.write(usual, code)) for code in (1, 2, 3))
-    assert sizes[0] + 10 < sizes[1] < least
-    fitted = budget.fit(model, usual, sizes[1])
-    assert fitted.data == model.write(nearest, 0) and fitted.note.endswith("less weight on its bits: --rdo 0")
-    between = budget.fit(model, usual, sizes[1] - 4)
-    assert sizes[0] < len(between.data) <= sizes[1] - 4 and between.code == 0
-    assert 0 < float(between.note.rpartition(" ")[2]) < RATE_WEIGHT
-    assert budget.fit(model, usual, sizes[0]).note is None
-    without = budget.fit(weighted(model, 0), nearest, sizes[1] + 5)
-    assert without.data == model.write(nearest, 0) and "--rdo" not in without.note
 
 
 def test_the_help_names_the_usual_weight(capsys):

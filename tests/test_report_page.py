@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from experiments.baselines import BASELINES, enlarged
+from experiments.baselines import BASELINES
 from experiments.embedding import MIN_PSNR, close_to
 from experiments.inputs import spread
 from experiments.report import DEMO, TABLES, caution, page
@@ -19,7 +19,7 @@ from reproduce import COMMANDS, main
 from tests.commands import NANO, photograph
 from tests.residual import new_codec, picture
 from training.config import load_config
-from utils.images import decode_image, read_image
+from utils.images import decode_image, read_image, resized
 
 CODECS = ["jpeg", "jpeg2000", "webp"]
 SIZES = {"small.png": (96, 80), "large.png": (176, 192)}
@@ -86,7 +86,7 @@ def test_every_picture_decodes_close_to_what_it_stands_for(folder, content):
             data, shown = decoded(file["uri"])
             stem = f"{file['codec']}/{file['label']}/{name.removesuffix('.png')}"
             assert file["halved"] == (shown.shape != original.shape) == ("half size" in file["told"]), file["told"]
-            whole = enlarged(shown, *original.shape[1:])
+            whole = resized(shown, *original.shape[1:])
             assert psnr(read_image(rates / "decoded" / f"{stem}.png"), whole) >= MIN_PSNR, stem
             if file["codec"] in ("jpeg", "webp"):
                 assert file["told"].startswith("the coded file itself")
@@ -161,10 +161,10 @@ def test_a_picture_that_no_quality_comes_close_to_is_there_without_loss(monkeypa
     near = close_to(noise)
     assert near.told.startswith("AVIF of 4") and MIN_PSNR <= psnr(noise, decoded(near.uri)[1]) < 50
     small = picture(33, 32, seed=4)
-    halved = close_to(enlarged(small, 65, 64), small)
+    halved = close_to(resized(small, 65, 64), small)
     shown = decoded(halved.uri)[1]
     assert halved.halved and shown.shape == small.shape
-    assert MIN_PSNR <= psnr(enlarged(small, 65, 64), enlarged(shown, 65, 64))
+    assert MIN_PSNR <= psnr(resized(small, 65, 64), resized(shown, 65, 64))
     monkeypatch.setattr("experiments.embedding.MIN_PSNR", 90)
     whole = close_to(noise)
     assert whole.told == "lossless WebP" and torch.equal(decoded(whole.uri)[1], noise)

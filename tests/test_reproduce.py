@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from experiments import all as everything
 from experiments import artefacts, branches, variance
 from experiments.baselines import BASELINES
+from experiments.coded import Variant
 from measuring.artefacts import smooth_blocks
 from models.codec import Codec
 from models.records import Sampling
@@ -206,9 +207,7 @@ def test_the_error_of_a_flat_picture_is_its_largest_either_way(name, value):
             image[0, 0, 0] = 130
             return SimpleNamespace(image=image)
 
-    assert artefacts.flat(SimpleNamespace(model=Greys, quality=0.0, sampling=None), value) == max(
-        130 - value, value - 120
-    )
+    assert artefacts.flat(Variant("greys", "0", Greys), value) == max(130 - value, value - 120)
 
 
 def test_table1_has_rates_sizes_and_seconds(release, pictures, tmp_path, monkeypatch):

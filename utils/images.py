@@ -77,6 +77,13 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
+def resized(picture: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """A uint8 tensor (3, h, w) at another size, by Lanczos' filter, which Pillow computes in integers; itself at its own."""
+    if picture.shape[1:] == (height, width):
+        return picture
+    return to_tensor(to_pillow(picture).resize((width, height), Image.Resampling.LANCZOS))
+
+
 def is_ours(path: str | os.PathLike[str]) -> bool:
     """Whether a file is a PNG that `write_image` wrote; False for one that is missing or is no picture."""
     with suppress(Exception), strict_pillow(), Image.open(path) as image:
