@@ -31,6 +31,7 @@ from models.speed.choices import PRECISIONS
 from utils.commandline import answer, command_line, command_parser, loading, number, positive
 
 QUALITIES = (0.0, 0.4, 20.0, 40.0, 60.0, 80.0, 100.0)
+FEW = (0.0, 30.0)  # of crops
 METRICS = ("psnr", "psnr_red", "ms_ssim", "stlpips-alex", "lpips-vgg", "dists", "fsim", "nlpd")
 CODECS = ("jpeg2000", "webp", "avif", "heic", "jxl")
 RESULTS = Path("results")
@@ -66,6 +67,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         command.add_argument("-o", "--out_path", type=Path, default=out, metavar="DIR", help=f"default: {out}")
         command.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
     args = parser.parse_args(argv)
+    if "bpp" in args:
+        if args.qualities and args.bpp:
+            commands.choices[args.experiment].error("--qualities and --bpp contradict each other")
+        args.qualities = args.qualities or (FEW if args.experiment == "crops" else QUALITIES)
     args.command = command_line("reproduce.py", argv)
     return args
 
@@ -111,7 +116,7 @@ def one_quality(add) -> None:
 
 def qualities(add) -> None:
     told = " ".join(f"{q:g}" for q in QUALITIES)
-    add("--qualities", type=quality, nargs="+", default=QUALITIES, metavar="Q", help=f"default: {told}")
+    add("--qualities", type=quality, nargs="+", metavar="Q", help=f"default: {told}")
     budgets(add)
 
 
@@ -208,7 +213,7 @@ def squares(add) -> None:
 def shown(add) -> None:
     add("--data", type=Path, metavar="DIR", help="pictures, for instance Kodak")
     add("--demo", action="store_true", help="the photographs that scikit-image ships, instead of --data")
-    add("--qualities", type=quality, nargs="+", default=(0.0, 30.0), metavar="Q", help="default: 0 30")
+    add("--qualities", type=quality, nargs="+", metavar="Q", help="default: " + " ".join(f"{q:g}" for q in FEW))
     budgets(add)
     add("--codecs", nargs="*", default=OTHERS, metavar="NAME", help="other codecs (default: " + " ".join(OTHERS) + ")")
     add("--metrics", nargs="*", default=LABELS, metavar="NAME", help="default: " + " ".join(LABELS))

@@ -27,7 +27,7 @@ import torch
 
 from datapipe.sources import demo_photographs
 from experiments.inputs import photographs
-from models.bitstream import MAX_SIDE, MIN_SIDE, CodedResidual, pack, unpack
+from models.bitstream import LEAST_SCALE, MAX_SIDE, MIN_SIDE, WHOLE, CodedResidual, pack, unpack
 from models.codec import Codec
 from models.released import SMALL, load_release
 from models.residual_hyperprior import Symbols
@@ -69,9 +69,10 @@ class Set:
 
 
 def valid_files(codec: Codec, pictures: Iterable[torch.Tensor]) -> list[bytes]:
-    """Each picture, uint8 (3, H, W), at several qualities where the weights have levels."""
+    """Each picture, uint8 (3, H, W), at several qualities where the weights have levels, and at the last one smaller."""
     qualities = QUALITIES if codec.has_levels else QUALITIES[:1]
-    return [codec.compress(picture, quality) for picture in pictures for quality in qualities]
+    ways = [(quality, WHOLE) for quality in qualities] + [(qualities[-1], WHOLE // 2)]
+    return [codec.compress(picture, *way) for picture in pictures for way in ways]
 
 
 def drawn(draw: Callable[[list[bytes], Random], bytes], files: list[bytes], count: int, seed: int) -> Iterator[bytes]:
@@ -128,7 +129,7 @@ def resealed(files: list[bytes], random: Random) -> bytes:
 
 
 def refilled(files: list[bytes], random: Random) -> bytes:
-    """A valid file, written with another size, level or section."""
+    """A valid file, written with another size, scale, level or section."""
     picture, other = unpack(_one(files, random)), unpack(_one(files, random))
     sides = 2 ** random.uniform(np.log2(MIN_SIDE), np.log2(MAX_SIDE), 2)
     changes = [
@@ -139,6 +140,7 @@ def refilled(files: list[bytes], random: Random) -> bytes:
         {"in_passes": not picture.in_passes, "fixed_length": False},
         {"fingerprint": random.bytes(4)},
         {"residual": other.residual},
+        {"scale": int(random.integers(LEAST_SCALE, WHOLE + 1))},
     ]
     if residual := picture.residual:
         fields = {"code": int(random.integers(1, 256))}

@@ -10,6 +10,7 @@ From other folders `torch.hub.load(FOLDER, "diffo", source="local")` gives the s
 import math
 import os
 from collections.abc import Sequence
+from functools import partial
 from numbers import Real
 from pathlib import Path
 
@@ -119,14 +120,14 @@ class ImageCodec:
             raise ValueError(f"scale {scale}: a multiple of 1/16 from 0.25 to 1")
         code = self.model.level_code(quality or 0)
         picture = as_picture(image, self.model.max_pixels)
-        analysed = self.model.analyse(picture, round(WHOLE * (scale or 1)))
         if target_bpp is not None:
             max_bytes = budget.bytes_of_bpp(target_bpp, *picture.shape[1:])
-        if max_bytes is None:
-            return self.model.write(analysed, code)
-        if scale is None:
-            return budget.fit_scaled(self.model, picture, max_bytes, analysed).data
-        return budget.fit(self.model, analysed, max_bytes).data
+        if max_bytes is not None and scale is None:
+            return budget.fit_scaled(self.model, max_bytes, partial(self.model.analyse, picture)).data
+        analysed = self.model.analyse(picture, round(WHOLE * (scale or 1)))
+        return (
+            self.model.write(analysed, code) if max_bytes is None else budget.fit(self.model, analysed, max_bytes).data
+        )
 
     def decompress(self, data: Bytes, preview: bool = False) -> Tensor:
         """Decode a file: anything bytes-like -> uint8 tensor 3 x H x W, RGB, on the CPU.

@@ -3,20 +3,19 @@
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache
 
-from torch import Tensor
-
 from measuring.metrics import bpp
-from models.bitstream import LEAST_RESIDUAL, LEAST_SCALE, WHOLE
+from models.bitstream import LEAST_RESIDUAL, LEAST_SCALE, WHOLE, CodedPicture
 from models.codec import Codec
 from models.records import Analysed
 from models.residual_hyperprior import LEVEL_CODES
 from utils.errors import BudgetError
 
-BASE_SHARE = 0.45  # of a budget that goes into the base, at most: a picture that needs more is coded at a smaller size
+BASE_SHARE = 0.45  # of a budget that goes into the base, about: a picture that needs more is coded at a smaller size
+FURTHER = 2  # scales below the first that are tried for a residual
 NEIGHBOURS = 3  # codes written on both sides of the one that is found: sizes need not rise at every step
 ENOUGH = 0.97  # share of a budget below which the table says what a larger file would take
 
@@ -43,29 +42,44 @@ def bytes_of_bpp(target_bpp: float, height: int, width: int) -> int:
     return exact + (bpp(exact + 1, height, width) <= target_bpp)  # the reported rate may be rounded down to the target
 
 
-def fit_scaled(codec: Codec, image: Tensor, max_bytes: int, whole: Analysed) -> Fitted:
-    """`fit` at the scale that suits: the largest at which the base takes BASE_SHARE of the budget, or a little more.
+def fit_scaled(codec: Codec, max_bytes: int, analyse: Callable[[int], Analysed]) -> Fitted:
+    """`fit` at the scale that suits: the largest at which the base takes about BASE_SHARE of the budget.
 
-    Below some 2.2 times the base, bits serve better as residual of a smaller picture (docs/results.md). Weights without a
-    residual code the largest picture whose base fits.
+    Below some 2.2 times the base, bits serve better as residual of a smaller picture (docs/ablations.md). Where no residual
+    fits, as of pictures of a few hundred pixels, the base alone is sent, of the whole picture if that fits; so it is with
+    weights that have no residual, at about the largest scale that fits.
 
     Args:
-        image: uint8 (3, H, W). whole: it, analysed at its whole size.
+        analyse: the picture at a scale, as `Codec.analyse`; the whole one is asked for first, and few others.
     Raises:
         BudgetError: the smallest file has more bytes.
     """
-    share = BASE_SHARE if codec.has_levels else 1.0
-    found = math.isqrt(int(WHOLE**2 * share * max_bytes / len(codec.write(whole, 0))))
-    for scale in range(max(LEAST_SCALE, min(found, WHOLE)), LEAST_SCALE - 1, -1):
-        analysed = whole if scale == WHOLE else codec.analyse(image, scale)
+    whole = analyse(WHOLE)
+    base = codec.write(whole, 0)
+    spare = Fitted(base, 0, "base alone") if len(base) <= max_bytes else None
+    first = _first_scale(whole.file, max_bytes, BASE_SHARE if codec.has_levels else 1.0)
+    for scale in range(first, LEAST_SCALE - 1, -1):
+        analysed = whole if scale == WHOLE else analyse(scale)
         try:
             fitted = fit(codec, analysed, max_bytes)
         except BudgetError:
-            if scale == LEAST_SCALE:
-                raise
-        else:
-            if fitted.code or not codec.has_levels or scale == LEAST_SCALE:
-                return fitted
+            continue
+        if fitted.code or not codec.has_levels:
+            return fitted
+        spare = spare or fitted
+        if scale <= first - FURTHER:
+            break
+    if spare is None:
+        raise BudgetError(_too_small(max_bytes, min(len(base), len(codec.write(analysed, 0))), analysed))
+    return spare
+
+
+def _first_scale(whole: CodedPicture, max_bytes: int, share: float) -> int:
+    """The largest scale whose share of the whole picture's indices makes its base `share` of the budget, or less."""
+    beside = whole.header_bytes + whole.check_bytes
+    cells = {scale: math.prod(replace(whole, scale=scale).latent_size) for scale in range(LEAST_SCALE, WHOLE + 1)}
+    allowed = share * (max_bytes - beside) / len(whole.base) * cells[WHOLE]
+    return max((scale for scale in cells if cells[scale] <= allowed), default=LEAST_SCALE)
 
 
 def fit(codec: Codec, picture: Analysed, max_bytes: int) -> Fitted:

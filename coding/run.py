@@ -84,13 +84,13 @@ class Run:
                 yield Result(item.job, None if item.error else item.row, item.error)
 
     def _batch(self, jobs: Iterator[Job]) -> list[Item]:
-        """The next inputs, read: as many as go through the networks at once, if their sizes are equal."""
+        """The next inputs, read: as many as go through the networks at once, if their coded sizes are equal."""
         batch: list[Item] = []
         pixels = 0
         for job in jobs:
             batch.append(Item(job))
             self._do(self.steps.read, batch[-1:])
-            height, width = batch[-1].size
+            height, width = batch[-1].coded_size
             pixels += height * width
             full = pixels >= BATCH_PIXELS[self.device.type] and not self.args.batch
             if full or len(batch) == (self.args.batch or BATCH):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Lock
+from threading import RLock
 
 import torch
 from torch import Tensor
@@ -78,7 +78,7 @@ def alike(codec: Codec, item: Item) -> Hashable:
 
 
 class Steps:
-    """What is done to items, one or, where a step takes several, pictures of one size and codec.
+    """What is done to items, one or, where a step takes several, pictures of one coded size and codec.
 
     On the CPU the networks of small pictures run side by side with those of other threads; those of large ones, and all
     on CUDA, take turns.
@@ -97,9 +97,8 @@ class Steps:
         self.evaluator, self.earlier = evaluator, earlier
         self.encodes, self.decodes = earlier.encodes, earlier.decodes
         self.device, self.threads = weights.device, torch.get_num_threads()
-        self.chooses_scale = args.scale is None and bool(args.target_bpp or args.max_bytes)
-        self.scale = round(WHOLE * (args.scale or 1))  # before that choice
-        self._turn = Lock()
+        self.scale = round(WHOLE * (args.scale or 1))  # before a budget chooses
+        self._turn = RLock()
 
     def read(self, item: Item) -> None:
         """The input, and with --skip_existing what an earlier run has made of it."""
@@ -122,7 +121,6 @@ class Steps:
     def encode(self, *items: Item) -> None:
         """The encoder's networks."""
         codec = self.weights.codec()
-        codec.require_allowed(*items[0].size)
 
         def work() -> tuple:
             return codec.signals(torch.stack([resized(item.image, *item.coded_size) for item in items]))
@@ -136,9 +134,15 @@ class Steps:
         """Entropy coding, and the file."""
         codec = self.weights.codec()
         analysed, base = self._timed(lambda: codec.analysed(*item.size, item.scale, *item.signals))
-        networks = self.device.type == "cuda" or self.chooses_scale  # the residual's own, or all, for a smaller picture
-        with self._turn_for(codec, [item], "encode") if networks else nullcontext():
-            fitted, seconds = self._timed(lambda: self._fitted(codec, item.image, analysed))
+
+        def analyse(scale: int) -> Analysed:
+            if scale == item.scale:
+                return analysed
+            with self._turn_for(codec, [item], "encode"):
+                return codec.analyse(item.image, scale)
+
+        with self._alone() if self.device.type == "cuda" else nullcontext():  # a residual has networks of its own
+            fitted, seconds = self._timed(lambda: self._fitted(codec, item.size, analyse))
         self._place(item.job, STREAM, lambda path: atomic_write(path, fitted.data))
         item.data = fitted.data
         item.row |= {"encode_s": item.row["encode_s"] + base + seconds, "write_s": seconds, "note": fitted.note}
@@ -189,17 +193,17 @@ class Steps:
         make_folder(job.target.parent)
         write(job.output(suffix))
 
-    def _fitted(self, codec: Codec, image: Tensor, analysed: Analysed) -> budget.Fitted:
+    def _fitted(self, codec: Codec, size: tuple[int, int], analyse: Callable[[int], Analysed]) -> budget.Fitted:
         """The file of the quality or the budget that was asked for."""
         args, max_bytes = self.args, self.args.max_bytes
         if args.target_bpp:
-            max_bytes = budget.bytes_of_bpp(args.target_bpp, *image.shape[1:])
-        if self.chooses_scale:
-            return budget.fit_scaled(codec, image, max_bytes, analysed)
+            max_bytes = budget.bytes_of_bpp(args.target_bpp, *size)
+        if max_bytes and args.scale is None:
+            return budget.fit_scaled(codec, max_bytes, analyse)
         if max_bytes:
-            return budget.fit(codec, analysed, max_bytes)
+            return budget.fit(codec, analyse(self.scale), max_bytes)
         code = codec.level_code(args.quality)
-        return budget.Fitted(codec.write(analysed, code), code)
+        return budget.Fitted(codec.write(analyse(self.scale), code), code)
 
     def _by_networks(self, codec: Codec, items: Sequence[Item], way: Way, work: Callable):
         """The result of work(), in turn with other lanes where the networks need it, and seconds for each item."""

@@ -132,11 +132,7 @@ class Baseline:
 
 def _scaled(image: torch.Tensor, scale: float) -> Image.Image:
     """The picture with its sides times `scale`, rounded up."""
-    picture = to_pillow(image)
-    if scale == 1:
-        return picture
-    width, height = ((side + 1) // 2 for side in picture.size)
-    return picture.resize((width, height), Image.Resampling.LANCZOS)
+    return to_pillow(image if scale == 1 else resized(image, *((side + 1) // 2 for side in image.shape[1:])))
 
 
 def saved(picture: Image.Image, format: str, **options: object) -> bytes:

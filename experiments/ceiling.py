@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
             fill(table, jobs, " ".join(point))
         means = [mean_of([table.get(*point, name) for name in pictures], evaluator.names) for point in ways]
     if is_main():
-        means = [{key: mean.get(key) for key in mean if key not in ("reached", "smaller", "bytes")} for mean in means]
+        means = [{key: mean.get(key) for key in mean if key not in ("reached", "scale", "bytes")} for mean in means]
         title = f"The image autoencoder alone, {args.data.name}"
         write_summary(means, args.out_path, "ceiling", about(args, releases), title)
 

@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 from statistics import fmean
@@ -27,7 +27,7 @@ from models.bitstream import WHOLE, unpack
 from models.codec import Codec
 from models.records import ONE_STEP, Analysed, Sampling
 from utils.distributed import gather_objects, is_main, local_device, rank, world_size
-from utils.errors import DiffoError
+from utils.errors import BudgetError, DiffoError
 from utils.files import atomic_write, make_folder
 from utils.images import read_image, write_image
 
@@ -38,7 +38,7 @@ COUNTED = {"file": "of whole files", "payload": "other codecs' without container
 
 @dataclass(frozen=True)
 class Variant:
-    """A release at one quality, decoded in one way: a point of a curve, or a row of a table.
+    """A release at one quality or budget, decoded in one way: a point of a curve, or a row of a table.
 
     Attributes:
         codec, label: names of its rows, and of the folders of its files. model: the networks.
@@ -64,12 +64,13 @@ class Variant:
     def made_from(self) -> str:
         return f"{weights_of(self.model)}, {self.setting}"
 
-    def file(self, image: Tensor, analysed: Analysed) -> bytes:
-        """The file of a picture, uint8 (3, H, W), which was analysed at its whole size. Raises BudgetError."""
+    def file(self, analyse: Callable[[int], Analysed]) -> bytes:
+        """The file of a picture, of which `analyse` gives any scale, as `Codec.analyse`. Raises BudgetError."""
+        whole = analyse(WHOLE)
         if self.bpp is None:
-            return self.model.write(analysed, self.model.level_code(self.quality))
-        max_bytes = budget.bytes_of_bpp(self.bpp, *image.shape[1:])
-        return budget.fit_scaled(self.model, image, max_bytes, analysed).data
+            return self.model.write(whole, self.model.level_code(self.quality))
+        max_bytes = budget.bytes_of_bpp(self.bpp, whole.file.height, whole.file.width)
+        return budget.fit_scaled(self.model, max_bytes, analyse).data
 
 
 def evaluator_of(args: argparse.Namespace) -> Evaluator:
@@ -183,7 +184,8 @@ class Coding:
         """Every picture by every variant.
 
         Raises:
-            PictureError: a picture cannot be read. DiffoError: a file cannot be written.
+            PictureError: a picture cannot be read. BudgetError: one has no file within --bpp. DiffoError: a file cannot be
+            written.
         """
         for codec in dict.fromkeys(variant.codec for variant in variants):
             todo = {
@@ -223,16 +225,20 @@ class Coding:
 
     def _code_picture(self, name: str, variants: list[Variant]) -> list[Row]:
         image, rows = read_image(self.pictures[name]), []
-        analysed = cache(lambda model: model.analyse(image))
+        analysed = cache(lambda model, scale: model.analyse(image, scale))
         for v in variants:
             if self._stands(v.codec, v.label, name, v.made_from, scored=False):
                 rows.append(self._scored(self.table.get(v.codec, v.label, name), image))
                 continue
-            data = v.file(image, analysed(v.model))
+            try:
+                data = v.file(partial(analysed, v.model))
+            except BudgetError as error:
+                raise BudgetError(f"{name}, --bpp {v.bpp:g}: {error}") from error
             decoded = v.model.decode(data, v.sampling)
             row = self._row(v.codec, v.label, name, image, v.made_from, data=data, suffix=STREAM)
-            row |= {"payload_bytes": len(data), "scale": unpack(data).scale / WHOLE}
-            row |= {"setting": v.setting, "eta": decoded.eta}
+            scale = unpack(data).scale / WHOLE
+            setting = v.setting + (f", scale {scale:g}" if scale < 1 else "")
+            row |= {"payload_bytes": len(data), "scale": scale, "setting": setting, "eta": decoded.eta}
             rows.append(self._scored(row, image, decoded.image))
         return rows
 

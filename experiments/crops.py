@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
     bands = [band(coding, crop, rows, args.side) for (crop, _), rows in zip(shown, found, strict=True)]
     drawn = sheet(bands, notes(evaluator.names, args.by), args.side)
     told = about(args, releases, side=args.side, bytes=COUNTED[args.by])
-    columns = ("codec", "label", "picture", "bytes", "payload_bytes", "bpp", "setting", *evaluator.names)
+    columns = ("codec", "label", "picture", "bytes", "payload_bytes", "bpp", "scale", "setting", *evaluator.names)
     rows = {tuple(row[k] for k in columns[:3]): {k: row.get(k) for k in columns} for each in found for row in each}
     write_summary(list(rows.values()), args.out_path, "crops", told, f"Crops of {args.data.name}")
     written(drawn, args.out_path)

@@ -23,7 +23,7 @@ BASE, OURS = "base alone", "two layers"
 
 @dataclass(frozen=True)
 class TwoLayers:
-    """A release as `Coding.match` wants other codecs: the largest file within a number of bytes."""
+    """A release as `Coding.match` wants other codecs: the largest file of a whole picture within a number of bytes."""
 
     codec: Codec
     name: str = OURS

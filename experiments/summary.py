@@ -25,7 +25,7 @@ HEADINGS = {
     "label": "variant",
     "changes": "what it changes",
     "reached": "pictures reached",
-    "smaller": "of these coded smaller",
+    "scale": "mean scale",
     "floor_bytes": "smallest file where not reached, bytes",
     "payload_bytes": "bytes without container",
     "bpp": "bits per pixel",
@@ -34,19 +34,20 @@ HEADINGS = {
     "decode_s": "decode, s ↓",
     "ms": "median, ms ↓",
 }
-DECIMALS = {"bpp": 4, "eta": 3}
+DECIMALS = {"bpp": 4, "eta": 3, "scale": 2}
 CODE = ("command", "commit", "weights")  # what a table says of these is code, the rest are words
 
 
 def mean_of(rows: Sequence[Row], scores: Sequence[str]) -> Row:
     """Means over the pictures of one codec and label; a mean is over all of them, or it is not there.
 
-    `reached` counts the pictures for which there is a file, `smaller` those of which a smaller picture was coded; `floor_bytes` is the
-    mean of the smallest files of the pictures that were not reached.
+    `reached` counts the pictures for which there is a file; `scale` is the mean share of their sides that was coded;
+    `floor_bytes` is the mean of the smallest files of the pictures that were not reached.
     """
     mean: Row = {"codec": rows[0]["codec"], "label": rows[0]["label"], "pictures": len(rows)}
     mean["reached"] = sum(row["bytes"] is not None for row in rows)
-    mean["smaller"] = sum(row.get("scale", 1) < 1 for row in rows)
+    scales = [row["scale"] for row in rows if row.get("scale")]
+    mean["scale"] = fmean(scales) if scales else None
     floors = [row["floor_bytes"] for row in rows if row["bytes"] is None]
     mean["floor_bytes"] = fmean(floors) if floors else None
     for name in SIZES:
@@ -106,7 +107,8 @@ def codec_label(name: str) -> str:
 
 
 def label_words(label: str) -> str:
-    """A row's label for readers: `40` is a quality, `at 40` stands for the bytes that were taken there."""
+    """A row's label for readers: `40` is a quality, `0.05bpp` a budget; `at 40` stands for the bytes taken there."""
+    label = re.sub(r"^(at )?(\S+)bpp\b", r"\1\2 bits per pixel", label)
     label = re.sub(r"^(at )?(?=[\d.]+( by payload)?$)", r"\1quality ", label)
     return re.sub("^at ", "at the bytes of ", label)
 

@@ -20,8 +20,7 @@ and with bit 1, after what a preview needs,
     hyper, residual         see entropy_coding
     CRC-32        4 bytes   big endian, over everything before it
 
-A varint is LEB128, unsigned, in its shortest form. A 768×512 picture has 19 bytes beside its base, 28 with a residual, and
-one more if it is coded at a smaller size.
+A varint is LEB128, unsigned, in its shortest form. A 768×512 picture has 19 bytes beside its base, 28 with a residual.
 """
 
 import zlib
@@ -96,9 +95,7 @@ class CodedPicture:
                 f"each side must be {MIN_SIDE} to {MAX_SIDE}"
             )
         if not LEAST_SCALE <= self.scale <= WHOLE:
-            raise BitstreamError(
-                f"the scale is {self.scale} sixteenths, not {LEAST_SCALE} to {WHOLE}: the file is damaged"
-            )
+            raise BitstreamError(f"the scale is {self.scale} sixteenths, not {LEAST_SCALE} to {WHOLE}")
         if not self.base:
             raise BitstreamError("the base section is empty: there is nothing to decode")
         if self.fixed_length and self.in_passes:

@@ -61,10 +61,17 @@ class Codec(Networks):
         self.index_model: IndexModel | None = None
         self.fingerprint: bytes | None = None
 
-    def memory(self, height: int, width: int, way: memory.Way | None = None) -> int:
-        """Bytes that one way of a picture of this size takes, or the larger of both, about (models.sizes.memory)."""
-        weights = sum(p.nbytes for p in self.parameters())
-        return memory.peak(self.params, weights, self.tiles(height, width), self.light and self.light.params, way)
+    def memory(self, height: int, width: int, way: memory.Way | None = None, scale: int = WHOLE) -> int:
+        """Bytes that one way of a picture of this size takes, or the larger of both, about (models.sizes.memory).
+
+        Args:
+            scale: as `analyse` has it.
+        """
+        weights, tiles = (
+            sum(p.nbytes for p in self.parameters()),
+            self.tiles(scaled(height, scale), scaled(width, scale)),
+        )
+        return memory.peak(self.params, weights, tiles, height * width, self.light and self.light.params, way)
 
     def tiles(self, height: int, width: int) -> Tiles:
         """How a picture of this size is coded and decoded."""

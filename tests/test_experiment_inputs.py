@@ -5,7 +5,7 @@ from argparse import Namespace
 import pytest
 
 from experiments.coded import baselines_of, curve_of, fill
-from experiments.inputs import named_photographs, photographs
+from experiments.inputs import named_photographs, photographs, spread
 from models.codec import Codec
 from reproduce import parse
 from tests.commands import photograph
@@ -17,6 +17,7 @@ def test_a_limit_spreads_over_all_names(tmp_path):
     for i in range(5):
         (tmp_path / f"{i}.png").touch()
     assert [path.name for path in photographs(tmp_path, 3)] == ["0.png", "2.png", "4.png"]
+    assert spread([], 3) == []
     assert list(named_photographs(tmp_path, 4)) == ["0.png", "1.png", "3.png", "4.png"]
     assert len(photographs(tmp_path)) == len(photographs(tmp_path, 9)) == 5
 

@@ -87,11 +87,11 @@ def test_rates_of_two_releases_and_another_codec_at_the_first_ones_bytes(release
 
 
 def test_rates_by_budget(release, pictures, tmp_path, monkeypatch):
-    """At the bytes of the smaller base a smaller picture is coded, at those of the highest level the whole."""
+    """Below the smaller base a smaller picture is coded, at those of the highest level the whole."""
     monkeypatch.setattr("experiments.rates.draw", lambda *_: None)
     codec = load_release(release)
     images = [read_image(path) for path in sorted(pictures.iterdir())]
-    low = min(len(codec.compress(image)) for image in images) / (96 * 80 / 8)
+    low = (min(len(codec.compress(image)) for image in images) - 1) / (96 * 80 / 8)
     high = max(len(codec.compress(image, 100)) for image in images) / (96 * 80 / 8)
     command = ["rates", "--weights", release, "--data", pictures, "-o", tmp_path / "out", "--metrics", "psnr"]
     assert reproduce(*command, "--bpp", low, high, "--codecs", "jpeg2000") == 0
@@ -105,11 +105,20 @@ def test_rates_by_budget(release, pictures, tmp_path, monkeypatch):
             file = (tmp_path / "out" / "files" / "nano" / label / f"{i}.dfo").read_bytes()
             assert float(row["bpp"]) == pytest.approx(8 * len(file) / (96 * 80)) and float(row["bpp"]) <= rate
             assert float(row["scale"]) == unpack(file).scale / 16 and (float(row["scale"]) < 1) == (rate == low)
-            assert row["setting"] == f"at most {rate:g} bits per pixel, one step"
+            told = f", scale {float(row['scale']):g}" if rate == low else ""
+            assert row["setting"] == f"at most {rate:g} bits per pixel, one step{told}"
             other = rows["jpeg2000", f"at {label}", f"{i}.png"]
             assert other["made_from"].startswith(f"within {len(file)} bytes")
     means = {(row["codec"], row["label"]): row for row in told_in(tmp_path / "out" / "means.json")["rows"]}
-    assert [means["nano", label]["smaller"] for label in labels] == [2, 0]
+    assert means["nano", labels[0]]["scale"] < 1 == means["nano", labels[1]]["scale"]
+
+
+def test_a_budget_that_a_picture_cannot_meet_is_told_with_its_name(release, pictures, tmp_path, capsys):
+    command = ["rates", "--weights", release, "--data", pictures, "-o", tmp_path / "out", "--metrics", "psnr"]
+    assert reproduce(*command, "--bpp", 0.002, "--codecs") == 1
+    assert "0.png, --bpp 0.002: 1 bytes (0.0010 bpp) are too few for this picture" in capsys.readouterr().err
+    assert reproduce(*command, "--bpp", 0.1, "--qualities", 0) == 2
+    assert "--qualities and --bpp contradict each other" in capsys.readouterr().err
 
 
 def test_by_payload_the_containers_of_other_codecs_do_not_count(release, pictures, tmp_path, monkeypatch):

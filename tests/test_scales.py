@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,9 @@ from skimage import data
 
 from coding import budget, options
 from coding.api import load_codec
+from coding.steps import Steps
 from measuring.metrics import psnr
-from models.bitstream import LEAST_SCALE, WHOLE, pack, unpack
+from models.bitstream import LEAST_SCALE, WHOLE, CodedPicture, pack, unpack
 from models.codec import Codec
 from tests.commands import call
 from tests.residual import new_codec, picture
@@ -78,74 +80,110 @@ def test_resizing():
     assert torch.equal(resized(flat, 55, 13), torch.full((3, 55, 13), 77, dtype=torch.uint8))
     image = picture(40, 24)
     assert resized(image, 40, 24) is image
-    # To half, Lanczos' filter of 3 lobes has 12 taps: sinc(x) sinc(x / 3) at x = 1/4, 3/4, ... 11/4 on both sides.
+    # To half, Lanczos' filter of 3 lobes has 12 taps: sinc(x) sinc(x / 3) at x = 1/4, 3/4, ... 11/4 on both sides; to
+    # double, 6, at x = 1/4, 5/4, 9/4 and 3/4, 7/4, 11/4.
     x = np.arange(0.25, 3, 0.5)
-    weights = np.sinc(x) * np.sinc(x / 3)
-    weights = np.concatenate([weights[::-1], weights])
-    ramp = np.minimum(np.arange(64) ** 2 / 16, 255).astype(np.uint8)
-    row = torch.from_numpy(np.broadcast_to(ramp, (3, 16, 64)).copy())
+    half = np.sinc(x) * np.sinc(x / 3)
+    weights = np.concatenate([half[::-1], half])
+    values = np.random.default_rng(0).integers(60, 196, 64).astype(np.uint8)
+    row = torch.from_numpy(np.broadcast_to(values, (3, 16, 64)).copy())
     found = resized(row, 16, 32)[0, 0].numpy()
-    expected = [(weights * ramp[2 * i - 5 : 2 * i + 7]).sum() / weights.sum() for i in range(4, 28)]
+    expected = [(weights * values[2 * i - 5 : 2 * i + 7]).sum() / weights.sum() for i in range(4, 28)]
     assert np.abs(found[4:28] - expected).max() <= 1
+    found = resized(row, 16, 128)[0, 0].numpy()
+    taps = np.array([half[4], half[2], half[0], half[1], half[3], half[5]])  # of the positions from -9/4 to 11/4
+    expected = [(taps * values[i - 2 : i + 4]).sum() / taps.sum() for i in range(4, 60)]
+    assert np.abs(found[9:121:2] - expected).max() <= 1
 
 
 # Budgets --------------------------------------------------------------------------------------------------------------
 
 
+class Analysed:
+    """A picture of 512x512 pixels as `fit_scaled` sees it: `base` bytes of 1024 indices, 19 beside them."""
+
+    def __init__(self, codec, scale: int):
+        self.file = CodedPicture(512, 512, b"abcd", bytes(codec.base), False, scale=scale)
+
+
 class Sizes:
-    """A codec as `fit_scaled` sees it: base of `base` bytes at the whole size and as its area shrinks, 20 bytes header."""
+    """A codec whose base of the whole picture has `base` bytes, and scales that were analysed."""
 
     def __init__(self, base: int, has_levels: bool = True):
-        self.base, self.has_levels, self.analysed = base, has_levels, []
+        self.base, self.has_levels, self.scales = base, has_levels, []
 
-    def analyse(self, image, scale: int = WHOLE):
-        self.analysed.append(scale)
-        return replace(unpack(new_codec().compress(picture(16, 16))), height=512, width=512, scale=scale)
+    def analyse(self, scale: int) -> Analysed:
+        self.scales.append(scale)
+        return Analysed(self, scale)
 
-    def write(self, analysed, code: int) -> bytes:
-        return bytes(20 + round((self.base - 20) * (analysed.scale / WHOLE) ** 2) + (12 + 4 * code if code else 0))
+    def write(self, analysed: Analysed, code: int) -> bytes:
+        return pack(analysed.file)
 
 
 @pytest.mark.parametrize(
     ("share", "scale"),
-    [(8, 16), (2.3, 16), (2.2, 15), (1.5, 13), (1, 10), (0.5, 7), (0.2, 4), (0.1, 4)],
+    [(8, 16), (2.23, 16), (2.22, 15), (1.5, 13), (1, 10), (0.5, 7), (0.2, 4), (0.1, 4)],
 )
 def test_the_scale_follows_from_the_budget_by_hand(share, scale, monkeypatch):
-    """16 sqrt(0.45 budget / base), rounded down: of 1.5 times the base 13.1."""
+    """At n sixteenths there are 4 n^2 indices of 1024: 16 sqrt(0.45 share), rounded down; of 1.5 times the base 13.1."""
     codec = Sizes(2000)
-    monkeypatch.setattr(budget, "fit", lambda codec, picture, most: budget.Fitted(bytes(most), picture.scale))
-    fitted = budget.fit_scaled(codec, None, round(2000 * share), codec.analyse(None))
-    assert fitted.code == scale and codec.analysed == ([16] if scale == 16 else [16, scale])
+    monkeypatch.setattr(budget, "fit", lambda codec, picture, most: budget.Fitted(bytes(most), picture.file.scale))
+    fitted = budget.fit_scaled(codec, 19 + round(2000 * share), codec.analyse)
+    assert fitted.code == scale and codec.scales == ([16] if scale == 16 else [16, scale])
 
 
 def test_a_scale_at_which_no_residual_fits_is_passed_over(monkeypatch):
-    """The first three are too large, and the fourth takes the base alone: the fifth is the first with a residual."""
+    """The first is too large, the second takes the base alone: the third has a residual."""
     codec, tried = Sizes(2000), []
 
     def fit(codec, picture, most):
-        tried.append(picture.scale)
-        if picture.scale > 7:
+        tried.append(picture.file.scale)
+        if picture.file.scale == 10:
             raise BudgetError("too small")
-        return budget.Fitted(b"", 0 if picture.scale == 7 else 1)
+        return budget.Fitted(b"", 0 if picture.file.scale == 9 else 1)
 
     monkeypatch.setattr(budget, "fit", fit)
-    assert budget.fit_scaled(codec, None, 2000, codec.analyse(None)).code == 1
-    assert tried == [10, 9, 8, 7, 6]
+    assert budget.fit_scaled(codec, 2019, codec.analyse).code == 1
+    assert tried == [10, 9, 8]
 
 
-def test_weights_without_a_residual_code_the_largest_picture_that_fits():
+def test_where_no_residual_fits_the_largest_base_is_sent(monkeypatch):
+    """Of the whole picture where that fits, else of the first scale that does; and no more than three scales are tried."""
+    codec = Sizes(2000)
+    monkeypatch.setattr(budget, "fit", lambda codec, picture, most: budget.Fitted(bytes([picture.file.scale]), 0))
+    whole = budget.fit_scaled(codec, 2019, codec.analyse)
+    assert whole.data == codec.write(Analysed(codec, 16), 0) and whole.code == 0 and codec.scales == [16, 10, 9, 8]
+    assert budget.fit_scaled(codec, 2018, codec.analyse).data == bytes([10])
+
+
+@pytest.mark.parametrize("side", [16, 32, 48])
+def test_small_pictures_at_the_bytes_of_their_base_get_it(side, small, photograph):
+    image = photograph[:, 40 : 40 + side, 60 : 60 + side]
+    base = small.compress(image)
+    assert small.compress(image, max_bytes=len(base)) == base == small.compress(image, max_bytes=len(base) + 1)
+    if side == 16:  # made smaller it is as large, and its file has a byte more
+        with pytest.raises(BudgetError, match=f"its smallest file has {len(base)} bytes"):
+            small.compress(image, max_bytes=len(base) - 1)
+
+
+@pytest.mark.parametrize("size", [(256, 256), (20, 2000)], ids=str)
+def test_weights_without_a_residual_code_the_largest_picture_that_fits(size):
+    """Or the next: how many bits the indices of a smaller picture take is not known before."""
     codec = new_codec()
     codec.residual = None
-    image = picture(256, 256)
-    whole = codec.analyse(image)
-    base = len(codec.write(whole, 0))
-    sizes = {scale: len(codec.write(codec.analyse(image, scale), 0)) for scale in range(LEAST_SCALE, WHOLE)}
-    for allowed in (base + 50, base, base - 1, base // 2, sizes[LEAST_SCALE]):
-        fitted = budget.fit_scaled(codec, image, allowed, whole)
-        largest = max(scale for scale, size in {**sizes, WHOLE: base}.items() if size <= allowed)
-        assert unpack(fitted.data).scale == largest and fitted.code == 0
-    with pytest.raises(BudgetError, match=f"too few .* its smallest file has {sizes[LEAST_SCALE]:,} bytes .*bpp.$"):
-        budget.fit_scaled(codec, image, sizes[LEAST_SCALE] - 1, whole)
+    image = picture(*size)
+    analyse = partial(codec.analyse, image)
+    sizes = {scale: len(codec.write(analyse(scale), 0)) for scale in range(LEAST_SCALE, WHOLE + 1)}
+    base = sizes[WHOLE]
+    for allowed in (base + 50, base, base - 1, (base + sizes[LEAST_SCALE]) // 2, sizes[LEAST_SCALE]):
+        fitted = budget.fit_scaled(codec, allowed, analyse)
+        largest = max(scale for scale, size in sizes.items() if size <= allowed)
+        found = unpack(fitted.data)
+        assert largest - 1 <= found.scale <= largest and fitted.code == 0 and len(fitted.data) <= allowed
+        assert found.scale == WHOLE or allowed < base
+    smallest = min(sizes.values())
+    with pytest.raises(BudgetError, match=f"too few .* its smallest file has {smallest:,} bytes .*bpp.$"):
+        budget.fit_scaled(codec, smallest - 1, analyse)
 
 
 @pytest.mark.parametrize("share", [0.4, 0.7, 1, 1.6, 3])
@@ -217,9 +255,14 @@ def test_the_command_takes_a_scale(photographs, small, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("way", [["--batch", "1"], []], ids=["one", "many"])
-def test_budgets_of_a_folder_are_those_of_its_pictures(way, photographs, small, tmp_path, capsys):
+def test_budgets_of_a_folder_are_those_of_its_pictures(way, photographs, small, tmp_path, capsys, monkeypatch):
+    turns, turn_for = [], Steps._turn_for
+    monkeypatch.setattr(Steps, "_turn_for", lambda *args: turns.append(args[-1]) or turn_for(*args))
     status, _, error = call(capsys, "-i", photographs, "-o", tmp_path, "--target_bpp", "0.05", *way)
     assert status == 0, error
+    assert (
+        turns.count("encode") >= 5
+    )  # networks of the whole pictures, of which two have one size, and of three smaller ones
     for name in "abc":
         file = (tmp_path / f"{name}.dfo").read_bytes()
         assert file == small.compress(photographs / f"{name}.png", target_bpp=0.05) and unpack(file).scale < WHOLE

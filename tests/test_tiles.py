@@ -20,7 +20,7 @@ from tests.commands import NANO, run
 from tests.residual import picture
 from tests.small_codec import new_codec
 from training.config import load_config
-from utils.images import to_signed, write_image
+from utils.images import resized, to_signed, write_image
 
 SIDE = 96  # pixels: 6 latent positions
 SIZES = [(250, 333), (97, 700)]  # above the 13,824 pixels that are then coded whole
@@ -188,6 +188,17 @@ def test_the_smallest_pictures_above_the_limit(codec):
         assert codec.decompress(codec.compress(picture(*size))).shape == (3, *size)
 
 
+@pytest.mark.parametrize("scale", [10, 15])
+def test_a_large_picture_that_is_coded_smaller(codec, scale):
+    """160x160 pixels at 10/16 are coded whole, at 15/16 in tiles: either way as the smaller picture is."""
+    image = picture(160, 160)
+    side = 10 * scale
+    assert codec.tiles(side, side).small == (scale == 10) and not codec.tiles(160, 160).small
+    data, smaller = codec.compress(image, scale=scale), codec.compress(resized(image, side, side))
+    assert torch.equal(codec.read(data).k, codec.read(smaller).k)
+    assert torch.equal(codec.decompress(data), resized(codec.decompress(smaller), 160, 160))
+
+
 def test_memory_follows_what_is_worked_on_at_once():
     """Whole: 6 maps of 8 / 4^2 channels and 20 floats a pixel, and the picture's bytes. In tiles it is bounded by them."""
     sizes = ["networks.autoencoder.ch=8", "networks.autoencoder.ch_mult=[1,2,4]", "networks.autoencoder.patch=4"]
@@ -196,6 +207,10 @@ def test_memory_follows_what_is_worked_on_at_once():
     assert codec.memory(160, 320) == 4 * weights + 160 * 320 * (3 + 4 * (6 * 8 / 16 + 20))
     tile = 4 * weights + 1.6 * 4 * 1280**2 * 23
     assert codec.memory(3000, 4000) == pytest.approx(tile + 3 * 3000 * 4000, rel=1e-6)
+    # At a quarter of the sides the networks see 160x320, and the picture is read and enlarged as it was.
+    assert codec.memory(640, 1280, scale=4) == max(
+        4 * weights + 10 * 640 * 1280, codec.memory(160, 320) + 45 * 160 * 320
+    )
 
 
 MEASURED = """

@@ -21,15 +21,20 @@ Way = Literal["encode", "decode"]
 
 
 def peak(
-    params: CodecParams, weights: int, tiles: Tiles, light: LightParams | None = None, way: Way | None = None
+    params: CodecParams,
+    weights: int,
+    tiles: Tiles,
+    pixels: int,
+    light: LightParams | None = None,
+    way: Way | None = None,
 ) -> int:
     """Bytes that coding or decoding a picture takes, beside Python and its libraries, to about 25 %.
 
     Args:
-        weights: bytes of all parameters. tiles: of the picture.
+        weights: bytes of all parameters. tiles: of what is coded. pixels: of the picture, which may be larger.
         light: of the decoder that stands in D's place. way: None for the one that takes more.
     """
-    ae, pixels = params.autoencoder, tiles.height * tiles.width
+    ae = params.autoencoder
     each = dict.fromkeys(("encode", "decode"), MAPS * ae.ch / ae.patch**2 + COPIES)
     if light:
         each["decode"] = MAPS * light.ch[-1] / FINE**2 + LIGHT_COPIES
