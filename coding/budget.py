@@ -103,6 +103,9 @@ def fit(codec: Codec, picture: Analysed, max_bytes: int) -> Fitted:
         why = f"a residual takes {LEAST_RESIDUAL} bytes or more" if codec.has_levels else "all that these weights have"
         return Fitted(write(0), 0, None if max_bytes == base else f"base alone; {why}")
     found = _edge(size, max_bytes, 0, LEVEL_CODES) or _beyond_valley(size, max_bytes)
+    if found == LEVEL_CODES - 1 and size(LEVEL_CODES) <= max_bytes:
+        note = "the highest level: more bytes would not serve" if max_bytes > size(LEVEL_CODES) else None
+        return Fitted(write(LEVEL_CODES), LEVEL_CODES, note)
     near = range(max(1, found - NEIGHBOURS), min(LEVEL_CODES, found + NEIGHBOURS) + 1)
     code = max((code for code in (0, *near) if size(code) <= max_bytes), key=lambda code: (size(code), code))
     return Fitted(write(code), code, _note(size(code), max_bytes, code, map(size, near)))
@@ -127,11 +130,7 @@ def _beyond_valley(size: Size, max_bytes: int) -> int:
 
 def _note(used: int, max_bytes: int, code: int, near: Iterable[int]) -> str | None:
     """What there is to say of a file that leaves much of its budget."""
-    if used == max_bytes:
-        return None
-    if code == LEVEL_CODES:
-        return "the highest level: more bytes would not serve"
-    if code and used >= ENOUGH * max_bytes:
+    if used == max_bytes or (code and used >= ENOUGH * max_bytes):
         return None
     above = min(size for size in near if size > max_bytes)
     if code == 0:

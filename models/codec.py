@@ -110,21 +110,21 @@ class Codec(Networks):
         Args:
             scale: sixteenths of both sides that are coded, LEAST_SCALE to WHOLE; the decoder enlarges what it decodes.
         """
-        coded = resized(image, *(scaled(side, scale) for side in image.shape[1:]))
-        return self.analysed(*image.shape[1:], scale, *self.signals(coded[None]))
+        height, width = image.shape[1:]
+        if min(height, width) < MIN_SIDE:
+            raise ValueError(f"pictures start at {MIN_SIDE}x{MIN_SIDE} pixels, not {width}x{height}")
+        coded = resized(image, scaled(height, scale), scaled(width, scale))
+        return self.analysed(height, width, scale, *self.signals(coded[None]))
 
     @torch.inference_mode()
     @full_precision()
     def signals(self, images: Tensor) -> tuple[Tensor, Tensor, Sections, Tensor, Tensor | None]:
-        """The encoder's networks: uint8 N x 3 x H x W -> x, k, y and s of `Analysed`, and after k its sections, of N
-        pictures. Errors as `compress`.
+        """The encoder's networks: uint8 N x 3 x H x W, sides from 16 -> x, k, y and s of `Analysed`, and after k its
+        sections, of N pictures. Raises CheckpointError as `compress`.
         """
         if self.fingerprint is None:
             raise CheckpointError("these weights have no fingerprint: load them with load_release before coding")
-        height, width = images.shape[2:]
-        if min(height, width) < MIN_SIDE:
-            raise ValueError(f"pictures start at {MIN_SIDE}x{MIN_SIDE} pixels, not {width}x{height}")
-        tiles = self.tiles(height, width)
+        tiles = self.tiles(*images.shape[2:])
         x = tiles.run(lambda part: self.to_latent(to_signed(part).to(self.device)), images)
         k, sections = self.indices(x, tiles)
         y = tiles.latent.run(self.vq_base.reconstruct, self.vq_base.rows(k))
