@@ -6,6 +6,7 @@ import pytest
 
 from experiments.coded import baselines_of, curve_of, fill
 from experiments.inputs import named_photographs, photographs, spread
+from experiments.summary import label_words
 from models.codec import Codec
 from reproduce import parse
 from tests.commands import photograph
@@ -45,6 +46,20 @@ def test_what_is_named_twice_is_one_point():
     assert len(curve_of("small", base_alone, Namespace(qualities=[0, 0.0, 20], bpp=()))) == 1
     assert len(curve_of("small", base_alone, Namespace(qualities=[20], bpp=[0.05, 0.050, 0.1]))) == 2
     assert [codec.name for codec in baselines_of(["webp", "jpeg", "webp"], [])] == ["webp", "jpeg"]
+
+
+@pytest.mark.parametrize(
+    ("label", "words"),
+    [
+        ("40", "quality 40"),
+        ("at 0.4 by payload", "at the bytes of quality 0.4 by payload"),
+        ("0.05bpp", "0.05 bits per pixel"),
+        ("at 0.05bpp by payload", "at the bytes of 0.05 bits per pixel by payload"),
+        ("corrected by U", "corrected by U"),
+    ],
+)
+def test_labels_are_told_in_words(label, words):
+    assert label_words(label) == words
 
 
 def test_ranks_meet_before_the_first_of_them_writes(monkeypatch):

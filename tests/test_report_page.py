@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from experiments import compared
 from experiments.baselines import BASELINES
 from experiments.embedding import MIN_PSNR, close_to
 from experiments.inputs import spread
@@ -19,7 +20,7 @@ from reproduce import COMMANDS, main
 from tests.commands import NANO, photograph
 from tests.residual import new_codec, picture
 from training.config import load_config
-from utils.images import decode_image, read_image, resized
+from utils.images import decode_image, read_image, resized, write_image
 
 CODECS = ["jpeg", "jpeg2000", "webp"]
 SIZES = {"small.png": (96, 80), "large.png": (176, 192)}
@@ -341,3 +342,13 @@ def test_nothing_overflows(width, opened):
         .map(each => [each.outerHTML.slice(0, 80), each.getBoundingClientRect()])
         .filter(([, box]) => box.right > innerWidth + 1 || box.left < -1)"""
     assert view.locator("body *").evaluate_all(outside) == []
+
+
+def test_a_smaller_picture_of_ours_is_shown_as_it_was_enlarged(tmp_path):
+    path = tmp_path / "decoded" / "nano" / "0.05bpp" / "a.png"
+    path.parent.mkdir(parents=True)
+    write_image(path, torch.full((3, 64, 48), 90, dtype=torch.uint8))
+    row = {"codec": "nano", "label": "0.05bpp", "picture": "a.png", "scale": 0.5}
+    shown = compared._embedded(tmp_path, row)
+    assert not shown.halved and shown.told.startswith("what it decodes to, as")
+    assert decoded(shown.uri)[1].shape == (3, 64, 48)

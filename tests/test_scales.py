@@ -254,6 +254,16 @@ def test_the_command_takes_a_scale(photographs, small, tmp_path, capsys):
     assert (json.loads(out)["scale"], json.loads(out)["width"]) == (0.5, 256)
 
 
+def test_files_of_one_size_and_several_scales_are_decoded_in_one_go(photographs, small, tmp_path, capsys):
+    for scale in (0.5, 0.75, 1):
+        (tmp_path / f"{scale}.dfo").write_bytes(small.compress(photographs / "a.png", scale=scale))
+    status, _, error = call(capsys, "--mode", "decompress", "-i", tmp_path, "-o", tmp_path / "out", "--batch", "3")
+    assert status == 0, error
+    for scale in (0.5, 0.75, 1):
+        decoded = small.decompress((tmp_path / f"{scale}.dfo").read_bytes())
+        assert torch.equal(read_image(tmp_path / "out" / f"{scale}.png"), decoded)
+
+
 @pytest.mark.parametrize("way", [["--batch", "1"], []], ids=["one", "many"])
 def test_budgets_of_a_folder_are_those_of_its_pictures(way, photographs, small, tmp_path, capsys, monkeypatch):
     turns, turn_for = [], Steps._turn_for

@@ -13,6 +13,7 @@ from models.blocks import AttnBlock
 from models.codec import Codec
 from models.layers.norms import GroupNorm
 from models.layers.sharing import KEYS, shared, sharing, spread
+from models.records import ONE_STEP
 from models.released import SMALL, load_release
 from models.sizes import tiles
 from models.sizes.tiles import CROP, CROPS, MARGIN, Tiles
@@ -188,15 +189,19 @@ def test_the_smallest_pictures_above_the_limit(codec):
         assert codec.decompress(codec.compress(picture(*size))).shape == (3, *size)
 
 
-@pytest.mark.parametrize("scale", [10, 15])
-def test_a_large_picture_that_is_coded_smaller(codec, scale):
-    """160x160 pixels at 10/16 are coded whole, at 15/16 in tiles: either way as the smaller picture is."""
-    image = picture(160, 160)
-    side = 10 * scale
-    assert codec.tiles(side, side).small == (scale == 10) and not codec.tiles(160, 160).small
+@pytest.mark.parametrize(("pixels", "scale"), [(160, 10), (160, 15), (640, 10)])
+def test_a_large_picture_that_is_coded_smaller(codec, pixels, scale):
+    """As the smaller picture is: whole, in tiles, or in tiles by E and D alone where the latent of the larger one had some."""
+    image, side = picture(pixels, pixels), pixels * scale // 16
+    large, small = codec.tiles(pixels, pixels), codec.tiles(side, side)
+    assert not large.small and small.small == (side == 100) and small.latent.whole
+    assert large.latent.whole == (pixels == 160)
     data, smaller = codec.compress(image, scale=scale), codec.compress(resized(image, side, side))
-    assert torch.equal(codec.read(data).k, codec.read(smaller).k)
-    assert torch.equal(codec.decompress(data), resized(codec.decompress(smaller), 160, 160))
+    read = codec.read(data), codec.read(smaller)
+    assert torch.equal(read[0].k, read[1].k)
+    x, expected = (codec.denoise(*codec.known([each]), [each.file], ONE_STEP)[0] for each in read)
+    assert torch.equal(x, expected)
+    assert torch.equal(codec.decompress(data), resized(codec.decompress(smaller), pixels, pixels))
 
 
 def test_memory_follows_what_is_worked_on_at_once():
