@@ -21,6 +21,7 @@ COLUMN, MARGIN, CAPTION = 512, 24, 36  # pixels; pictures fit a square as wide a
 # Curves are told apart without colour: neighbours differ by marker, dashes and lightness.
 MARKERS = "os^vDPX<>*"
 LINES = ("-", (0, (5, 1.5)), (0, (4, 1.5, 1, 1.5)), (0, (2, 1)), (0, (7, 1.5, 1, 1.5, 1, 1.5)))
+PANELS = 4  # side by side
 LIGHTEST = 0.8  # of viridis: yellow does not show on white
 
 Row = tuple[torch.Tensor, torch.Tensor, str, str]
@@ -93,6 +94,45 @@ def bars(values: Mapping[str, Interval], path: str | os.PathLike[str], x: str, t
     axes.invert_yaxis()
     axes.set(xlabel=x, title=title)
     axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, Path(path))
+
+
+def running_mean(values: Sequence[float], window: int) -> np.ndarray:
+    """Mean of as many values around each, of those that there are: float64, as many as `values`."""
+    kernel = np.ones(window)
+    return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
+
+
+def panels(panels: Mapping[str, Sequence[Curve]], path: str | os.PathLike[str], x: str, title: str) -> None:
+    """Draw curves of noisy values in small panels, by the names of these: a PNG file at `path`, a PDF file beside it.
+
+    Each is drawn thin as it is, and as its running mean over a twentieth of it.
+
+    Raises:
+        DiffoError: the folder of `path` cannot be written.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    rows = -(-len(panels) // PANELS)
+    figure = Figure(figsize=(3.2 * PANELS, 2.1 * rows + 0.5), dpi=100, layout="constrained")
+    grid = figure.subplots(rows, PANELS, squeeze=False).flatten()
+    for axes, (name, curves) in zip(grid, panels.items(), strict=False):
+        shades = matplotlib.colormaps["viridis"](np.linspace(0, LIGHTEST, len(curves)))
+        for curve, shade in zip(curves, shades, strict=True):
+            window = 2 * (len(curve.y) // 40) + 1  # odd, so that the mean is around its place
+            axes.plot(curve.x, curve.y, color=shade, linewidth=0.6, alpha=0.35)
+            axes.plot(curve.x, running_mean(curve.y, window), color=shade, linewidth=1.6, label=curve.label)
+        axes.set_title(name, fontsize=9)
+        axes.tick_params(labelsize=7)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        if len(curves) > 1:
+            axes.legend(frameon=False, fontsize=6, handlelength=1.2, ncols=2)
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
+    figure.suptitle(title, fontsize=11)
+    figure.supxlabel(x, fontsize=9)
     _save(figure, Path(path))
 
 

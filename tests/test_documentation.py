@@ -27,6 +27,7 @@ PROGRAMS = {
     "reproduce.py": "reproduce",
     "-m release": "release.from_run",
     "-m release.import_weights": "release.import_weights",
+    "-m training.curves": "training.curves",
     "-m datapipe.prepare": "datapipe.prepare",
     "-m benchmarks.folder": "benchmarks.folder",
     "-m benchmarks.cuda": "benchmarks.cuda",
