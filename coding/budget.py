@@ -14,7 +14,7 @@ from models.records import Analysed
 from models.residual_hyperprior import LEVEL_CODES
 from utils.errors import BudgetError
 
-BASE_SHARE = 0.45  # of a budget that goes into the base, about: a picture that needs more is coded at a smaller size
+BASE_SHARE = 0.5  # of a budget that goes into the base, about: a picture that needs more is coded at a smaller size
 FURTHER = 2  # scales below the first that are tried for a residual
 NEIGHBOURS = 3  # codes written on both sides of the one that is found: sizes need not rise at every step
 ENOUGH = 0.97  # share of a budget below which the table says what a larger file would take
@@ -45,7 +45,7 @@ def bytes_of_bpp(target_bpp: float, height: int, width: int) -> int:
 def fit_scaled(codec: Codec, max_bytes: int, analyse: Callable[[int], Analysed]) -> Fitted:
     """`fit` at the scale that suits: the largest at which the base takes about BASE_SHARE of the budget.
 
-    Below some 2.2 times the base, bits serve better as residual of a smaller picture (docs/ablations.md). Where no residual
+    Below twice the base, bits serve better as residual of a smaller picture (docs/ablations.md). Where no residual
     fits, as of pictures of a few hundred pixels, the base alone is sent, of the whole picture if that fits; so it is with
     weights that have no residual, at about the largest scale that fits.
 

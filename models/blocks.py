@@ -7,6 +7,7 @@ Axes: N batch, C channels, H and W rows and columns of a feature map.
 from collections import OrderedDict
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.layers.attention import attention
@@ -32,6 +33,11 @@ def start_linear(network: nn.Module) -> None:
             nn.init.zeros_(module.conv2.weight)
         elif isinstance(module, AttnBlock):
             nn.init.zeros_(module.proj_out.weight)
+
+
+def local_mean(x: Tensor) -> Tensor:
+    """Mean over the 3x3 positions around each, those that there are: N x C x H x W as given."""
+    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
 
 
 def group_norm(channels: int, groups: int, silu: bool = True) -> GroupNorm:

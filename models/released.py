@@ -259,9 +259,9 @@ def _fill(codec: Codec, states: States, files: Mapping[str, Path]) -> None:
 def start_from_release(folder: str | Path, codec: Codec) -> list[str]:
     """Load a release's parameters into a codec that is to be trained, in place; lines that tell what was taken.
 
-    Schedule and rate rule stay the codec's own. Densities that the release does not have start around its medians, and a
-    linear shortcut of the VQ base, which it lacks, at zero: so that the codec begins as the release is; so do channels of the
-    latent and the residual beyond the release's (growth.py). `least_side` of the VQ base is the codec's own, too.
+    Schedule, rate rule and rules of the residual stay the codec's own, and so does `least_side` of the VQ base. Densities that
+    the release does not have start around its medians, and a linear shortcut of the VQ base, which it lacks, at zero: so that
+    the codec begins as the release is; so do channels of the latent and the residual beyond the release's (growth.py).
 
     Raises:
         CheckpointError: no release there, a damaged one, or one of other sizes; names keys that differ.
@@ -272,6 +272,8 @@ def start_from_release(folder: str | Path, codec: Codec) -> list[str]:
     grows = base.shortcut == "linear" and theirs.vq_base.shortcut == "none"
     base = replace(base, least_side=theirs.vq_base.least_side, shortcut="none" if grows else base.shortcut)
     asked = narrowed(replace(codec.params, diffusion=theirs.diffusion, vq_base=base), theirs)
+    if asked.residual and theirs.residual:
+        asked = replace(asked, residual=replace(asked.residual, **theirs.residual.rules))
     require_same(asked, theirs, f"{folder}: of other networks")
     states = states_of(released)
     told = [f"{', '.join(states)} from {folder}"]

@@ -1,13 +1,13 @@
 """Latent residual r = x - y <-> integers: a mean-scale hyperprior (Minnen et al. 2018) with gains per level.
 
-    s = g_a(x - y, y)         s_g = gain_g s             z = h_a(s_g)          n_z = round(z - median)
+    s = g_a(x - y, y)         s_g = gain_g m(y) s        z = h_a(s_g)          n_z = round(z - median)
     i = h_s(n_z, k)           index of the table of sigma: integers in, integers out; symbols that are known refine it
                               (context_model.py) where a release has a model for that
-    mu = m_s(n_z, k, y)       n = round(s_g - mu)        s^ = n + mu           r^ = g_s(s^ / gain_g, y)
+    mu = m_s(n_z, k, y)       n = round(s_g - mu)        s^ = n + mu           r^ = g_s(s^ / (gain_g m(y)), y)
 
 Level g is real, from 1 to L; between two levels the gains are interpolated geometrically (Cui et al. 2021), so that
 one model has a continuous range of rates, and beyond 1 and L they can be extrapolated. In a file it is one byte, 1 to
-255. Axes: N batch, d latent channels, M channels of s, C_z channels of z, h and w latent rows and columns.
+255. m is 1, or finer where the base is smooth and an error shows (`masking`). Axes: N batch, d latent channels, M channels of s, C_z channels of z, h and w latent rows and columns.
 """
 
 import copy
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from models import entropy_coding
+from models.blocks import local_mean
 from models.context_model import ContextModel
 from models.integers import bounded, round_through
 from models.residual_networks import (
@@ -142,6 +143,18 @@ class ResidualHyperprior(nn.Module):
         log_gain = self.log_gain[low] * (1 - share) + self.log_gain[low + 1] * share
         return log_gain.exp()[:, :, None, None]
 
+    def mask(self, y: Tensor) -> Tensor | float:
+        """m = ((1 + v / floor) / 2)^-masking, v the variance of y over 3x3 positions, of all channels: N x 1 x h x w.
+
+        Contrast masking: an error is seen, and counts in MS-SSIM, by the contrast around it. Variance-adaptive quantisation
+        of video encoders, but from what the decoder knows: no bit tells it.
+        """
+        if not self.params.masking:
+            return 1.0
+        mean = local_mean(y.float())
+        variance = (local_mean(y.float().square()) - mean.square()).sum(1, keepdim=True).clamp(min=0)
+        return ((1 + variance / self.params.masking_floor) / 2).pow(-self.params.masking).to(y)
+
     def centred(self, s_g: Tensor) -> Tensor:
         """z - median: N x C_z x h' x w'."""
         return self.hyper_analysis(s_g) - self.median.view(1, -1, 1, 1)
@@ -162,7 +175,7 @@ class ResidualHyperprior(nn.Module):
         if self.rate_model is None:
             raise RuntimeError("no densities to train with: call train_rates() first; released weights only code")
         self.median.copy_(self.rate_model.median)
-        gain = self.gain(level.clamp(min=1))  # level 0, which sends nothing, is masked later
+        gain = self.gain(level.clamp(min=1)) * self.mask(y)  # level 0, which sends nothing, is masked later
         s_g = gain * self.analysis(x - y, y)  # N M h w
         z = self.centred(s_g)  # N C_z h' w'
         n_z = round_through(bounded(z, -HYPER_REACH, HYPER_REACH))
@@ -187,7 +200,7 @@ class ResidualHyperprior(nn.Module):
             s: g_a(x - y, y), 1 x M x h x w. y: 1 x d x h x w. k: int64 1 x h x w. code: of the level, 1 to 255.
             tables: symbols are clamped to them; None (before there are any) clamps to the largest reach.
         """
-        s_g = self.gain(self._level(code, s.device)) * s
+        s_g = self.gain(self._level(code, s.device)) * self.mask(y) * s
         z = self.centred(s_g)[0].double().cpu().round().numpy().astype(np.int64)  # C_z h' w'
         reach = HYPER_REACH if tables is None else tables.reach("hyper")[node_of(code, self.params), :, None, None]
         n_z = np.clip(z, -reach, reach)
@@ -258,11 +271,16 @@ class ResidualHyperprior(nn.Module):
 
     def restore(self, n_z: np.ndarray, n: np.ndarray, k: Tensor, y: Tensor, code: int) -> Tensor:
         """r^ from decoded integers and y: 1 x d x h x w."""
-        s_hat = torch.from_numpy(n)[None].to(y) + self._mean(n_z, k, y)
-        return self.synthesis(s_hat / self.gain(self._level(code, y.device)), y)
+        s_hat = self._stretched(code) * torch.from_numpy(n)[None].to(y) + self._mean(n_z, k, y)
+        return self.synthesis(s_hat / (self.gain(self._level(code, y.device)) * self.mask(y)), y)
 
     def _mean(self, n_z: np.ndarray, k: Tensor, y: Tensor) -> Tensor:
         return self.mean_network(torch.from_numpy(n_z)[None].to(y), k.to(y.device), y)
+
+    def _stretched(self, code: int) -> float:
+        """By how much the decoder multiplies n. Networks that were trained with squared errors are timid where they know little."""
+        above_first = (level_of(code, self.params) - 1) / (self.params.levels - 1)
+        return 1 + self.params.stretch * (1 - min(max(above_first, 0.0), 1.0))
 
     def _level(self, code: int, device: torch.device) -> Tensor:
         return torch.tensor([level_of(code, self.params)], device=device, dtype=torch.float64)

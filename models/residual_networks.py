@@ -36,6 +36,10 @@ class ResidualParams:
         hyper_channels: C_z, of z. scale_width: of the integer network. code_width: of the index embedding in m_s.
         levels: L, at least 2. extrapolated: how far files may go below level 1 and beyond L, in levels.
         first_gain, last_gain: gains that training starts from, geometric in between.
+        masking: how much finer symbols are where the base is smooth, as an exponent; 0, everywhere alike, is the paper's.
+        masking_floor: squared deviation of the base, summed over channels, below which it counts as smooth.
+        stretch: share by which a decoder puts symbols of level 1 further from their mean than the integers say; none at level
+            L. Training knows nothing of it.
     """
 
     channels: int = 192
@@ -48,6 +52,14 @@ class ResidualParams:
     extrapolated: tuple[float, ...] = (0.0, 0.0)
     first_gain: float = 0.3
     last_gain: float = 1.5
+    masking: float = 0.0
+    masking_floor: float = 1.0
+    stretch: float = 0.0
+
+    @property
+    def rules(self) -> dict[str, float]:
+        """What may change after training: no network is of another size by it."""
+        return {name: getattr(self, name) for name in ("masking", "masking_floor", "stretch")}
 
     def __post_init__(self):
         require_from(1, self, "channels", "width", "hyper_channels", "scale_width", "code_width")
@@ -58,6 +70,9 @@ class ResidualParams:
             require(sums_are_exact(value, 3), f"{name} {value}: too many for exact sums of the integer network")
         good = len(self.extrapolated) == 2 and all(0 <= e <= 2 for e in self.extrapolated)
         require(good, f"extrapolated {list(self.extrapolated)}: two numbers of levels, 0 to 2")
+        require(0 <= self.masking <= 1, f"masking {self.masking}: 0 to 1")
+        require(self.masking_floor > 0, f"masking_floor {self.masking_floor}: above 0")
+        require(0 <= self.stretch <= 0.5, f"stretch {self.stretch}: 0 to 0.5")
         gains = self.first_gain, self.last_gain
         require(0 < gains[0] < gains[1], f"first_gain {gains[0]}, last_gain {gains[1]}: above 0, the smaller first")
 

@@ -12,6 +12,8 @@ python -m release runs/light weights/mine
 
 import argparse
 import json
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from datapipe.sources import data_options
@@ -29,6 +31,11 @@ from utils import checkpoints
 from utils.commandline import command_parser, number, positive
 from utils.distributed import local_device
 from utils.errors import CheckpointError
+
+RULES = {  # parameters of the residual codec that may change after training: range, what the option says
+    "masking": ((0, 1), "how much finer symbols are where the base is smooth"),
+    "stretch": ((0, 0.5), "share by which symbols of the lowest level are decoded further from their mean"),
+}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -55,6 +62,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="N",
         help=f"to fit the context model in (default {context_model.STEPS}); 0: without one, symbols by the hyperprior alone",
     )
+    for rule, ((least, most), what) in RULES.items():
+        kind = number(float, lambda value, least=least, most=most: least <= value <= most, f"{least} to {most}")
+        parser.add_argument(f"--{rule}", type=kind, metavar="X", help=f"{what} (default: the run's)")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N")
     return parser.parse_args(argv)
 
@@ -106,6 +116,16 @@ def averaged(path: Path) -> Codec:
     return assembled(params, states, dict.fromkeys(NETWORKS, path))
 
 
+def set_rules(codec: Codec, rules: Mapping[str, float | None]) -> None:
+    """Give a codec the rules of `RULES` that are not None. Raises CheckpointError if it has no residual codec for them."""
+    told = {rule: value for rule, value in rules.items() if value is not None}
+    if told and codec.residual is None:
+        raise CheckpointError(f"--{min(told)}: the run has no residual codec (networks.residual)")
+    if told:
+        codec.residual.params = replace(codec.residual.params, **told)
+        codec.params = replace(codec.params, residual=codec.residual.params)
+
+
 def release(args: argparse.Namespace) -> None:
     config = load_config(str(args.run / RUN_CONFIG), values=data_options(args.data) if args.data else {})
     if config.stages == ("light",):
@@ -119,10 +139,11 @@ def release(args: argparse.Namespace) -> None:
     device = local_device(args.device)
     iteration, source = chosen(args.run, args.iteration)
     codec = load_triple(source, densities=True) if isinstance(source, Triple) else averaged(source)
+    set_rules(codec, {rule: getattr(args, rule) for rule in RULES})
     round_to_half(codec)
     counts = count(codec.to(device), config, args.crops, args.batch)
     notes = counts.install(codec.cpu())
     notes |= index_model.install(codec, counts.crops, args.index_steps, config.seed, device)
     notes |= context_model.install(codec, counts.coded, args.context_steps, config.seed, device)
-    about = write_release(args.out, iteration, codec, config, "float16", **notes)
+    about = write_release(args.out, iteration, codec, replace(config, networks=codec.params), "float16", **notes)
     print(json.dumps(about, indent=1))

@@ -24,10 +24,11 @@ from models.released import (
     states_of,
 )
 from models.residual_hyperprior import HYPER_REACH, SYMBOL_REACH
+from models.residual_networks import ResidualParams
 from models.stated import meaning
 from release import context_model
 from release.__main__ import main
-from release.from_run import averaged, chosen
+from release.from_run import averaged, chosen, set_rules
 from release.making import halved, round_to_half, with_rate, write_release
 from release.tables import Counts, count
 from tests.commands import NANO, photograph
@@ -151,6 +152,11 @@ def test_parameters_added_later_count_where_they_are_not_at_their_default():
     grown = replace(params, vq_base=replace(params.vq_base, shortcut="linear", least_side=16))
     assert meaning(grown)["vq_base"] == meaning(params)["vq_base"] | {"shortcut": "linear", "least_side": 16}
     assert meaning(replace(params, detail_branch=False))["detail_branch"] is False
+    plain, ruled = (
+        meaning(replace(params, residual=ResidualParams(**rules)))["residual"]
+        for rules in ({}, {"masking": 0.1, "stretch": 0.2})
+    )
+    assert not ResidualParams().rules.keys() & plain.keys() and ruled == plain | {"masking": 0.1, "stretch": 0.2}
     trained = replace(params.vq_base, decay=0.5, epsilon=0.1, revive_below=0.5)
     assert meaning(replace(params, vq_base=trained)) == meaning(params)
 
@@ -336,6 +342,26 @@ def test_a_release_has_a_context_model_where_crops_are_enough(run_folder, tmp_pa
     assert "context_model" not in about[1] and about[0]["fingerprint"] != about[1]["fingerprint"]
     assert load_release(tmp_path / "with").residual.context_model
     assert not load_release(tmp_path / "without").residual.context_model
+
+
+def test_rules_of_the_residual_are_told_at_release(run_folder, tmp_path, rounded, capsys):
+    """Files and pictures depend on them, sizes of networks do not: training that starts there has its own."""
+    asked = [str(run_folder), "--crops", "4", "--index_steps", "0", "--device", "cpu"]
+    assert main([*asked, str(tmp_path / "plain")]) == 0
+    assert main([*asked, str(tmp_path / "ruled"), "--masking", "0.3", "--stretch", "0.2"]) == 0
+    plain, ruled = load_release(tmp_path / "plain"), load_release(tmp_path / "ruled")
+    assert (ruled.residual.params.masking, ruled.residual.params.stretch) == (0.3, 0.2)
+    assert ruled.params == replace(plain.params, residual=ruled.residual.params) != plain.params
+    assert load_config(str(tmp_path / "ruled" / RUN_CONFIG)).networks == ruled.params
+    assert plain.fingerprint != ruled.fingerprint
+    assert not np.array_equal(plain.residual.tables.symbols, ruled.residual.tables.symbols)  # counted with the rule
+    start_from_release(tmp_path / "ruled", own := fresh(rounded.params))
+    assert own.params == rounded.params and own.residual.params.masking == 0
+    with pytest.raises(SystemExit):
+        main([*asked, str(tmp_path / "wrong"), "--masking", "-0.1"])
+    assert "argument --masking: -0.1 is not 0 to 1" in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match="--stretch: the run has no residual codec"):
+        set_rules(Codec(replace(rounded.params, residual=None)), {"masking": None, "stretch": 0.1})
 
 
 def test_tables_of_hyper_symbols_reach_one_beyond_the_largest_seen(rounded):

@@ -98,11 +98,51 @@ def test_bytes_stand_for_levels(levels, extrapolated):
         ({"levels": 1}, "levels 1"),
         ({"extrapolated": (-1, 0)}, "extrapolated"),
         ({"first_gain": 2, "last_gain": 1}, "first_gain 2, last_gain 1: above 0, the smaller first"),
+        ({"masking": -0.1}, "masking -0.1: 0 to 1"),
+        ({"masking_floor": 0}, "masking_floor 0: above 0"),
+        ({"stretch": 0.6}, "stretch 0.6: 0 to 0.5"),
     ],
 )
 def test_impossible_sizes_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         ResidualParams(**wrong)
+
+
+# Masking --------------------------------------------------------------------------------------------------------------
+
+MASKED = replace(SMALL, masking=0.5, masking_floor=2.0)
+
+
+@torch.no_grad()
+def test_steps_are_finer_where_the_base_is_smooth():
+    """One channel of 0 but for a corner of 3, the others constant. Around the corner, of 4 positions: mean 3/4, mean square
+    9/4, variance 27/16. Beside it, of 6: 1/2, 3/2, 5/4. In the middle, of 9: 1/3, 1, 8/9. Elsewhere 0.
+    """
+    residual = new_residual(MASKED)
+    y = torch.ones(1, D, 4, 4) * torch.arange(D).view(1, D, 1, 1)
+    y[0, 0, 0, 0] = 3
+    mask = residual.mask(y)
+    assert mask.shape == (1, 1, 4, 4)
+    # ((1 + v / 2) / 2)^-1/2
+    smooth, corner, beside, middle = 2**0.5, (59 / 64) ** -0.5, (13 / 16) ** -0.5, (13 / 18) ** -0.5
+    expected = [
+        [corner, beside, smooth, smooth],
+        [beside, middle, smooth, smooth],
+        [smooth] * 4,
+        [smooth] * 4,
+    ]
+    torch.testing.assert_close(mask[0, 0], torch.tensor(expected))
+    assert residual.mask(y[:, :, :1, :1]).item() == pytest.approx(smooth)  # alone, a position has no surroundings
+
+
+@torch.no_grad()
+def test_without_masking_all_is_as_it_was(residual):
+    x, y, k = latents(7, 5)
+    assert residual.mask(y) == 1 and SMALL.masking == 0 == SMALL.stretch
+    masked = new_residual(MASKED).requires_grad_(False)  # of the same weights
+    masked.freeze(residual.tables)
+    s = residual.analysis(x - y, y)
+    assert (masked.symbols(s, y, k, 200).residual != residual.symbols(s, y, k, 200).residual).any()
 
 
 # Exact indices --------------------------------------------------------------------------------------------------------
@@ -184,6 +224,18 @@ def test_a_training_pass_by_hand(plain):
     torch.testing.assert_close(x.grad, torch.ones_like(x))
 
 
+def test_a_training_pass_with_masking_by_hand(plain):
+    """As above, of a base without contrast: m = 2^(1/2), and stretching is left to decoders."""
+    residual, _ = plain
+    residual.params = replace(residual.params, masking=0.5, stretch=0.2)
+    residual.rate_model = costs = Costs()
+    x, y, k = torch.full((1, D, 1, 1), 1.3), torch.ones(1, D, 1, 1), torch.zeros(1, 1, 1).long()
+    out = residual(x, y, k, torch.tensor([1.5]), torch.zeros(1, D + SMALL.hyper_channels))
+    torch.testing.assert_close(costs.given["s"], torch.full((1, D, 1, 1), 4 * 0.3 * 2**0.5))
+    # (round(1.697 - 0.3) + 0.3) / (4 * 2^(1/2))
+    torch.testing.assert_close(out.r_hat, torch.full_like(y, 1.3 / (4 * 2**0.5)))
+
+
 @torch.no_grad()
 def test_coding_by_hand(plain):
     """round(2.4 - 0.7), round(1.2 - 0.3), and back: (1 + 0.3) / 4."""
@@ -193,6 +245,25 @@ def test_coding_by_hand(plain):
     assert np.unique(symbols.hyper).tolist() == [2] and np.unique(symbols.residual).tolist() == [1]
     restored = residual.restore(symbols.hyper, symbols.residual, k, y, 100)
     torch.testing.assert_close(restored, torch.full_like(y, 0.325))
+
+
+@pytest.mark.parametrize(("code", "stretched"), [(1, 1.1), (64, 1 + 0.1 * (1 - 63 / 254)), (128, 1.05), (255, 1.0)])
+@torch.no_grad()
+def test_coding_with_masking_and_stretching_by_hand(plain, code, stretched):
+    """round(1.4 * 4 * 2^(1/2) - 0.3), or 8, and back: (8 * 1.1 + 0.3) / (4 * 2^(1/2)) at level 1. Without contrast m = 2^(1/2)."""
+    residual, _ = plain
+    residual.params = replace(residual.params, masking=0.5, stretch=0.1)
+    y, k = torch.ones(1, D, 1, 1), torch.zeros(1, 1, 1).long()
+    symbols = residual.symbols(torch.full((1, D, 1, 1), 1.4), y, k, code)
+    assert np.unique(symbols.residual).tolist() == [8]
+    restored = residual.restore(symbols.hyper, symbols.residual, k, y, code)
+    torch.testing.assert_close(restored, torch.full_like(y, (8 * stretched + 0.3) / (4 * 2**0.5)))
+
+
+@pytest.mark.parametrize(("code", "stretched"), [(1, 1.2), (255, 1.0)])
+def test_levels_beyond_the_trained_ones_are_stretched_as_the_outermost(code, stretched):
+    residual = new_residual(replace(SMALL, extrapolated=(1, 1), stretch=0.2))
+    assert residual._stretched(code) == pytest.approx(stretched)
 
 
 @torch.no_grad()

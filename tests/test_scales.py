@@ -122,10 +122,10 @@ class Sizes:
 
 @pytest.mark.parametrize(
     ("share", "scale"),
-    [(8, 16), (2.23, 16), (2.22, 15), (1.5, 13), (1, 10), (0.5, 7), (0.2, 4), (0.1, 4)],
+    [(8, 16), (2, 16), (1.99, 15), (1.5, 13), (1, 11), (0.5, 8), (0.2, 5), (0.1, 4)],
 )
 def test_the_scale_follows_from_the_budget_by_hand(share, scale, monkeypatch):
-    """At n sixteenths there are 4 n^2 indices of 1024: 16 sqrt(0.45 share), rounded down; of 1.5 times the base 13.1."""
+    """At n sixteenths there are 4 n^2 indices of 1024: 16 sqrt(share / 2), rounded down; of 1.5 times the base 13.9."""
     codec = Sizes(2000)
     monkeypatch.setattr(budget, "fit", lambda codec, picture, most: budget.Fitted(bytes(most), picture.file.scale))
     fitted = budget.fit_scaled(codec, 19 + round(2000 * share), codec.analyse)
@@ -138,13 +138,13 @@ def test_a_scale_at_which_no_residual_fits_is_passed_over(monkeypatch):
 
     def fit(codec, picture, most):
         tried.append(picture.file.scale)
-        if picture.file.scale == 10:
+        if picture.file.scale == 11:
             raise BudgetError("too small")
-        return budget.Fitted(b"", 0 if picture.file.scale == 9 else 1)
+        return budget.Fitted(b"", 0 if picture.file.scale == 10 else 1)
 
     monkeypatch.setattr(budget, "fit", fit)
     assert budget.fit_scaled(codec, 2019, codec.analyse).code == 1
-    assert tried == [10, 9, 8]
+    assert tried == [11, 10, 9]
 
 
 def test_where_no_residual_fits_the_largest_base_is_sent(monkeypatch):
@@ -152,8 +152,8 @@ def test_where_no_residual_fits_the_largest_base_is_sent(monkeypatch):
     codec = Sizes(2000)
     monkeypatch.setattr(budget, "fit", lambda codec, picture, most: budget.Fitted(bytes([picture.file.scale]), 0))
     whole = budget.fit_scaled(codec, 2019, codec.analyse)
-    assert whole.data == codec.write(Analysed(codec, 16), 0) and whole.code == 0 and codec.scales == [16, 10, 9, 8]
-    assert budget.fit_scaled(codec, 2018, codec.analyse).data == bytes([10])
+    assert whole.data == codec.write(Analysed(codec, 16), 0) and whole.code == 0 and codec.scales == [16, 11, 10, 9]
+    assert budget.fit_scaled(codec, 2018, codec.analyse).data == bytes([11])
 
 
 @pytest.mark.parametrize("side", [16, 32, 48])
