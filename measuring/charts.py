@@ -103,7 +103,7 @@ def running_mean(values: Sequence[float], window: int) -> np.ndarray:
     return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
 
 
-def panels(panels: Mapping[str, Sequence[Curve]], path: str | os.PathLike[str], x: str, title: str) -> None:
+def panels(quantities: Mapping[str, Sequence[Curve]], path: str | os.PathLike[str], x: str, title: str) -> None:
     """Draw curves of noisy values in small panels, by the names of these: a PNG file at `path`, a PDF file beside it.
 
     Each is drawn thin as it is, and as its running mean over a twentieth of it.
@@ -114,22 +114,23 @@ def panels(panels: Mapping[str, Sequence[Curve]], path: str | os.PathLike[str], 
     import matplotlib
     from matplotlib.figure import Figure
 
-    rows = -(-len(panels) // PANELS)
+    rows = -(-len(quantities) // PANELS)
     figure = Figure(figsize=(3.2 * PANELS, 2.1 * rows + 0.5), dpi=100, layout="constrained")
     grid = figure.subplots(rows, PANELS, squeeze=False).flatten()
-    for axes, (name, curves) in zip(grid, panels.items(), strict=False):
+    for axes, (name, curves) in zip(grid, quantities.items(), strict=False):
         shades = matplotlib.colormaps["viridis"](np.linspace(0, LIGHTEST, len(curves)))
-        for curve, shade in zip(curves, shades, strict=True):
+        for i, (curve, shade) in enumerate(zip(curves, shades, strict=True)):
             window = 2 * (len(curve.y) // 40) + 1  # odd, so that the mean is around its place
             axes.plot(curve.x, curve.y, color=shade, linewidth=0.6, alpha=0.35)
-            axes.plot(curve.x, running_mean(curve.y, window), color=shade, linewidth=1.6, label=curve.label)
+            look = {"color": shade, "linewidth": 1.6, "linestyle": LINES[i % len(LINES)], "label": curve.label}
+            axes.plot(curve.x, running_mean(curve.y, window), **look)
         axes.set_title(name, fontsize=9)
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         if len(curves) > 1:
             axes.legend(frameon=False, fontsize=6, handlelength=1.2, ncols=2)
-    for axes in grid[len(panels) :]:
+    for axes in grid[len(quantities) :]:
         axes.set_axis_off()
     figure.suptitle(title, fontsize=11)
     figure.supxlabel(x, fontsize=9)

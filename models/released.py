@@ -272,11 +272,17 @@ def start_from_release(folder: str | Path, codec: Codec) -> list[str]:
     grows = base.shortcut == "linear" and theirs.vq_base.shortcut == "none"
     base = replace(base, least_side=theirs.vq_base.least_side, shortcut="none" if grows else base.shortcut)
     asked = narrowed(replace(codec.params, diffusion=theirs.diffusion, vq_base=base), theirs)
+    rules = {}
     if asked.residual and theirs.residual:
-        asked = replace(asked, residual=replace(asked.residual, **theirs.residual.rules))
+        rules = {name: rule for name, rule in theirs.residual.rules.items() if rule != asked.residual.rules[name]}
+        asked = replace(asked, residual=replace(asked.residual, **rules))
     require_same(asked, theirs, f"{folder}: of other networks")
     states = states_of(released)
     told = [f"{', '.join(states)} from {folder}"]
+    told += [
+        f"{folder} codes with {name} {rule}, here it is {codec.params.residual.rules[name]}"
+        for name, rule in rules.items()
+    ]
     if grows:
         zeros = {f"shortcut.{key}": torch.zeros_like(v) for key, v in codec.vq_base.shortcut.state_dict().items()}
         states["vq_base"] |= zeros

@@ -7,7 +7,8 @@
 
 Level g is real, from 1 to L; between two levels the gains are interpolated geometrically (Cui et al. 2021), so that
 one model has a continuous range of rates, and beyond 1 and L they can be extrapolated. In a file it is one byte, 1 to
-255. m is 1, or finer where the base is smooth and an error shows (`masking`). Axes: N batch, d latent channels, M channels of s, C_z channels of z, h and w latent rows and columns.
+255. m(y) is 1 without `masking`; with it, above 1 where the base is smooth and an error shows, below 1 where it is busy.
+With `stretch` b, decoders have s^ = (1 + b (L - g) / (L - 1)) n + mu. Axes: N batch, d latent channels, M channels of s, C_z channels of z, h and w latent rows and columns.
 """
 
 import copy
@@ -147,12 +148,13 @@ class ResidualHyperprior(nn.Module):
         """m = ((1 + v / floor) / 2)^-masking, v the variance of y over 3x3 positions, of all channels: N x 1 x h x w.
 
         Contrast masking: an error is seen, and counts in MS-SSIM, by the contrast around it. Variance-adaptive quantisation
-        of video encoders, but from what the decoder knows: no bit tells it.
+        of video encoders, but from what the decoder knows: no bit tells it. No gradient passes: VQ-D is not to be taught a
+        busy y for the sake of coarse steps.
         """
         if not self.params.masking:
             return 1.0
-        mean = local_mean(y.float())
-        variance = (local_mean(y.float().square()) - mean.square()).sum(1, keepdim=True).clamp(min=0)
+        known = y.detach().float()
+        variance = (local_mean(known.square()) - local_mean(known).square()).sum(1, keepdim=True).clamp(min=0)
         return ((1 + variance / self.params.masking_floor) / 2).pow(-self.params.masking).to(y)
 
     def centred(self, s_g: Tensor) -> Tensor:

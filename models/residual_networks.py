@@ -36,7 +36,7 @@ class ResidualParams:
         hyper_channels: C_z, of z. scale_width: of the integer network. code_width: of the index embedding in m_s.
         levels: L, at least 2. extrapolated: how far files may go below level 1 and beyond L, in levels.
         first_gain, last_gain: gains that training starts from, geometric in between.
-        masking: how much finer symbols are where the base is smooth, as an exponent; 0, everywhere alike, is the paper's.
+        masking: how much finer symbols are where the base is smooth, as an exponent, and coarser where it is busy; 0: alike.
         masking_floor: squared deviation of the base, summed over channels, below which it counts as smooth.
         stretch: share by which a decoder puts symbols of level 1 further from their mean than the integers say; none at level
             L. Training knows nothing of it.

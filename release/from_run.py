@@ -30,10 +30,10 @@ from training.config import RUN_CONFIG, load_config
 from utils import checkpoints
 from utils.commandline import command_parser, number, positive
 from utils.distributed import local_device
-from utils.errors import CheckpointError
+from utils.errors import CheckpointError, DiffoError
 
 RULES = {  # parameters of the residual codec that may change after training: range, what the option says
-    "masking": ((0, 1), "how much finer symbols are where the base is smooth"),
+    "masking": ((0, 1), "how much finer symbols are where the base is smooth, and coarser where it is busy"),
     "stretch": ((0, 0.5), "share by which symbols of the lowest level are decoded further from their mean"),
 }
 
@@ -116,18 +116,22 @@ def averaged(path: Path) -> Codec:
     return assembled(params, states, dict.fromkeys(NETWORKS, path))
 
 
-def set_rules(codec: Codec, rules: Mapping[str, float | None]) -> None:
-    """Give a codec the rules of `RULES` that are not None. Raises CheckpointError if it has no residual codec for them."""
-    told = {rule: value for rule, value in rules.items() if value is not None}
-    if told and codec.residual is None:
-        raise CheckpointError(f"--{min(told)}: the run has no residual codec (networks.residual)")
-    if told:
-        codec.residual.params = replace(codec.residual.params, **told)
+def set_rules(codec: Codec, rules: Mapping[str, float]) -> None:
+    """Give a codec rules of `RULES`. Raises CheckpointError if it has no residual codec for them."""
+    if rules and codec.residual is None:
+        raise CheckpointError(f"--{min(rules)}: the run has no residual codec (networks.residual)")
+    if rules:
+        codec.residual.params = replace(codec.residual.params, **rules)
         codec.params = replace(codec.params, residual=codec.residual.params)
 
 
 def release(args: argparse.Namespace) -> None:
     config = load_config(str(args.run / RUN_CONFIG), values=data_options(args.data) if args.data else {})
+    rules = {rule: value for rule in RULES if (value := getattr(args, rule)) is not None}
+    if rules and "codec" not in config.stages:
+        raise DiffoError(
+            f"--{min(rules)}: a run of stage {config.stages[0]} leaves the residual of its release as it is"
+        )
     if config.stages == ("light",):
         print(json.dumps(add_light(args.out, *chosen(args.run, args.iteration, "light")), indent=1))
         return
@@ -139,7 +143,7 @@ def release(args: argparse.Namespace) -> None:
     device = local_device(args.device)
     iteration, source = chosen(args.run, args.iteration)
     codec = load_triple(source, densities=True) if isinstance(source, Triple) else averaged(source)
-    set_rules(codec, {rule: getattr(args, rule) for rule in RULES})
+    set_rules(codec, rules)
     round_to_half(codec)
     counts = count(codec.to(device), config, args.crops, args.batch)
     notes = counts.install(codec.cpu())

@@ -14,14 +14,19 @@ from training.curves import main, series
 @pytest.fixture
 def drawn(monkeypatch):
     """What `panels` was given last."""
-    told, draw = {}, charts.panels
+    told, draw, save = {}, charts.panels, charts._save
 
     def panels(curves, *args):
         told.clear()
         told.update(curves)
         draw(curves, *args)
 
+    def saved(figure, path):
+        told["figure"] = figure
+        save(figure, path)
+
     monkeypatch.setattr(charts, "panels", panels)
+    monkeypatch.setattr(charts, "_save", saved)
     return told
 
 
@@ -45,7 +50,10 @@ def test_running_means_by_hand():
 
 def test_the_last_stage_is_drawn_or_that_which_is_asked_for(run, drawn, capsys):
     assert main([str(run)]) == 0 and capsys.readouterr().out == f"{run / 'curves.png'}\n"
+    figure = drawn.pop("figure")
     assert [*drawn] == ["loss", "bits per pixel by level", "validation: psnr"]
+    assert [axes.get_title() for axes in figure.axes] == [*drawn, ""]
+    assert [len(axes.lines) for axes in figure.axes] == [2, 4, 2, 0]  # as it is, and its mean
     assert (drawn["loss"][0].x, drawn["loss"][0].y) == ([0, 10], [0.5, -0.5])
     assert [(curve.label, curve.y) for curve in drawn["bits per pixel by level"]] == [
         ("0", [0.04] * 2),
@@ -54,7 +62,15 @@ def test_the_last_stage_is_drawn_or_that_which_is_asked_for(run, drawn, capsys):
     pixels = np.asarray(Image.open(run / "curves.png").convert("L"))
     assert min(pixels.shape) > 200 and pixels.min() < 100 and (run / "curves.pdf").is_file()
     assert main([str(run), "--stage", "gt", "-o", str(run / "gt.png")]) == 0
-    assert [*drawn] == ["loss", "lr"] and drawn["lr"][0].x == [0, 25] and (run / "gt.png").is_file()
+    assert [*drawn] == ["loss", "lr", "figure"] and drawn["lr"][0].x == [0, 25] and (run / "gt.png").is_file()
+
+
+def test_curves_are_drawn_as_they_are_and_as_means_over_a_twentieth(drawn, tmp_path):
+    x, y = np.arange(80), np.random.default_rng(0).normal(size=80)
+    charts.panels({"loss": [charts.Curve("", x, y)]}, tmp_path / "a.png", "iterations", "")
+    plain, mean = drawn["figure"].axes[0].lines
+    assert (plain.get_ydata() == y).all()
+    assert mean.get_ydata()[40] == pytest.approx(y[38:43].mean())  # 4 of 80, and one to be around its place
 
 
 def test_all_that_training_logs_can_be_drawn(saved_run, tmp_path, drawn):
@@ -71,5 +87,7 @@ def test_a_folder_that_has_nothing_to_draw_is_told(run, tmp_path, capsys):
     ]:
         assert main([str(folder), *options]) == 1
         assert capsys.readouterr().err == f"error: {folder}: {told}\n"
-    (run / "metrics.jsonl").write_text("no log\nat all\n")
-    assert main([str(run)]) == 1 and "metrics.jsonl: not a log of a training run" in capsys.readouterr().err
+    for text in (b"no log\nat all\n", b"[1]\n", b'{"loss": 1}\n', b"\xff\xfe\n"):
+        (run / "metrics.jsonl").write_bytes(text)
+        assert main([str(run)]) == 1 and "metrics.jsonl: not a log of a training run (" in capsys.readouterr().err
+    assert main([str(run), "-o", "x.txt"]) == 1 and "-o x.txt: name a .png file" in capsys.readouterr().err

@@ -355,13 +355,30 @@ def test_rules_of_the_residual_are_told_at_release(run_folder, tmp_path, rounded
     assert load_config(str(tmp_path / "ruled" / RUN_CONFIG)).networks == ruled.params
     assert plain.fingerprint != ruled.fingerprint
     assert not np.array_equal(plain.residual.tables.symbols, ruled.residual.tables.symbols)  # counted with the rule
-    start_from_release(tmp_path / "ruled", own := fresh(rounded.params))
-    assert own.params == rounded.params and own.residual.params.masking == 0
+    told = start_from_release(tmp_path / "ruled", fresh(rounded.params))
+    assert told[1:] == [
+        f"{tmp_path / 'ruled'} codes with masking 0.3, here it is 0.0",
+        f"{tmp_path / 'ruled'} codes with stretch 0.2, here it is 0.0",
+    ]
+    config = to_mapping(load_config(str(run_folder / RUN_CONFIG)))
+    own = {"masking": 0.4, "stretch": 0.1}
+    config["networks"]["residual"] |= own
+    run = tmp_path / "with rules"
+    set_rules(codec := trained_codec(), own)
+    checkpoint(run / "checkpoints" / "codec_9.pth", codec, 9)
+    (run / RUN_CONFIG).write_text(yaml.safe_dump(config))
+    kept = [str(run), *asked[1:], str(tmp_path / "kept")]  # the run's, but for what is told
+    assert main([*kept, "--stretch", "0.3"]) == 0
+    assert load_release(tmp_path / "kept").residual.params.rules == own | {"stretch": 0.3, "masking_floor": 1.0}
+    config["stages"] = ["decoder"]
+    (run / RUN_CONFIG).write_text(yaml.safe_dump(config | {"release": "elsewhere"}))
+    assert main([str(run), str(tmp_path / "none"), "--masking", "0.1"]) == 1
+    assert "--masking: a run of stage decoder leaves the residual of its release as it is" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main([*asked, str(tmp_path / "wrong"), "--masking", "-0.1"])
     assert "argument --masking: -0.1 is not 0 to 1" in capsys.readouterr().err
     with pytest.raises(CheckpointError, match="--stretch: the run has no residual codec"):
-        set_rules(Codec(replace(rounded.params, residual=None)), {"masking": None, "stretch": 0.1})
+        set_rules(Codec(replace(rounded.params, residual=None)), {"stretch": 0.1})
 
 
 def test_tables_of_hyper_symbols_reach_one_beyond_the_largest_seen(rounded):

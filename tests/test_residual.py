@@ -133,6 +133,8 @@ def test_steps_are_finer_where_the_base_is_smooth():
     ]
     torch.testing.assert_close(mask[0, 0], torch.tensor(expected))
     assert residual.mask(y[:, :, :1, :1]).item() == pytest.approx(smooth)  # alone, a position has no surroundings
+    with torch.enable_grad():
+        assert not residual.mask(y.requires_grad_()).requires_grad
 
 
 @torch.no_grad()

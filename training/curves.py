@@ -12,7 +12,6 @@ from pathlib import Path
 from utils.commandline import answer, command_parser
 from utils.errors import DiffoError
 
-METRICS, VALIDATION = "metrics.jsonl", "validation.jsonl"
 NOT_DRAWN = ("stage", "step", "revived", "pictures_per_second", "peak_memory_gib")
 LEVEL = "bpp_level_"  # begins the rates of the levels, which share a panel
 
@@ -27,13 +26,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def logged(path: Path) -> list[dict]:
     """The entries of a log; a last line that is not whole, of a run that goes on, is left out. Raises DiffoError."""
-    lines = path.read_text().splitlines() if path.is_file() else []
     try:
-        return [json.loads(line) for line in lines[:-1]] + [
-            json.loads(line) for line in lines[-1:] if line.endswith("}")
-        ]
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        entries = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
     except ValueError as error:
         raise DiffoError(f"{path}: not a log of a training run ({error})") from error
+    if not all(isinstance(entry, dict) and {"stage", "step"} <= entry.keys() for entry in entries):
+        raise DiffoError(f"{path}: not a log of a training run (a line without stage and step)")
+    return entries
 
 
 def series(entries: Sequence[dict], stage: str) -> dict[str, tuple[list[int], list[float]]]:
@@ -50,7 +50,11 @@ def series(entries: Sequence[dict], stage: str) -> dict[str, tuple[list[int], li
 
 def draw(args: argparse.Namespace) -> None:
     from measuring.charts import Curve, panels
+    from utils.logging import METRICS, VALIDATION  # which imports torch
 
+    path = args.output or args.run / "curves.png"
+    if path.suffix != ".png":
+        raise DiffoError(f"-o {path}: name a .png file; a .pdf file is written beside it")
     entries = logged(args.run / METRICS)
     if not entries:
         raise DiffoError(f"{args.run}: no training run there, or none that has logged anything ({METRICS})")
@@ -64,7 +68,6 @@ def draw(args: argparse.Namespace) -> None:
         drawn.setdefault(panel, []).append(Curve(label, steps, values))
     for name, (steps, values) in series(logged(args.run / VALIDATION), stage).items():
         drawn[f"validation: {name}"] = [Curve("", steps, values)]
-    path = args.output or args.run / "curves.png"
     panels(drawn, path, "iterations", f"stage {stage}")
     print(path)
 
