@@ -8,7 +8,8 @@
 Level g is real, from 1 to L; between two levels the gains are interpolated geometrically (Cui et al. 2021), so that
 one model has a continuous range of rates, and beyond 1 and L they can be extrapolated. In a file it is one byte, 1 to
 255. m(y) is 1 without `masking`; with it, above 1 where the base is smooth and an error shows, below 1 where it is busy.
-With `stretch` b, decoders have s^ = (1 + b (L - g) / (L - 1)) n + mu. Axes: N batch, d latent channels, M channels of s, C_z channels of z, h and w latent rows and columns.
+With `stretch` b, decoders have s^ = (1 + b (L - g) / (L - 1)) n + mu. Axes: N batch, d latent channels, M channels of s,
+C_z channels of z, h and w latent rows and columns.
 """
 
 import copy
@@ -144,7 +145,7 @@ class ResidualHyperprior(nn.Module):
         log_gain = self.log_gain[low] * (1 - share) + self.log_gain[low + 1] * share
         return log_gain.exp()[:, :, None, None]
 
-    def mask(self, y: Tensor) -> Tensor | float:
+    def contrast_gain(self, y: Tensor) -> Tensor | float:
         """m = ((1 + v / floor) / 2)^-masking, v the variance of y over 3x3 positions, of all channels: N x 1 x h x w.
 
         Contrast masking: an error is seen, and counts in MS-SSIM, by the contrast around it. Variance-adaptive quantisation
@@ -177,7 +178,7 @@ class ResidualHyperprior(nn.Module):
         if self.rate_model is None:
             raise RuntimeError("no densities to train with: call train_rates() first; released weights only code")
         self.median.copy_(self.rate_model.median)
-        gain = self.gain(level.clamp(min=1)) * self.mask(y)  # level 0, which sends nothing, is masked later
+        gain = self.gain(level.clamp(min=1)) * self.contrast_gain(y)  # level 0, which sends nothing, is masked later
         s_g = gain * self.analysis(x - y, y)  # N M h w
         z = self.centred(s_g)  # N C_z h' w'
         n_z = round_through(bounded(z, -HYPER_REACH, HYPER_REACH))
@@ -202,7 +203,7 @@ class ResidualHyperprior(nn.Module):
             s: g_a(x - y, y), 1 x M x h x w. y: 1 x d x h x w. k: int64 1 x h x w. code: of the level, 1 to 255.
             tables: symbols are clamped to them; None (before there are any) clamps to the largest reach.
         """
-        s_g = self.gain(self._level(code, s.device)) * self.mask(y) * s
+        s_g = self.gain(self._level(code, s.device)) * self.contrast_gain(y) * s
         z = self.centred(s_g)[0].double().cpu().round().numpy().astype(np.int64)  # C_z h' w'
         reach = HYPER_REACH if tables is None else tables.reach("hyper")[node_of(code, self.params), :, None, None]
         n_z = np.clip(z, -reach, reach)
@@ -274,13 +275,13 @@ class ResidualHyperprior(nn.Module):
     def restore(self, n_z: np.ndarray, n: np.ndarray, k: Tensor, y: Tensor, code: int) -> Tensor:
         """r^ from decoded integers and y: 1 x d x h x w."""
         s_hat = self._stretched(code) * torch.from_numpy(n)[None].to(y) + self._mean(n_z, k, y)
-        return self.synthesis(s_hat / (self.gain(self._level(code, y.device)) * self.mask(y)), y)
+        return self.synthesis(s_hat / (self.gain(self._level(code, y.device)) * self.contrast_gain(y)), y)
 
     def _mean(self, n_z: np.ndarray, k: Tensor, y: Tensor) -> Tensor:
         return self.mean_network(torch.from_numpy(n_z)[None].to(y), k.to(y.device), y)
 
     def _stretched(self, code: int) -> float:
-        """By how much the decoder multiplies n. Networks that were trained with squared errors are timid where they know little."""
+        """What the decoder multiplies n by: networks trained with squared errors are timid where they know little."""
         above_first = (level_of(code, self.params) - 1) / (self.params.levels - 1)
         return 1 + self.params.stretch * (1 - min(max(above_first, 0.0), 1.0))
 

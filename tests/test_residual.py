@@ -121,7 +121,7 @@ def test_steps_are_finer_where_the_base_is_smooth():
     residual = new_residual(MASKED)
     y = torch.ones(1, D, 4, 4) * torch.arange(D).view(1, D, 1, 1)
     y[0, 0, 0, 0] = 3
-    mask = residual.mask(y)
+    mask = residual.contrast_gain(y)
     assert mask.shape == (1, 1, 4, 4)
     # ((1 + v / 2) / 2)^-1/2
     smooth, corner, beside, middle = 2**0.5, (59 / 64) ** -0.5, (13 / 16) ** -0.5, (13 / 18) ** -0.5
@@ -132,15 +132,17 @@ def test_steps_are_finer_where_the_base_is_smooth():
         [smooth] * 4,
     ]
     torch.testing.assert_close(mask[0, 0], torch.tensor(expected))
-    assert residual.mask(y[:, :, :1, :1]).item() == pytest.approx(smooth)  # alone, a position has no surroundings
+    assert residual.contrast_gain(y[:, :, :1, :1]).item() == pytest.approx(
+        smooth
+    )  # alone, a position has no surroundings
     with torch.enable_grad():
-        assert not residual.mask(y.requires_grad_()).requires_grad
+        assert not residual.contrast_gain(y.requires_grad_()).requires_grad
 
 
 @torch.no_grad()
 def test_without_masking_all_is_as_it_was(residual):
     x, y, k = latents(7, 5)
-    assert residual.mask(y) == 1 and SMALL.masking == 0 == SMALL.stretch
+    assert residual.contrast_gain(y) == 1 and SMALL.masking == 0 == SMALL.stretch
     masked = new_residual(MASKED).requires_grad_(False)  # of the same weights
     masked.freeze(residual.tables)
     s = residual.analysis(x - y, y)
