@@ -18,6 +18,9 @@ from models.blocks import Decoder, Encoder, LinearMaps, start_linear
 from utils.config import require, require_from
 from utils.errors import ConfigError
 
+ENCODING = ("encoder", "quant_conv", "shortcut.analysis")  # the parts that make up E, and D
+DECODING = ("decoder", "post_quant_conv", "shortcut.synthesis")
+
 
 @dataclass(frozen=True)
 class AutoencoderParams:

@@ -16,6 +16,8 @@ GROUND = 64  # side of a block of smooth ground, in pixels
 SMOOTH = 8.0  # grey values: the largest deviation of the original's luma inside one
 LEAST_LINES = 12 * CELL  # pixels of a spectrum whose lines have neighbours of their own
 NEIGHBOURS = range(2, 6)  # bins of the spectrum on either side that a line is compared with
+RIM = 8  # pixels from the outer edge that count as border
+FLAT = 2.0  # grey values: the widest range of the original inside a cell of one colour
 TINY = 1e-12  # of a power: no error is exactly 0 there
 
 
@@ -118,6 +120,26 @@ def lines_loss(image: Tensor, target: Tensor) -> Tensor:
             around = torch.stack([power[at] for at in beside]).mean().detach()
             excess.append((power[line].clamp(min=TINY).log() - around.clamp(min=TINY).log()).relu())
     return torch.stack(excess).mean()
+
+
+def flat_loss(image: Tensor, target: Tensor) -> Tensor:
+    """Mean over pixels and channels of s |e|, where s is 1 in cells of 16x16 pixels that have one colour, 0 elsewhere.
+
+    e = X^ - X. A cell has one colour if no channel of the original spans more than 2 grey values in it. Grain on a black,
+    white or blank ground is seen at once, and its squared error is too small to matter beside that of photographs; sides
+    from 16 pixels, cut to multiples of it.
+    """
+    cells, error = (v.unfold(2, CELL, CELL).unfold(3, CELL, CELL) for v in (target, image - target))  # N 3 h w 16 16
+    spans = cells.amax((4, 5)) - cells.amin((4, 5))
+    flat = (spans.amax(1) <= FLAT / 127.5).to(error)  # N h w
+    return (flat[:, None] * error.abs().mean((4, 5))).mean()
+
+
+def border_loss(image: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of the outermost 8 pixels on all sides, which windows without padding (MS-SSIM) hardly see."""
+    squared = (image - target).square()
+    inside = squared[..., RIM:-RIM, RIM:-RIM]
+    return (squared.sum() - inside.sum()) / (squared.numel() - inside.numel())
 
 
 def line_bins(length: int) -> list[tuple[int, list[int]]]:

@@ -111,8 +111,7 @@ class Networks(nn.Module):
             twice: and once more from the noise of the sample before, which is as good.
             copies: rows and columns of mirror images that U sees a latent among; of what it makes, one is taken.
         """
-        with torch.no_grad():  # E is frozen in this stage
-            x = self.to_latent(image)  # x = E(X)
+        x = self.to_latent(image)  # x = E(X)
         base = self.vq_base(x)  # k, z_q
         y = self.vq_base.reconstruct(base.z_q)  # y = VQ-D(z_q)
         y_hat, residual_bpp = self.with_residual(x, y, base.indices, draws)  # y^ = y + r^
@@ -120,7 +119,8 @@ class Networks(nn.Module):
         denoiser = self.denoiser(y_hat, partial(among_images, copies))
 
         def denoised(draws: Draws) -> Tensor:
-            x_t, eta = self.noisy_input(x, known, residual_bpp.detach(), draws)
+            # E, where it learns, is not to hide in x what a file does not send.
+            x_t, eta = self.noisy_input(x.detach(), known, residual_bpp.detach(), draws)
             return diffusion.one_step(denoiser, x_t, lq, eta, self.params.diffusion, centre)
 
         x_hat = denoised(draws)
@@ -128,7 +128,7 @@ class Networks(nn.Module):
             auxiliary = self.residual.rate_model.auxiliary_loss() if self.residual else None
         decoded = self.autoencoder.decode(x_hat) if decode else None
         other = self.autoencoder.decode(denoised(replace(draws, noise=draws.noise.roll(1, 0)))) if twice else None
-        return CodecOutput(x, y_hat, x_hat, decoded, base, residual_bpp, auxiliary, other)
+        return CodecOutput(x.detach(), y_hat, x_hat, decoded, base, residual_bpp, auxiliary, other)
 
     def with_residual(self, x: Tensor, y: Tensor, k: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         """y^ and the residual's rate. Computed for every sample and masked at level 0: all parameters take part."""

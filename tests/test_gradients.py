@@ -114,6 +114,17 @@ def test_a_decoder_that_goes_on_learning():
         assert everything.reached(term) == TABLE["codec", term]
 
 
+def test_an_encoder_that_goes_on_learning():
+    """`train_encoder`: E learns from the picture, the bits and the codes by what a file sends; D stays."""
+    everything = Everything("codec", "codec.train_encoder=0.1", **SENT)
+    assert set(everything.stage.trained) == {"vq_base", "unet", "residual", "autoencoder"}
+    assert not any(p.requires_grad for part in everything.codec.autoencoder.decoding() for p in part.parameters())
+    for term in ("distortion", "lpips", "rate", "commitment"):
+        assert everything.reached(term) == TABLE["codec", term] | {"E"}
+    for term in ("latent", "auxiliary"):  # the latent is the target there: it must not come nearer by itself
+        assert everything.reached(term) - {"E"} == TABLE["codec", term]
+
+
 def test_level_0_teaches_the_base_alone():
     base = Everything("codec", **SENT | {"level": [0.0, 0.0]})
     assert base.reached("distortion") == {"VQ-E", "VQ-D", "U"} and base.reached("rate") == set()

@@ -8,9 +8,11 @@ import torch.nn.functional as F
 
 from models.losses import (
     adaptive_factor,
+    border_loss,
     chroma_distortion,
     commitment,
     distortion,
+    flat_loss,
     hinge_discriminator,
     hinge_generator,
     line_bins,
@@ -170,6 +172,34 @@ def test_lines_push_the_line_alone():
     spectrum = torch.fft.rfft(error.grad.mean((0, 1, 2))).abs().square()  # lines along y have no mean over the rows
     assert spectrum[32] > 100 * spectrum[[30, 29, 28, 27, 34, 35, 36, 37]].mean()
     assert (error.grad * gratings({32: 0.01})).sum() > 0  # a step of descent takes the line away
+
+
+def test_flat_counts_cells_of_one_colour_alone():
+    """An error of 0.1 everywhere, signs mixed, in 2x3 cells: one of one colour, one that spans 2 grey values and one that
+    spans 3 in blue alone, one with a step; the column at the right, of 8 pixels, is no cell. Two of six count: 0.2 / 6.
+    """
+    target = torch.rand(1, 3, 32, 56, generator=torch.Generator().manual_seed(0)) - 0.5
+    target[..., :16, :16] = 0.25
+    for left, levels in ((16, 2), (32, 3)):
+        target[..., :16, left : left + 16] = -0.5
+        target[:, 2, 5, left + 7] += levels / 127.5
+    target[..., 16:, :8], target[..., 16:, 8:16] = -1.0, 1.0
+    sign = torch.ones(32, 56)
+    sign[::2] = -1
+    assert flat_loss(target + 0.1 * sign, target).item() == pytest.approx(0.2 / 6, rel=1e-5)
+    image = (target + 0.1 * sign).requires_grad_()
+    flat_loss(image, target).backward()
+    assert torch.equal(image.grad.sign()[..., :16, :32], sign[:16, :32].expand(1, 3, -1, -1))  # towards the original
+    assert not image.grad[..., 32:].any() and not image.grad[..., 16:, :].any()
+
+
+def test_border_is_the_outermost_8_pixels():
+    """1/2 on the rim of 40x24 and 1 inside of it: 1/4, whatever its share of the pixels."""
+    error = torch.full((2, 3, 40, 24), 0.5)
+    error[..., 8:-8, 8:-8] = 1.0
+    assert border_loss(error, torch.zeros_like(error)).item() == pytest.approx(0.25)
+    error[..., 0, :], error[..., -1] = 0.0, 0.0  # of 960 - 24 * 8 pixels, 24 + 39 are 0
+    assert border_loss(error, torch.zeros_like(error)).item() == pytest.approx(0.25 * (1 - 63 / 768))
 
 
 def test_hinge_of_the_discriminator():

@@ -145,6 +145,8 @@ def test_a_codec_stage_that_has_nothing_to_learn_from_is_refused():
     assert not CodecStageParams(**nothing, latent_weight=1.0).decodes
     with pytest.raises(ValueError, match="train_decoder: D learns from terms of the picture"):
         CodecStageParams(**nothing, latent_weight=1.0, train_decoder=0.1)
+    with pytest.raises(ValueError, match="train_encoder: E learns from terms of the picture"):
+        CodecStageParams(**nothing, latent_weight=1.0, train_encoder=0.1)
 
 
 def test_the_codec_stages_loss_without_its_options():

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from datapipe.draws import COPIES, REVIVAL, DrawParams, generator
 from datapipe.pictures import Batch
+from models.autoencoder import DECODING, ENCODING
 from models.codec import Codec
 from models.losses import commitment, distortion
 from models.records import CodecOutput, Draws
@@ -67,10 +68,13 @@ class CodecStage(CodedStage):
         self.trained = nn.ModuleDict({"vq_base": codec.vq_base, "unet": codec.unet})
         if p.train_decoder:
             self.last_layer = codec.autoencoder.decoder.last_layer
+        halves = {ENCODING: p.train_encoder, DECODING: p.train_decoder}
+        self.shares = {tuple(f"autoencoder.{part}." for part in half): share for half, share in halves.items() if share}
+        for name, parameter in codec.named_parameters():
+            if name.startswith(tuple(start for half in self.shares for start in half)):
+                parameter.requires_grad_(True)
+        if self.shares:
             self.trained["autoencoder"] = codec.autoencoder
-            for part in codec.autoencoder.decoding():
-                part.requires_grad_(True)
-            self.shares = {"autoencoder.": p.train_decoder}
         else:
             self.frozen = ("autoencoder",)
         self.factors = (self.shared_factors() if p.decodes else {}) | {"commitment": p.commitment}

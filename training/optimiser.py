@@ -16,7 +16,7 @@ class Optimiser:
     and they stay out of the gradient's norm.
 
     Args:
-        shares: of the learning rate, by the start of a parameter's name; 1 where none fits.
+        shares: of the learning rate, by the start of a parameter's name, or several starts; 1 where none fits.
     """
 
     QUANTILE_LR = 1e-3
@@ -27,7 +27,7 @@ class Optimiser:
         params: OptimParams,
         iterations: int,
         fused: bool = False,
-        shares: Mapping[str, float] | None = None,
+        shares: Mapping[str | tuple[str, ...], float] | None = None,
     ):
         named = [(name, p) for name, p in parameters if p.requires_grad]
         quantiles = [p for name, p in named if name.endswith(".quantiles")]

@@ -1,20 +1,27 @@
 """The perceptual terms that a configuration names."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from measuring.weights import VGG16
-from models.losses import lines_loss, ms_ssim_loss, weave_loss
+from models.losses import border_loss, flat_loss, lines_loss, ms_ssim_loss, weave_loss
 from training.perceptual_networks import PACKAGED, FeatureDistance, StLpips, packaged
 from training.stage_config import StageParams
 from utils.errors import ConfigError
 from utils.imports import quiet
 
 VGG = ("lpips", "stlpips")  # terms that look through it
-PLAIN = ("ms_ssim", "weave", "lines")  # terms that look through no network
+PLAIN = {  # terms that look through no network
+    "ms_ssim": ms_ssim_loss,
+    "weave": weave_loss,
+    "lines": lines_loss,
+    "flat": flat_loss,
+    "border": border_loss,
+}
 
 
 def perceptual_terms(
@@ -26,7 +33,8 @@ def perceptual_terms(
         factors: by name: `lpips` (LPIPS-vgg, the paper's), `stlpips` (ST-LPIPS-vgg), `features` (of EfficientNet-Lite0),
             `ms_ssim` (1 - MS-SSIM of the luma, sides from 161 pixels), `weave` (what repeats every 16 pixels on smooth ground,
             sides from 64 pixels), `lines` (what stands out of the error's spectrum at multiples of 1/16 cycles per pixel, sides
-            from 192 pixels).
+            from 192 pixels), `flat` (absolute error where the original has one colour), `border` (squared error of the outermost
+            8 pixels).
         untrained: LPIPS with random weights, for its shapes alone; none are needed on disk.
         tf32: their networks compute in it while training.
         window: side, in pixels, of the square in the middle that terms of VGG see; None shows them all.
@@ -34,11 +42,7 @@ def perceptual_terms(
         ConfigError: lpips without VGG weights on disk, or a package that is not installed. Nothing is downloaded here.
     """
     makers = {"lpips": lambda: Lpips(untrained), "stlpips": StLpips, "features": FeatureDistance}
-    makers |= {
-        "ms_ssim": lambda: Plain(ms_ssim_loss),
-        "weave": lambda: Plain(weave_loss),
-        "lines": lambda: Plain(lines_loss),
-    }
+    makers |= {name: partial(Plain, term) for name, term in PLAIN.items()}
     terms = {name: makers[name]() for name, factor in factors.items() if factor}
     if window:
         terms |= {name: Middle(terms[name], window) for name in VGG if name in terms}

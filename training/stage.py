@@ -53,7 +53,7 @@ class Stage(ABC):
         frozen: networks of the codec that a checkpoint keeps beside those that learn.
         last_layer: weight that the adversary's adaptive factor is measured at.
         factors: of the terms in the loss, L = sum of factor x term.
-        shares: of the learning rate, by the start of a parameter's name in `network`; 1 elsewhere.
+        shares: of the learning rate, by the starts of parameters' names in `network`; 1 elsewhere.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Stage(ABC):
     frozen: tuple[str, ...] = ()
     last_layer: nn.Parameter
     factors: dict[str, float]
-    shares: dict[str, float] = {}
+    shares: dict[tuple[str, ...], float] = {}
 
     def __init__(self, config: TrainConfig, codec: Codec, device: torch.device):
         self.params, self.seed, self.device, self.codec = getattr(config, self.name), config.seed, device, codec

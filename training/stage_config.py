@@ -7,7 +7,7 @@ from measuring.metrics import MS_SSIM_MIN_SIDE
 from models.losses import GROUND, LEAST_LINES
 from utils.config import require, require_from
 
-Factors = dict[Literal["lpips", "stlpips", "features", "ms_ssim", "weave", "lines"], float]  # of perceptual terms
+Factors = dict[Literal["lpips", "stlpips", "features", "ms_ssim", "weave", "lines", "flat", "border"], float]  # of perceptual terms
 # Pixels of a picture that has such a term.
 LEAST_SIDE = {"ms_ssim": MS_SSIM_MIN_SIDE, "weave": GROUND, "lines": LEAST_LINES}
 # By kind of adversary, in pixels: below, the PatchGAN has nothing to normalise over, and a projected head no logit.
@@ -47,8 +47,9 @@ class StageParams:
         crop_size: pixels, a multiple of 16. ema: decay of the averaged weights.
         perceptual: perceptual terms with their factors in the loss: `lpips` (LPIPS-vgg), `stlpips` (ST-LPIPS-vgg),
             `features` (of EfficientNet-Lite0), `ms_ssim` (1 - MS-SSIM, crops above 160 pixels), `weave` (what repeats
-            every 16 pixels on smooth ground) and `lines` (what stands out of the error's spectrum at multiples of 1/16
-            cycles per pixel). A file's replaces the default wholly, and is merged with its base's.
+            every 16 pixels on smooth ground), `lines` (what stands out of the error's spectrum at multiples of 1/16
+            cycles per pixel), `flat` (absolute error where the original has one colour) and `border` (squared error of the
+            outermost 8 pixels). A file's replaces the default wholly, and is merged with its base's.
         vgg_window: side in pixels of the square in the middle of a crop that `lpips` and `stlpips` see; None shows them
             whole crops. Crops lie anywhere in their pictures, so their middles do too. On a CPU, VGG costs several times
             what a small model does.
@@ -163,7 +164,7 @@ class CodecStageParams(StageParams):
             term of the picture D is not run, and a step takes a third of the time: a cheap start.
         copies: U sees each latent among mirror images of it, in as many rows and columns as are drawn from these for every
             micro-batch. Maps of one size would teach it to rely on what their borders do to its normalisations.
-        train_decoder: D goes on learning, at this share of the learning rate; 0 freezes it. E is always frozen.
+        train_decoder, train_encoder: D, or E, goes on learning, at this share of the learning rate; 0 freezes it.
     """
 
     iterations: int = 60_000
@@ -179,6 +180,7 @@ class CodecStageParams(StageParams):
     latent_weight: float = 0.0
     copies: tuple[int, ...] = (1,)
     train_decoder: float = 0.0
+    train_encoder: float = 0.0
     rate_weights: tuple[float, ...] = (1.0, 0.05)
     base_only_share: float = 0.2
 
@@ -191,7 +193,7 @@ class CodecStageParams(StageParams):
         share = self.last_step_share
         require(share is None or 0 <= share <= 1, f"last_step_share {share}: in [0, 1], or null")
         factors = ("distortion_weight", "chroma_weight", "commitment", "energy_weight", "latent_weight")
-        require_from(0, self, *factors, "train_decoder")
+        require_from(0, self, *factors, "train_decoder", "train_encoder")
         draws = min(self.batch_size, self.microbatch or self.batch_size)
         require(
             not self.energy_weight or draws > 1, "energy_weight: batch_size and microbatch are at least 2 (other noise)"
@@ -201,7 +203,9 @@ class CodecStageParams(StageParams):
             learns,
             "distortion_weight, chroma_weight, perceptual, adversary.weight, energy_weight and latent_weight are all 0",
         )
-        require(self.decodes or not self.train_decoder, "train_decoder: D learns from terms of the picture; none is on")
+        for name, network in (("train_decoder", "D"), ("train_encoder", "E")):
+            good = self.decodes or not getattr(self, name)
+            require(good, f"{name}: {network} learns from terms of the picture; none is on")
 
     @property
     def decodes(self) -> bool:
