@@ -1,6 +1,7 @@
 """Records that the codec is built from, takes and gives: sizes, random draws, results of training and coding."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from torch import Tensor
@@ -27,6 +28,8 @@ class CodecParams:
             and what the residual sends need not pass through the denoiser.
         detail_branch: False puts 0 for y^ in x~. perceptual_branch: False puts 0 for lq (the paper's Figs. 4 and 10).
         light: the light decoder, while stage `light` trains it; released, it lies in a file of its own.
+        sharpening: share of the grey picture's difference to its mean over 3x3 pixels that decoders add to all channels
+            (`models.blocks.sharpened`); no training sees it.
     """
 
     autoencoder: AutoencoderParams = field(default_factory=AutoencoderParams)
@@ -40,8 +43,21 @@ class CodecParams:
     detail_branch: bool = True
     perceptual_branch: bool = True
     light: LightParams | None = None
+    sharpening: float = 0.0
+
+    @property
+    def rules(self) -> dict[str, float]:
+        """Parameters that size no network, and may change after training."""
+        return {"sharpening": self.sharpening} | (self.residual.rules if self.residual else {})
+
+    def with_rules(self, rules: Mapping[str, float]) -> "CodecParams":
+        """The same sizes, and some `rules` as told."""
+        own = {name: rule for name, rule in rules.items() if name == "sharpening"}
+        rest = {name: rule for name, rule in rules.items() if name not in own}
+        return replace(self, **own, **({"residual": replace(self.residual, **rest)} if rest else {}))
 
     def __post_init__(self):
+        require(0 <= self.sharpening <= 1, f"sharpening {self.sharpening}: 0 to 1")
         ae, vq, unet = self.autoencoder, self.vq_base, self.unet
         sizes = f"autoencoder.patch {ae.patch}, autoencoder.ch_mult {list(ae.ch_mult)}"
         told = f"patch * 2^(resolutions - 1) must be 16 (patch 1: five resolutions), not {ae.downsampling}"

@@ -259,7 +259,7 @@ def _fill(codec: Codec, states: States, files: Mapping[str, Path]) -> None:
 def start_from_release(folder: str | Path, codec: Codec) -> list[str]:
     """Load a release's parameters into a codec that is to be trained, in place; lines that tell what was taken.
 
-    Schedule, rate rule and rules of the residual stay the codec's own, and so does `least_side` of the VQ base. Densities that
+    Schedule, rate rule and `rules` stay the codec's own, and so does `least_side` of the VQ base. Densities that
     the release does not have start around its medians, and a linear shortcut of the VQ base, which it lacks, at zero: so that
     the codec begins as the release is; so do channels of the latent and the residual beyond the release's (growth.py).
 
@@ -272,17 +272,12 @@ def start_from_release(folder: str | Path, codec: Codec) -> list[str]:
     grows = base.shortcut == "linear" and theirs.vq_base.shortcut == "none"
     base = replace(base, least_side=theirs.vq_base.least_side, shortcut="none" if grows else base.shortcut)
     asked = narrowed(replace(codec.params, diffusion=theirs.diffusion, vq_base=base), theirs)
-    rules = {}
-    if asked.residual and theirs.residual:
-        rules = {name: rule for name, rule in theirs.residual.rules.items() if rule != asked.residual.rules[name]}
-        asked = replace(asked, residual=replace(asked.residual, **rules))
+    rules = {name: rule for name, rule in theirs.rules.items() if asked.rules.get(name, rule) != rule}
+    asked = asked.with_rules(rules)
     require_same(asked, theirs, f"{folder}: of other networks")
     states = states_of(released)
     told = [f"{', '.join(states)} from {folder}"]
-    told += [
-        f"{folder} codes with {name} {rule}, here it is {codec.params.residual.rules[name]}"
-        for name, rule in rules.items()
-    ]
+    told += [f"{folder} codes with {name} {rule}, here it is {codec.params.rules[name]}" for name, rule in rules.items()]
     if grows:
         zeros = {f"shortcut.{key}": torch.zeros_like(v) for key, v in codec.vq_base.shortcut.state_dict().items()}
         states["vq_base"] |= zeros

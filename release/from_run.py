@@ -32,9 +32,10 @@ from utils.commandline import command_parser, number, positive
 from utils.distributed import local_device
 from utils.errors import CheckpointError, DiffoError
 
-RULES = {  # parameters of the residual codec that may change after training: range, what the option says
+RULES = {  # parameters that may change after training: range, what the option says
     "masking": ((0, 1), "how much finer symbols are where the base is smooth, and coarser where it is busy"),
     "stretch": ((0, 0.5), "share by which symbols of the lowest level are decoded further from their mean"),
+    "sharpening": ((0, 1), "share of grey detail of 3x3 pixels that decoders add"),
 }
 
 
@@ -117,12 +118,12 @@ def averaged(path: Path) -> Codec:
 
 
 def set_rules(codec: Codec, rules: Mapping[str, float]) -> None:
-    """Give a codec rules of `RULES`. Raises CheckpointError if it has no residual codec for them."""
-    if rules and codec.residual is None:
-        raise CheckpointError(f"--{min(rules)}: the run has no residual codec (networks.residual)")
-    if rules:
-        codec.residual.params = replace(codec.residual.params, **rules)
-        codec.params = replace(codec.params, residual=codec.residual.params)
+    """Give a codec rules of `RULES`. Raises CheckpointError if it has no residual codec for those of it."""
+    if lacking := sorted(rules.keys() - codec.params.rules):
+        raise CheckpointError(f"--{lacking[0]}: the run has no residual codec (networks.residual)")
+    codec.params = codec.params.with_rules(rules)
+    if codec.residual:
+        codec.residual.params = codec.params.residual
 
 
 def release(args: argparse.Namespace) -> None:
@@ -130,7 +131,7 @@ def release(args: argparse.Namespace) -> None:
     rules = {rule: value for rule in RULES if (value := getattr(args, rule)) is not None}
     if rules and "codec" not in config.stages:
         raise DiffoError(
-            f"--{min(rules)}: a run of stage {config.stages[0]} leaves the residual of its release as it is"
+            f"--{min(rules)}: a run of stage {config.stages[0]} leaves the rules of its release as they are"
         )
     if config.stages == ("light",):
         print(json.dumps(add_light(args.out, *chosen(args.run, args.iteration, "light")), indent=1))

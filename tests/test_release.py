@@ -152,6 +152,7 @@ def test_parameters_added_later_count_where_they_are_not_at_their_default():
     grown = replace(params, vq_base=replace(params.vq_base, shortcut="linear", least_side=16))
     assert meaning(grown)["vq_base"] == meaning(params)["vq_base"] | {"shortcut": "linear", "least_side": 16}
     assert meaning(replace(params, detail_branch=False))["detail_branch"] is False
+    assert meaning(replace(params, sharpening=0.1))["sharpening"] == 0.1 and "sharpening" not in meaning(params)
     plain, ruled = (
         meaning(replace(params, residual=ResidualParams(**rules)))["residual"]
         for rules in ({}, {"masking": 0.1, "stretch": 0.2})
@@ -344,19 +345,20 @@ def test_a_release_has_a_context_model_where_crops_are_enough(run_folder, tmp_pa
     assert not load_release(tmp_path / "without").residual.context_model
 
 
-def test_rules_of_the_residual_are_told_at_release(run_folder, tmp_path, rounded, capsys):
+def test_rules_are_told_at_release(run_folder, tmp_path, rounded, capsys):
     """Files and pictures depend on them, sizes of networks do not: training that starts there has its own."""
     asked = [str(run_folder), "--crops", "4", "--index_steps", "0", "--device", "cpu"]
     assert main([*asked, str(tmp_path / "plain")]) == 0
-    assert main([*asked, str(tmp_path / "ruled"), "--masking", "0.3", "--stretch", "0.2"]) == 0
+    assert main([*asked, str(tmp_path / "ruled"), "--masking", "0.3", "--stretch", "0.2", "--sharpening", "0.5"]) == 0
     plain, ruled = load_release(tmp_path / "plain"), load_release(tmp_path / "ruled")
     assert (ruled.residual.params.masking, ruled.residual.params.stretch) == (0.3, 0.2)
-    assert ruled.params == replace(plain.params, residual=ruled.residual.params) != plain.params
+    assert ruled.params == replace(plain.params, residual=ruled.residual.params, sharpening=0.5) != plain.params
     assert load_config(str(tmp_path / "ruled" / RUN_CONFIG)).networks == ruled.params
     assert plain.fingerprint != ruled.fingerprint
     assert not np.array_equal(plain.residual.tables.symbols, ruled.residual.tables.symbols)  # counted with the rule
     told = start_from_release(tmp_path / "ruled", fresh(rounded.params))
     assert told[1:] == [
+        f"{tmp_path / 'ruled'} codes with sharpening 0.5, here it is 0.0",
         f"{tmp_path / 'ruled'} codes with masking 0.3, here it is 0.0",
         f"{tmp_path / 'ruled'} codes with stretch 0.2, here it is 0.0",
     ]
@@ -373,12 +375,14 @@ def test_rules_of_the_residual_are_told_at_release(run_folder, tmp_path, rounded
     config["stages"] = ["decoder"]
     (run / RUN_CONFIG).write_text(yaml.safe_dump(config | {"release": "elsewhere"}))
     assert main([str(run), str(tmp_path / "none"), "--masking", "0.1"]) == 1
-    assert "--masking: a run of stage decoder leaves the residual of its release as it is" in capsys.readouterr().err
+    assert "--masking: a run of stage decoder leaves the rules of its release as they are" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main([*asked, str(tmp_path / "wrong"), "--masking", "-0.1"])
     assert "argument --masking: -0.1 is not 0 to 1" in capsys.readouterr().err
     with pytest.raises(CheckpointError, match="--stretch: the run has no residual codec"):
-        set_rules(Codec(replace(rounded.params, residual=None)), {"stretch": 0.1})
+        set_rules(Codec(replace(rounded.params, residual=None)), {"stretch": 0.1, "sharpening": 0.1})
+    set_rules(codec := Codec(replace(rounded.params, residual=None)), {"sharpening": 0.1})
+    assert codec.params.rules == {"sharpening": 0.1}
 
 
 def test_tables_of_hyper_symbols_reach_one_beyond_the_largest_seen(rounded):
