@@ -50,6 +50,7 @@ def run(args: argparse.Namespace) -> None:
 
 MEANING = {
     "line": "power of the mean error spectrum at the multiple of 1/16 cycles per pixel that stands out most, over its neighbours'; pictures from 192 pixels",
+    "colour line": "the same of red less blue",
     "smooth blocks": f"blocks of {GROUND}x{GROUND} pixels in which the original deviates by less than {SMOOTH:g} grey values",
     "weave": "RMS of what repeats every 16 pixels in the error of smooth blocks, grey values",
     "strongest line of it": "power of the error's spectrum there over what is around it",
@@ -64,8 +65,9 @@ def found(pictures: dict[str, torch.Tensor], folder: Path) -> Row:
     """Artefacts of a set as it was decoded into `folder`, a PNG for each of the pictures by name."""
     pairs = [(image, read_image(folder / f"{Path(name).with_suffix('')}.png")) for name, image in pictures.items()]
     row: Row = {}
-    for axis, (frequency, ratio) in lines(pairs).items():
-        row |= {f"line along {axis}": ratio, f"cycles per pixel along {axis}": frequency}
+    for kind, colour in (("line", False), ("colour line", True)):
+        for axis, (frequency, ratio) in lines(pairs, colour).items():
+            row |= {f"{kind} along {axis}": ratio, f"{kind} along {axis}, cycles per pixel": frequency}
     row |= on_smooth_ground(pairs)
     border, middle = (fmean(errors) for errors in zip(*(border_errors(*pair) for pair in pairs), strict=True))
     row["border / middle"] = math.sqrt(border / middle) if middle else None

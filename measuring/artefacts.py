@@ -16,15 +16,20 @@ from models.losses import GROUND, LEAST_LINES, SMOOTH, line_bins  # of Kodak, so
 BORDER = 4  # pixels
 
 
-def error_spectrum(original: torch.Tensor, decoded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def error_spectrum(
+    original: torch.Tensor, decoded: torch.Tensor, colour: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Power of the luma error by horizontal and by vertical frequency, each averaged over the other.
 
+    Args:
+        colour: of red less blue instead.
     Returns:
         float64 (W' / 2 + 1,) and (H' / 2 + 1,), from 0 to 1/2 cycles per pixel; W' and H' are the sides cut to
         multiples of 16, so that a pattern of that period falls into single bins.
     """
     require_pair(original, decoded)
-    error = (decoded.double() - original.double()).mean(0)
+    difference = decoded.double() - original.double()
+    error = difference[0] - difference[2] if colour else difference.mean(0)
     height, width = (side // PERIOD * PERIOD for side in error.shape)
     error = error[:height, :width]
     return tuple(torch.fft.rfft(error, dim=d).abs().square().mean(1 - d) / error.shape[d] for d in (1, 0))
@@ -48,15 +53,19 @@ def strongest_line(spectrum: torch.Tensor) -> tuple[float, float]:
     return max(ratios.items(), key=lambda line: line[1])
 
 
-def lines(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, tuple[float, float]]:
+def lines(
+    pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], colour: bool = False
+) -> dict[str, tuple[float, float]]:
     """The strongest line of the mean error spectrum of a set, along `x` and along `y`, as `strongest_line`.
+
+    `colour` as in `error_spectrum`.
 
     Pictures of several sizes are interpolated to none: only those of the commonest length along an axis count there. An
     axis where that is under LEAST_LINES has no line.
     """
     spectra: dict[str, dict[int, list[torch.Tensor]]] = {"x": {}, "y": {}}
     for pair in pairs:
-        for axis, spectrum in zip("xy", error_spectrum(*pair), strict=True):
+        for axis, spectrum in zip("xy", error_spectrum(*pair, colour), strict=True):
             spectra[axis].setdefault(len(spectrum), []).append(spectrum)
     commonest = {axis: max(by_length.values(), key=len) for axis, by_length in spectra.items()}
     long = {axis: alike for axis, alike in commonest.items() if 2 * (len(alike[0]) - 1) >= LEAST_LINES}

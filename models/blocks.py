@@ -40,15 +40,17 @@ def local_mean(x: Tensor) -> Tensor:
     return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
 
 
-def sharpened(image: Tensor, strength: float) -> Tensor:
-    """X + a (g - its mean over 3x3 pixels) in every channel, g the mean of RGB: N x 3 x H x W.
+def finished(image: Tensor, sharpening: float, colour_blur: float) -> Tensor:
+    """X with more detail in its grey, g + a (g - m g), and less in its colour, c + b (m c - c): N x 3 x H x W.
 
-    Colours stay as they are, and so does the coarse noise that they have at low rates. 0 changes no bit.
+    g is the mean of RGB, c = X - g, and m a mean over 3x3 pixels. a = b = 0 changes no bit.
     """
-    if not strength:
+    if not (sharpening or colour_blur):
         return image
     grey = image.mean(1, keepdim=True)
-    return image + strength * (grey - local_mean(grey))
+    colour = image - grey
+    sharper = grey + sharpening * (grey - local_mean(grey))
+    return sharper + colour + colour_blur * (local_mean(colour) - colour)
 
 
 def group_norm(channels: int, groups: int, silu: bool = True) -> GroupNorm:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from models import bitstream, diffusion, entropy_coding
-from models.blocks import sharpened
+from models.blocks import finished
 from models.bitstream import WHOLE, CodedPicture, CodedResidual, scaled
 from models.index_model import IndexModel
 from models.networks import Networks
@@ -269,8 +269,9 @@ class Codec(Networks):
         return list(map(Decoded, pictures, etas))
 
     def picture(self, x_hat: Tensor) -> Tensor:
-        """X^ = D(x^), or the light decoder's, sharpened: N x d x h x w -> N x 3 x 16h x 16w, unclamped."""
-        return sharpened((self.light or self.autoencoder.decode)(x_hat), self.params.sharpening)
+        """X^ = D(x^), or the light decoder's, `finished`: N x d x h x w -> N x 3 x 16h x 16w, unclamped."""
+        decoded = (self.light or self.autoencoder.decode)(x_hat)
+        return finished(decoded, self.params.sharpening, self.params.colour_blur)
 
     def to_picture(self, x_hat: Tensor) -> Tensor:
         """`picture` in 8 bits: uint8, on the CPU. Raises BitstreamError if it is not finite."""

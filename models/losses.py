@@ -102,19 +102,23 @@ def weave_loss(image: Tensor, target: Tensor) -> Tensor:
 
 
 def lines_loss(image: Tensor, target: Tensor) -> Tensor:
-    """How far the luma error's power at multiples of 1/16 cycles per pixel stands out from its neighbours.
+    """How far the error's power at multiples of 1/16 cycles per pixel stands out from its neighbours, in grey and in colour.
 
-        loss = mean over k = 1 .. 8 and both axes of max(0, ln(P(k/16) / mean_b P(k/16 + b)))
+        loss = sum over grey and colour, mean over k = 1 .. 8 and both axes of max(0, ln(P(k/16) / mean_b P(k/16 + b)))
 
-    P is the power of the error (of the mean of RGB) by frequency along one axis, a mean over the batch and the other axis; b
-    are 2 to 5 bins on either side, inside the spectrum. Only the line has a gradient: a line must not hide among louder
-    neighbours. Sides from 192 pixels, cut to multiples of 16. A pixel shuffle makes such lines.
+    P is the power of the error (of the mean of RGB, and of red less blue) by frequency along one axis, a mean over the batch
+    and the other axis; b are 2 to 5 bins on either side, inside the spectrum. Only the line has a gradient: a line must not
+    hide among louder neighbours. Sides from 192 pixels, cut to multiples of 16. A pixel shuffle makes such lines.
     """
-    error = (image - target).mean(1)
-    height, width = (side // CELL * CELL for side in error.shape[1:])
-    error = error[:, :height, :width]
+    height, width = (side // CELL * CELL for side in image.shape[2:])
+    error = (image - target)[..., :height, :width]
+    return _excess(error.mean(1)) + _excess(error[:, 0] - error[:, 2])
+
+
+def _excess(error: Tensor) -> Tensor:
+    """`lines_loss` of one signal, N x H x W."""
     excess = []
-    for axis, length in ((2, width), (1, height)):
+    for axis, length in ((2, error.shape[2]), (1, error.shape[1])):
         power = torch.view_as_real(torch.fft.rfft(error, dim=axis)).square().sum(-1).mean((0, 3 - axis))
         for line, beside in line_bins(length):
             around = torch.stack([power[at] for at in beside]).mean().detach()

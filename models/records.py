@@ -28,8 +28,8 @@ class CodecParams:
             and what the residual sends need not pass through the denoiser.
         detail_branch: False puts 0 for y^ in x~. perceptual_branch: False puts 0 for lq (the paper's Figs. 4 and 10).
         light: the light decoder, while stage `light` trains it; released, it lies in a file of its own.
-        sharpening: share of the grey picture's difference to its mean over 3x3 pixels that decoders add to all channels
-            (`models.blocks.sharpened`); no training sees it.
+        sharpening, colour_blur: share of the grey picture's difference to its mean over 3x3 pixels that decoders add, and
+            share of the colour's that they take away (`models.blocks.finished`); no training sees them.
     """
 
     autoencoder: AutoencoderParams = field(default_factory=AutoencoderParams)
@@ -44,20 +44,23 @@ class CodecParams:
     perceptual_branch: bool = True
     light: LightParams | None = None
     sharpening: float = 0.0
+    colour_blur: float = 0.0
 
     @property
     def rules(self) -> dict[str, float]:
         """Parameters that size no network, and may change after training."""
-        return {"sharpening": self.sharpening} | (self.residual.rules if self.residual else {})
+        own = {"sharpening": self.sharpening, "colour_blur": self.colour_blur}
+        return own | (self.residual.rules if self.residual else {})
 
     def with_rules(self, rules: Mapping[str, float]) -> "CodecParams":
         """The same sizes, and some `rules` as told."""
-        own = {name: rule for name, rule in rules.items() if name == "sharpening"}
+        own = {name: rule for name, rule in rules.items() if hasattr(self, name)}
         rest = {name: rule for name, rule in rules.items() if name not in own}
         return replace(self, **own, **({"residual": replace(self.residual, **rest)} if rest else {}))
 
     def __post_init__(self):
-        require(0 <= self.sharpening <= 1, f"sharpening {self.sharpening}: 0 to 1")
+        for name in ("sharpening", "colour_blur"):
+            require(0 <= getattr(self, name) <= 1, f"{name} {getattr(self, name)}: 0 to 1")
         ae, vq, unet = self.autoencoder, self.vq_base, self.unet
         sizes = f"autoencoder.patch {ae.patch}, autoencoder.ch_mult {list(ae.ch_mult)}"
         told = f"patch * 2^(resolutions - 1) must be 16 (patch 1: five resolutions), not {ae.downsampling}"

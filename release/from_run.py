@@ -36,6 +36,7 @@ RULES = {  # parameters that may change after training: range, what the option s
     "masking": ((0, 1), "how much finer symbols are where the base is smooth, and coarser where it is busy"),
     "stretch": ((0, 0.5), "share by which symbols of the lowest level are decoded further from their mean"),
     "sharpening": ((0, 1), "share of grey detail of 3x3 pixels that decoders add"),
+    "colour_blur": ((0, 1), "share of colour's detail of 3x3 pixels that decoders take away"),
 }
 
 

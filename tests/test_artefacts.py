@@ -46,6 +46,20 @@ def test_white_noise_has_no_line_and_a_weave_has_one():
     assert found["x"][1] < 1.5 and found["y"] == (0.25, pytest.approx(1 + 512 / 64, rel=0.1))
 
 
+def test_a_weave_of_colour_is_no_line_of_grey():
+    """Red +1, -1 by columns and blue against it, over noise that both share: of red less blue |F|^2 / n = 2^2 x 384 at 1/2
+    cycle per pixel, and nothing elsewhere.
+    """
+    sign = 1 - 2.0 * (torch.arange(384) % 2)
+    pattern = torch.stack([sign, 0 * sign, -sign])[:, None]
+    pairs = [noisy(pattern=pattern) for _ in range(6)]
+    assert lines(pairs)["x"][1] < 1.5
+    frequency, ratio = lines(pairs, colour=True)["x"]
+    assert frequency == 0.5 and ratio > 1e9 and lines(pairs, colour=True)["y"][1] < 1.5
+    x, _ = error_spectrum(*pairs[0], colour=True)
+    assert x[-1].item() == pytest.approx(4 * 384) and x[:-1].max() < 1e-9
+
+
 def test_a_line_is_told_by_its_ratio_to_bins_that_are_not_next_to_it():
     spectrum = torch.ones(193)
     spectrum[24], spectrum[23], spectrum[25] = 3.0, 9.0, 9.0

@@ -190,24 +190,32 @@ def test_impossible_sampling_is_refused(wrong):
 
 
 @pytest.mark.parametrize("size", [(48, 80), (40, 70)], ids=str)
-def test_sharpening_by_hand(codec, monkeypatch, size):
-    """X^ has 0.2 in red and 0.1 in blue but at one pixel, where red is 0.5 more: there the grey is 1/6 above, and its mean over
-    3x3 pixels 1/54 above. Half of the differences are added to all channels, of the neighbours' -1/54.
+def test_grey_is_sharpened_and_colour_blurred_by_hand(codec, monkeypatch, size):
+    """Red is 0.5 more at one pixel: grey 1/6, red less grey 1/3, green and blue less grey -1/6. Their means over 3x3 pixels
+    differ by a ninth of that. Half of the grey's difference is added, and all of the colour's taken away.
     """
     image = torch.tensor([0.2, 0.0, 0.1]).view(1, 3, 1, 1).repeat(1, 1, 48, 80)
     image[0, 0, 20, 30] += 0.5
     monkeypatch.setattr(codec.autoencoder, "decode", lambda x_hat: image)
-    assert torch.equal(codec.picture(torch.zeros(1, D, 3, 5)), image)
-    expected = image.clone()
-    expected[0, :, 19:22, 29:32] -= 0.5 / 54
-    expected[0, :, 20, 30] += 0.5 / 6
-    monkeypatch.setattr(codec, "params", codec.params.with_rules({"sharpening": 0.5}))
-    torch.testing.assert_close(codec.picture(torch.zeros(1, D, 3, 5)), expected)
+    x_hat = torch.zeros(1, D, 3, 5)
+    assert torch.equal(codec.picture(x_hat), image)
+    sharper = image.clone()
+    sharper[0, :, 19:22, 29:32] -= 0.5 / 54
+    sharper[0, :, 20, 30] += 0.5 / 6
+    params = codec.params
+    monkeypatch.setattr(codec, "params", params.with_rules({"sharpening": 0.5}))
+    torch.testing.assert_close(codec.picture(x_hat), sharper)
+    share = torch.tensor([1 / 3, -1 / 6, -1 / 6]).view(3, 1, 1)
+    sharper[0, :, 19:22, 29:32] += share / 9
+    sharper[0, :, 20, 30] -= share[:, 0, 0]
+    monkeypatch.setattr(codec, "params", params.with_rules({"sharpening": 0.5, "colour_blur": 1.0}))
+    torch.testing.assert_close(codec.picture(x_hat), sharper)
     decoded = codec.decompress(codec.compress(picture(*size)))
-    assert torch.equal(decoded, to_uint8(expected[0, :, : size[0], : size[1]]))
+    assert torch.equal(decoded, to_uint8(sharper[0, :, : size[0], : size[1]]))
 
 
-def test_sharpening_is_a_share():
-    with pytest.raises(ValueError, match="sharpening 1.5: 0 to 1"):
-        CodecParams().with_rules({"sharpening": 1.5})
-    assert CodecParams().rules == {"sharpening": 0.0}
+@pytest.mark.parametrize("rule", ["sharpening", "colour_blur"])
+def test_rules_of_the_picture_are_shares(rule):
+    with pytest.raises(ValueError, match=f"{rule} 1.5: 0 to 1"):
+        CodecParams().with_rules({rule: 1.5})
+    assert CodecParams().rules == {"sharpening": 0.0, "colour_blur": 0.0}

@@ -157,6 +157,15 @@ def test_lines_by_hand(dim):
     assert lines_loss(grown, torch.zeros_like(grown)).item() == pytest.approx(math.log(4) / 16, rel=1e-3)
 
 
+def test_lines_of_colour_count_as_those_of_grey():
+    """Red and blue against each other have no grey, and ln 4 of 16 lines as above; red alone has both."""
+    beside = {at: 0.01 for n in range(2, 6) for at in (64 - n, 64 + n)}
+    error = gratings(beside | {64: 0.04}) * torch.tensor([1.0, 0.0, -1.0]).view(3, 1, 1)
+    assert lines_loss(error, torch.zeros_like(error)).item() == pytest.approx(math.log(4) / 16, rel=1e-3)
+    error[:, 2] = 0
+    assert lines_loss(error, torch.zeros_like(error)).item() == pytest.approx(2 * math.log(4) / 16, rel=1e-3)
+
+
 def test_the_finest_line_has_neighbours_on_one_side():
     error = gratings(
         {128: 0.01} | {128 - n: 0.01 for n in range(2, 6)}

@@ -152,7 +152,8 @@ def test_parameters_added_later_count_where_they_are_not_at_their_default():
     grown = replace(params, vq_base=replace(params.vq_base, shortcut="linear", least_side=16))
     assert meaning(grown)["vq_base"] == meaning(params)["vq_base"] | {"shortcut": "linear", "least_side": 16}
     assert meaning(replace(params, detail_branch=False))["detail_branch"] is False
-    assert meaning(replace(params, sharpening=0.1))["sharpening"] == 0.1 and "sharpening" not in meaning(params)
+    finished = meaning(replace(params, sharpening=0.1, colour_blur=0.2))
+    assert finished == meaning(params) | {"sharpening": 0.1, "colour_blur": 0.2}
     plain, ruled = (
         meaning(replace(params, residual=ResidualParams(**rules)))["residual"]
         for rules in ({}, {"masking": 0.1, "stretch": 0.2})
@@ -382,7 +383,7 @@ def test_rules_are_told_at_release(run_folder, tmp_path, rounded, capsys):
     with pytest.raises(CheckpointError, match="--stretch: the run has no residual codec"):
         set_rules(Codec(replace(rounded.params, residual=None)), {"stretch": 0.1, "sharpening": 0.1})
     set_rules(codec := Codec(replace(rounded.params, residual=None)), {"sharpening": 0.1})
-    assert codec.params.rules == {"sharpening": 0.1}
+    assert codec.params.rules == {"sharpening": 0.1, "colour_blur": 0.0}
 
 
 def test_tables_of_hyper_symbols_reach_one_beyond_the_largest_seen(rounded):
