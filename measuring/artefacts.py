@@ -53,9 +53,7 @@ def strongest_line(spectrum: torch.Tensor) -> tuple[float, float]:
     return max(ratios.items(), key=lambda line: line[1])
 
 
-def lines(
-    pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], colour: bool = False
-) -> dict[str, tuple[float, float]]:
+def lines(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], colour: bool = False) -> dict[str, tuple[float, float]]:
     """The strongest line of the mean error spectrum of a set, along `x` and along `y`, as `strongest_line`.
 
     `colour` as in `error_spectrum`.

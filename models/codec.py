@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from models import bitstream, diffusion, entropy_coding
-from models.blocks import finished
 from models.bitstream import WHOLE, CodedPicture, CodedResidual, scaled
+from models.blocks import finished
 from models.index_model import IndexModel
 from models.networks import Networks
 from models.noise import drawn, portable_noise

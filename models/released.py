@@ -277,7 +277,9 @@ def start_from_release(folder: str | Path, codec: Codec) -> list[str]:
     require_same(asked, theirs, f"{folder}: of other networks")
     states = states_of(released)
     told = [f"{', '.join(states)} from {folder}"]
-    told += [f"{folder} codes with {name} {rule}, here it is {codec.params.rules[name]}" for name, rule in rules.items()]
+    told += [
+        f"{folder} codes with {name} {rule}, here it is {codec.params.rules[name]}" for name, rule in rules.items()
+    ]
     if grows:
         zeros = {f"shortcut.{key}": torch.zeros_like(v) for key, v in codec.vq_base.shortcut.state_dict().items()}
         states["vq_base"] |= zeros

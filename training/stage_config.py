@@ -7,7 +7,8 @@ from measuring.metrics import MS_SSIM_MIN_SIDE
 from models.losses import GROUND, LEAST_LINES
 from utils.config import require, require_from
 
-Factors = dict[Literal["lpips", "stlpips", "features", "ms_ssim", "weave", "lines", "flat", "border"], float]  # of perceptual terms
+# Of perceptual terms.
+Factors = dict[Literal["lpips", "stlpips", "features", "ms_ssim", "weave", "lines", "flat", "border"], float]
 # Pixels of a picture that has such a term.
 LEAST_SIDE = {"ms_ssim": MS_SSIM_MIN_SIDE, "weave": GROUND, "lines": LEAST_LINES}
 # By kind of adversary, in pixels: below, the PatchGAN has nothing to normalise over, and a projected head no logit.
