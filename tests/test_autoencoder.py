@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.autoencoder import Autoencoder, AutoencoderParams, fit_linear
+from models.autoencoder import DECODING, ENCODING, Autoencoder, AutoencoderParams, fit_linear
 from models.blocks import AttnBlock
 from models.codec import Codec
 from tests.commands import NANO
@@ -235,3 +235,13 @@ def test_the_shortcut_keeps_its_precision_under_autocast():
         restored = autoencoder(image)
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(autoencoder(image), restored)
+
+
+def test_every_parameter_is_of_e_or_of_d():
+    """By the starts of its name; those of D are what `decoding` gives, the linear map's among them."""
+    autoencoder = Autoencoder(AutoencoderParams(ch=8, ch_mult=(1, 1, 1, 1, 1), groups=4, n_embed=0, shortcut="linear"))
+    named = dict(autoencoder.named_parameters())
+    e, d = ({name for name in named if name.startswith(half)} for half in (ENCODING, DECODING))
+    assert not e & d and e | d == named.keys()
+    of_d = {id(p) for part in autoencoder.decoding() for p in part.parameters()}
+    assert {id(named[name]) for name in d} == of_d

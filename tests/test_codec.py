@@ -210,6 +210,9 @@ def test_grey_is_sharpened_and_colour_blurred_by_hand(codec, monkeypatch, size):
     sharper[0, :, 20, 30] -= share[:, 0, 0]
     monkeypatch.setattr(codec, "params", params.with_rules({"sharpening": 0.5, "colour_blur": 1.0}))
     torch.testing.assert_close(codec.picture(x_hat), sharper)
+    with monkeypatch.context() as instead:
+        instead.setattr(codec, "light", lambda x_hat: image)
+        torch.testing.assert_close(codec.picture(x_hat), sharper)
     decoded = codec.decompress(codec.compress(picture(*size)))
     assert torch.equal(decoded, to_uint8(sharper[0, :, : size[0], : size[1]]))
 

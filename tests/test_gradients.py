@@ -123,6 +123,10 @@ def test_an_encoder_that_goes_on_learning():
         assert everything.reached(term) == TABLE["codec", term] | {"E"}
     for term in ("latent", "auxiliary"):  # the latent is the target there: it must not come nearer by itself
         assert everything.reached(term) - {"E"} == TABLE["codec", term]
+    given, noisy_input = [], everything.codec.noisy_input
+    everything.codec.noisy_input = lambda x, *rest: (given.append(x), noisy_input(x, *rest))[1]
+    everything.compute()
+    assert [x.requires_grad for x in given] == [False]  # x_t holds x, which no file sends
 
 
 def test_level_0_teaches_the_base_alone():

@@ -164,6 +164,9 @@ def test_lines_of_colour_count_as_those_of_grey():
     assert lines_loss(error, torch.zeros_like(error)).item() == pytest.approx(math.log(4) / 16, rel=1e-3)
     error[:, 2] = 0
     assert lines_loss(error, torch.zeros_like(error)).item() == pytest.approx(2 * math.log(4) / 16, rel=1e-3)
+    green = error.flip(1).roll(-1, 1)
+    assert green[:, 1].any() and not green[:, ::2].any()
+    assert lines_loss(green, torch.zeros_like(green)).item() == pytest.approx(math.log(4) / 16, rel=1e-3)
 
 
 def test_the_finest_line_has_neighbours_on_one_side():

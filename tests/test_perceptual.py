@@ -59,6 +59,15 @@ def test_vgg_sees_the_window_in_the_middle_and_the_other_terms_see_all(pair):
     assert gradient[..., 8:56, 16:64].any() and not gradient[..., :8, :].any() and not gradient[..., 64:].any()
 
 
+def test_terms_without_a_network_by_their_names():
+    """Black for white has no flat error at its border alone: 2 in the outer 8 pixels of 48x48, squared 4 there."""
+    target, terms = torch.ones(1, 3, 48, 48), perceptual_terms({"flat": 1.0, "border": 1.0})
+    image = -target
+    image[..., 8:-8, 8:-8] = 1.0
+    assert terms["border"](image, target).item() == pytest.approx(4)
+    assert terms["flat"](image, target).item() == pytest.approx(2 * (1 - 32**2 / 48**2))
+
+
 def test_features_that_are_all_0_have_a_slope():
     nothing = torch.zeros(1, 2, 1, 1, requires_grad=True)
     unit(nothing).sum().backward()
