@@ -29,6 +29,7 @@ class DrawParams:
         decoder_input: the last step starts from the decoder's own input instead of the published forward process.
         base_only_share: probability of level 0. levels: L of the residual codec, 0 without one.
         uniforms: numbers that the residual codec's quantisation noise takes.
+        grain: numbers per latent position that the texture network takes.
     """
 
     latent: tuple[int, int, int]
@@ -38,6 +39,7 @@ class DrawParams:
     base_only_share: float = 0.0
     levels: int = 0
     uniforms: int = 0
+    grain: int = 0
 
 
 def draw(params: DrawParams, seed: int, position: int) -> dict[str, Tensor]:
@@ -46,7 +48,7 @@ def draw(params: DrawParams, seed: int, position: int) -> dict[str, Tensor]:
     Returns:
         t, int64 (). spread, float64 (), log-uniform in [1/2, 2]. decoder_input, bool (). noise, standard normal
         float32 (d, h, w). With a residual codec also level, float64 (), 0 or uniform in [1, L]; uniform, float32
-        (uniforms,) in [-1/2, 1/2).
+        (uniforms,) in [-1/2, 1/2). With a texture network also grain, standard normal float32 (grain, h, w).
     """
     random = generator(seed, DRAWS, position)
     last = params.steps - 1
@@ -65,6 +67,9 @@ def draw(params: DrawParams, seed: int, position: int) -> dict[str, Tensor]:
         level = random.uniform(1, params.levels) if sent else 0.0
         numbers["level"] = torch.tensor(level, dtype=torch.float64)
         numbers["uniform"] = torch.from_numpy(random.random(params.uniforms, dtype=np.float32) - 0.5)
+    if params.grain:
+        size = (params.grain, *params.latent[1:])
+        numbers["grain"] = torch.from_numpy(random.standard_normal(size, dtype=np.float32))
     return numbers
 
 

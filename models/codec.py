@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from models import bitstream, diffusion, entropy_coding
-from models.bitstream import WHOLE, CodedPicture, CodedResidual, scaled
+from models.bitstream import CELL, WHOLE, CodedPicture, CodedResidual, scaled
 from models.blocks import finished
 from models.index_model import IndexModel
 from models.networks import Networks
-from models.noise import drawn, portable_noise
+from models.noise import GRAIN, drawn, portable_noise
 from models.records import ONE_STEP, Analysed, CodecParams, Contents, Decoded, Sampling
 from models.residual_hyperprior import LEVEL_CODES, Symbols
 from models.sizes import memory
@@ -264,18 +264,23 @@ class Codec(Networks):
         files = [each.file for each in contents]
         y_hat, z_q = self.known(contents)
         x_hat, etas = self.denoise(y_hat, z_q, files, sampling)
-        images = self.tiles(*files[0].coded_size).run(self.to_picture, x_hat)
+        grain = [self.grain(x_hat, files, sampling)] if self.texture else []
+        images = self.tiles(*files[0].coded_size).run(self.to_picture, x_hat, *grain)
         pictures = [resized(image, file.height, file.width) for image, file in zip(images, files, strict=True)]
         return list(map(Decoded, pictures, etas))
 
-    def picture(self, x_hat: Tensor) -> Tensor:
-        """X^ = D(x^), or the light decoder's, `finished`: N x d x h x w -> N x 3 x 16h x 16w, unclamped."""
-        decoded = (self.light or self.autoencoder.decode)(x_hat)
-        return finished(decoded, self.params.sharpening, self.params.colour_blur)
+    def picture(self, x_hat: Tensor, grain: Tensor | None = None) -> Tensor:
+        """X^ = D(x^), or the light decoder's, with texture if there is grain for it, `finished`.
 
-    def to_picture(self, x_hat: Tensor) -> Tensor:
+        N x d x h x w and N x 256 x h x w -> N x 3 x 16h x 16w, unclamped.
+        """
+        decoded = (self.light or self.autoencoder.decode)(x_hat)
+        textured = decoded if grain is None else self.texture(decoded, x_hat, grain)
+        return finished(textured, self.params.sharpening, self.params.colour_blur)
+
+    def to_picture(self, x_hat: Tensor, grain: Tensor | None = None) -> Tensor:
         """`picture` in 8 bits: uint8, on the CPU. Raises BitstreamError if it is not finite."""
-        image = self.picture(x_hat)
+        image = self.picture(x_hat, grain)
         if not image.isfinite().all():
             raise BitstreamError("the decoded picture is not finite: these weights or this precision cannot decode it")
         return to_uint8(image.float().cpu())
@@ -293,13 +298,17 @@ class Codec(Networks):
                 y_hat[own] += r_hat
         return y_hat, z_q
 
+    def grain(self, x_hat: Tensor, files: Sequence[CodedPicture], sampling: Sampling) -> Tensor:
+        """The noise that texture is made of, N x 256 x h x w: a number for every pixel of N files' pictures."""
+        like = x_hat.new_empty(1, CELL**2, *x_hat.shape[2:])
+        return torch.cat([next(portable_noise(seed, like, self.drawn, GRAIN)) for seed in _seeds(files, sampling)])
+
     def denoise(
         self, y_hat: Tensor, z_q: Tensor, files: Sequence[CodedPicture], sampling: Sampling
     ) -> tuple[Tensor, list[float]]:
         """x^ of N files, N x d x h x w, and the noise levels that they were made with."""
         known, lq, centre = self.denoiser_inputs(y_hat, z_q)
-        seeds = [bitstream.noise_seed(file.base) if sampling.seed is None else sampling.seed for file in files]
-        noises = [portable_noise(seed, known, self.drawn) for seed in seeds]
+        noises = [portable_noise(seed, known, self.drawn) for seed in _seeds(files, sampling)]
 
         def draw() -> Tensor:
             return torch.cat([next(noise) for noise in noises])
@@ -313,3 +322,7 @@ class Codec(Networks):
         etas = torch.tensor(levels, dtype=torch.float64, device=self.device)
         x_noisy = diffusion.prior_sample(known, etas, self.schedule.kappa, draw())
         return diffusion.one_step(denoiser, x_noisy, lq, etas, self.params.diffusion, centre), levels
+
+
+def _seeds(files: Sequence[CodedPicture], sampling: Sampling) -> list[int]:
+    return [bitstream.noise_seed(file.base) if sampling.seed is None else sampling.seed for file in files]

@@ -25,6 +25,7 @@ from models.records import CodecOutput, CodecParams, Draws
 from models.residual_hyperprior import ResidualHyperprior
 from models.sizes.mirrors import among_images
 from models.sizes.tiles import direct
+from models.texture import Texture
 from models.unet import UNet
 from models.vq_base import VQBase
 from utils.precision import without_autocast
@@ -36,6 +37,7 @@ class Networks(nn.Module):
     Attributes:
         residual: the residual codec, or None.
         light: decodes pictures in D's place; None where D does.
+        texture: adds texture to decoded pictures, or None.
     """
 
     def __init__(self, params: CodecParams):
@@ -49,6 +51,7 @@ class Networks(nn.Module):
         sizes = params.autoencoder.embed_dim, params.vq_base.codebook_size
         self.residual = ResidualHyperprior(params.residual, *sizes) if params.residual else None
         self.light = LightDecoder(params.light, params.autoencoder.embed_dim) if params.light else None
+        self.texture = Texture(params.texture, params.autoencoder.embed_dim) if params.texture else None
         self.schedule = Schedule.exponential(params.diffusion)
         self.rate = params.rate
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 ROUNDS = 10
+GRAIN = 1 << 31  # step whose numbers are the texture's; those of diffusion are the first
 MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 WEYL = 0x9E3779B9, 0xBB67AE85  # added to the key in every round
 WORD = 0xFFFFFFFF
@@ -61,6 +62,8 @@ def drawn(like: Tensor, place: Tensor) -> Tensor:
     return normal(*place, tuple(like.shape[1:]), like.device)
 
 
-def portable_noise(seed: int, like: Tensor, draw: Callable[[Tensor, Tensor], Tensor] = drawn) -> Iterator[Tensor]:
-    """Endless standard normal draws shaped as `like`, 1 x d x h x w, on its device; float32, one of each step."""
-    return (draw(like, torch.tensor([seed & WORD, step], device=like.device)) for step in itertools.count())
+def portable_noise(
+    seed: int, like: Tensor, draw: Callable[[Tensor, Tensor], Tensor] = drawn, first: int = 0
+) -> Iterator[Tensor]:
+    """Endless standard normal draws shaped as `like`, 1 x d x h x w, on its device; float32, one of each step from `first` on."""
+    return (draw(like, torch.tensor([seed & WORD, step], device=like.device)) for step in itertools.count(first))

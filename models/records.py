@@ -12,6 +12,7 @@ from models.diffusion import DiffusionParams, RateParams
 from models.light import LightParams
 from models.residual_hyperprior import Symbols
 from models.residual_networks import ResidualParams
+from models.texture import TextureParams
 from models.unet import UNetParams
 from models.vq_base import BaseCode, VQBaseParams
 from utils.config import require
@@ -28,6 +29,7 @@ class CodecParams:
             and what the residual sends need not pass through the denoiser.
         detail_branch: False puts 0 for y^ in x~. perceptual_branch: False puts 0 for lq (the paper's Figs. 4 and 10).
         light: the light decoder, while stage `light` trains it; released, it lies in a file of its own.
+        texture: the network that adds texture to decoded pictures; None adds none. Stage `texture` trains it.
         sharpening, colour_blur: share of the grey picture's difference to its mean over 3x3 pixels that decoders add, and
             share of the colour's that they take away (`models.blocks.finished`); no training sees them.
     """
@@ -43,6 +45,7 @@ class CodecParams:
     detail_branch: bool = True
     perceptual_branch: bool = True
     light: LightParams | None = None
+    texture: TextureParams | None = None
     sharpening: float = 0.0
     colour_blur: float = 0.0
 
@@ -121,6 +124,7 @@ class Draws:
             published forward process. spread: factor on the noise level that the rate gives there, float64 (N,).
         level: of the residual, float64 (N,), 0 for none, else 1 to L. uniform: in [-1/2, 1/2), (N,
             `residual.noise_size(h, w)`). Both None without a residual codec.
+        grain: standard normal, N x 256 x h x w, one number for each pixel; None without a texture network.
         shift: False drops the shift towards y^ from the published forward process.
     """
 
@@ -130,6 +134,7 @@ class Draws:
     noise: Tensor
     level: Tensor | None = None
     uniform: Tensor | None = None
+    grain: Tensor | None = None
     shift: bool = True
 
 

@@ -9,6 +9,7 @@ autoencoder). Each holds exactly the published parameters under `state_dict`; al
             index_model  absent without one: the network's integers
             residual     absent without one: state_dict, tables and densities, which training alone needs; with a
                          context model, context_model: its integers and tables
+            texture      absent without one: the network's parameters
 
 A fourth file, `light_model_<it>.pth`, is optional: released_light.py.
 """
@@ -38,7 +39,7 @@ from utils.errors import CheckpointError
 
 OURS = "diffo"
 NAMES = {"unet": "ema_model_{}.pth", "vq_base": "vq_model_{}.pth.tar", "autoencoder": "GT_vq_model_{}.pth.tar"}
-NETWORKS = (*NAMES, "residual")
+NETWORKS = (*NAMES, "residual", "texture")
 DENSITIES = "rate_model."  # begins their keys in the residual codec's state dict
 RELEASES = Path(__file__).resolve().parents[1] / "weights"
 SMALL = RELEASES / "small"
@@ -87,7 +88,7 @@ class Triple:
     @property
     def files(self) -> dict[str, Path]:
         """The file that each network is in."""
-        return vars(self) | {"residual": self.vq_base}
+        return vars(self) | {"residual": self.vq_base, "texture": self.vq_base}
 
     def check(self) -> None:
         """Raise CheckpointError for the first file that is not there."""
@@ -135,6 +136,8 @@ def save_triple(
         ours["residual"] = {"state_dict": state, "tables": tables, "densities": densities}
         if context_model is not None:
             ours["residual"]["context_model"] = context_model.integers()
+    if "texture" in states:
+        ours["texture"] = states["texture"]
     checkpoints.save(triple.vq_base, {"state_dict": states["vq_base"], OURS: ours}, deflated)
 
 
@@ -168,6 +171,8 @@ def fingerprint(codec: Codec, digests: dict[str, str]) -> bytes:
         if codec.residual.context_model is not None:
             state = codec.residual.context_model.integers()
             tensors |= {f"{OURS}.residual.context_model.{key}": value for key, value in state.items()}
+    if codec.texture is not None:
+        tensors |= {f"{OURS}.texture.{key}": value for key, value in codec.texture.state_dict().items()}
     rate = codec.rate
     tensors[f"{OURS}.rate"] = torch.tensor([rate.c, rate.eta_min, rate.eta_max])
     # Shapes do not tell everything: into how many groups a normalisation divides its channels, the windows, the noise.
@@ -207,6 +212,8 @@ def load_triple(
                 f"{triple.vq_base}: what it says of its residual codec ({OURS}.residual) is not whole"
             )
         states["residual"] = residual["state_dict"] | (residual.get("densities", {}) if densities else {})
+    if ours and "texture" in ours:
+        states["texture"] = ours["texture"]
     params = params_of(ours and ours["networks"], config, triple.vq_base)
     digests = digests_of(states)
     for network, expected in (ours or {}).get("digests", {}).items():
@@ -248,10 +255,11 @@ def assembled(params: CodecParams, states: States, files: Mapping[str, Path]) ->
 
 def _fill(codec: Codec, states: States, files: Mapping[str, Path]) -> None:
     """Load the parameters of every network, strictly. Errors as `assembled`."""
-    if (codec.residual is None) != ("residual" not in states):
-        has, wants = ("no", "asks for") if codec.residual else ("a", "leaves out")
-        path = files["residual"]
-        raise CheckpointError(f"{path}: has {has} residual codec, which the configuration {wants} (networks.residual)")
+    for name, what in (("residual", "residual codec"), ("texture", "texture network")):
+        if (getattr(codec, name) is None) != (name not in states):
+            has, wants = ("no", "asks for") if getattr(codec, name) else ("a", "leaves out")
+            told = f"has {has} {what}, which the configuration {wants} (networks.{name})"
+            raise CheckpointError(f"{files[name]}: {told}")
     for network, state in states.items():
         checkpoints.load_strictly(getattr(codec, network), state, files[network])
 
@@ -272,6 +280,8 @@ def start_from_release(folder: str | Path, codec: Codec) -> list[str]:
     grows = base.shortcut == "linear" and theirs.vq_base.shortcut == "none"
     base = replace(base, least_side=theirs.vq_base.least_side, shortcut="none" if grows else base.shortcut)
     asked = narrowed(replace(codec.params, diffusion=theirs.diffusion, vq_base=base), theirs)
+    both = codec.texture is not None and released.texture is not None
+    asked = asked if both else replace(asked, texture=theirs.texture)
     rules = {name: rule for name, rule in theirs.rules.items() if asked.rules.get(name, rule) != rule}
     asked = asked.with_rules(rules)
     require_same(asked, theirs, f"{folder}: of other networks")
@@ -280,6 +290,11 @@ def start_from_release(folder: str | Path, codec: Codec) -> list[str]:
     told += [
         f"{folder} codes with {name} {rule}, here it is {codec.params.rules[name]}" for name, rule in rules.items()
     ]
+    if codec.texture is None and states.pop("texture", None):
+        told.append(f"{folder} adds texture, which is left out here")
+    elif codec.texture is not None and not both:
+        states["texture"] = codec.texture.state_dict()
+        told.append(f"{folder} adds no texture: its network starts from nothing")
     if grows:
         zeros = {f"shortcut.{key}": torch.zeros_like(v) for key, v in codec.vq_base.shortcut.state_dict().items()}
         states["vq_base"] |= zeros

@@ -3,7 +3,8 @@
 Last, two small networks are fitted to what was counted. With one, indices take far fewer bits (models/index_model.py), with the
 other, symbols of the residual do (models/context_model.py).
 
-A run of stage decoder gives the release that it started from, with another D. One of stage light gives its light decoder to a
+A run of stage decoder gives the release that it started from, with another D, one of stage texture with a network that adds
+texture. One of stage light gives its light decoder to a
 release that is there, the one that it was distilled from.
 
 python -m release runs/tiny weights/mine --data pictures/
@@ -21,7 +22,7 @@ from models.codec import Codec
 from models.released import NAMES, NETWORKS, Triple, assembled, load_triple
 from models.stated import stored_params
 from release import context_model, index_model
-from release.decoder import with_decoder
+from release.alone import LEARNT, with_learnt
 from release.light import add_light
 from release.making import COUNTED, require_empty, round_to_half, write_release
 from release.tables import BATCH, count
@@ -74,7 +75,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def candidates(run: Path, stage: str) -> dict[str, Triple | Path]:
     """All that a run has saved of a stage, by iteration: the averaged triple, or else the checkpoint."""
     found = {path.stem.removeprefix(f"{stage}_"): path for path in (run / CHECKPOINTS).glob(f"{stage}_*.pth")}
-    for path in (run / AVERAGES).glob(NAMES["unet"].format("*")):  # of stage codec, or of stage decoder alone
+    for path in (run / AVERAGES).glob(
+        NAMES["unet"].format("*")
+    ):  # of stage codec, or of stage decoder or texture alone
         triple = Triple.of(path.parent, iteration := path.stem.removeprefix("ema_model_"))
         if all(file.is_file() for file in vars(triple).values()):
             found[iteration] = triple
@@ -137,8 +140,8 @@ def release(args: argparse.Namespace) -> None:
     if config.stages == ("light",):
         print(json.dumps(add_light(args.out, *chosen(args.run, args.iteration, "light")), indent=1))
         return
-    if config.stages == ("decoder",):
-        about = with_decoder(args.out, config, *chosen(args.run, args.iteration, "decoder"))
+    if config.stages[0] in LEARNT:
+        about = with_learnt(args.out, config, *chosen(args.run, args.iteration, config.stages[0]))
         print(json.dumps(about, indent=1))
         return
     require_empty(args.out)

@@ -125,12 +125,20 @@ def with_rate(source: Path, rate: RateParams, out: Path) -> dict:
     codec.params = replace(codec.params, rate=rate)
     config = load_mapping(source / RUN_CONFIG)
     config["networks"]["rate"] = to_mapping(rate)
-    about = write_release(out, told["iteration"], codec, config, **notes)
-    name = Triple.in_folder(source).light.name
-    if (source / name).is_file() and name in told["sha256"]:
-        atomic_write(out / name, (source / name).read_bytes())
+    return copy_light(source, out, told, write_release(out, told["iteration"], codec, config, **notes))
+
+
+def copy_light(source: Path, out: Path, told: dict, about: dict) -> dict:
+    """Take the light decoder of one release, if it has one, along to another that has its D; the entries of its release.json.
+
+    Args:
+        told, about: release.json of the one, and of the other.
+    """
+    path, own = Triple.in_folder(source).light, Triple.in_folder(out).light
+    if path.is_file() and path.name in told["sha256"]:
+        atomic_write(own, path.read_bytes())
         for entry in ("sha256", "bytes"):  # as they were stated: a file that was damaged is refused as before
-            about[entry][name] = told[entry][name]
+            about[entry][own.name] = told[entry][path.name]
         about["light"] = told["light"]
         write_about(out, about)
     return about

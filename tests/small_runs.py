@@ -17,7 +17,12 @@ from tests.commands import NANO, free_port
 RESIDUAL = "{channels: 8, width: 8, blocks: 1, hyper_channels: 4, scale_width: 8, code_width: 4, levels: 3}"
 ALL_PARTS = (f"networks.residual={RESIDUAL}", "networks.adapter=difference")
 LIGHT = ("stages=[light]", "release=elsewhere", "networks.light={ch: [8, 4], num_res_blocks: [1, 1], groups: 2}")
-ALONE = {"light": LIGHT, "decoder": ("stages=[decoder]", "release=elsewhere")}  # stages that no other comes before
+TEXTURE = ("stages=[texture]", "release=elsewhere", "networks.texture={width: 4, num_res_blocks: 1}")
+ALONE = {
+    "light": LIGHT,
+    "texture": TEXTURE,
+    "decoder": ("stages=[decoder]", "release=elsewhere"),
+}  # stages that no other comes before
 SETTINGS = (
     "save_every=1",
     "keep_last=2",

@@ -77,7 +77,7 @@ def test_d_alone_moves():
 @pytest.mark.parametrize(
     "overrides, told",
     [
-        (OURS[:1], "or .decoder. or .light. with a release: folder"),
+        (OURS[:1], "or .decoder., .light. or .texture. with a release: folder"),
         ((*OURS, "autoencoder=gt.pth"), "leave out autoencoder"),
         ((*OURS, "decoder.clean_share=1.5"), "decoder.clean_share 1.5: in .0, 1."),
         ((*OURS, "decoder.distortion_weight=0"), "distortion_weight, .* are all 0"),

@@ -39,7 +39,7 @@ PROGRAMS = {
 # Told, not run: of the system, of Python's packages, of programs that are not the project's.
 OTHERS = {".", "conda", "head", "pip", "tensorboard"}
 FOREIGN_OPTIONS = {"--shutdown-timeout", "--shm-size", "--index-url"}
-SECTIONS = "networks|data|gt|codec|decoder|light|speed|validation"
+SECTIONS = "networks|data|gt|codec|decoder|light|texture|speed|validation"
 FOLDERS = "benchmarks|coding|configs|datapipe|docs|experiments|measuring|models|release|tests|training|utils|weights"
 
 each_page = pytest.mark.parametrize("page", [*PAGES, CARD], ids=lambda page: str(page.relative_to(ROOT)))

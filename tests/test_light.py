@@ -183,7 +183,7 @@ def test_the_light_decoder_alone_moves():
 @pytest.mark.parametrize(
     "overrides, told",
     [
-        (LIGHT[:1] + LIGHT[2:], "or .light. with a release: folder"),
+        (LIGHT[:1] + LIGHT[2:], ".light. or .texture. with a release: folder"),
         (LIGHT[:2], "networks.light is what stage light trains"),
         (LIGHT[2:], "networks.light is what stage light trains"),
         ((*LIGHT, "light.clean_share=1.5"), "light.clean_share 1.5: in .0, 1."),

@@ -29,6 +29,7 @@ class CodedStage(Stage):
             base_only_share=self.params.base_only_share,
             levels=residual.params.levels if residual else 0,
             uniforms=residual.noise_size(h, w) if residual else 0,
+            grain=CELL**2 if params.texture else 0,
         )
 
     def as_decoded(self, draws: Draws) -> Draws:

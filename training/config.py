@@ -7,7 +7,7 @@ from typing import Any, Literal
 from datapipe.pictures import DataParams
 from models.records import CodecParams
 from training.speed import SpeedParams
-from training.stage_config import CodecStageParams, DecoderStageParams, GtParams, LightStageParams
+from training.stage_config import CodecStageParams, DecoderStageParams, GtParams, LightStageParams, TextureStageParams
 from utils.config import build, load_mapping, origin_of, require, require_from
 
 RUN_CONFIG = "config.yaml"  # the resolved configuration, in the run's folder
@@ -34,6 +34,9 @@ class ValidationParams:
         require(good, f"crop {self.crop}: a multiple of 16, or null")
 
 
+ALONE = ("decoder", "light", "texture")  # stages that no other comes before or after
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything a run depends on; it is written beside the run's results.
@@ -43,8 +46,9 @@ class TrainConfig:
         stages: run in this order. autoencoder: GT checkpoint to start from; without it, stage gt comes first. Beside a
             release it takes the place of the release's, whose latent it must share.
         vq_base, unet: checkpoints whose published parameters stage codec starts from; without them, from nothing.
-        release: folder of a release that training goes on from, with residual codec and densities. Stages decoder and
-            light stand alone: decoder changes D and nothing else of it, light nothing.
+        release: folder of a release that training goes on from, with residual codec and densities. Stages decoder,
+            light and texture stand alone: decoder changes D and nothing else of it, texture the network that adds texture,
+            light nothing.
         networks: sizes, schedule and rate modulation.
         log_every: iterations between logged scalars. save_every: between checkpoints. picture_every: between
             TensorBoard pictures.
@@ -55,7 +59,7 @@ class TrainConfig:
 
     name: str = "diffo"
     seed: int = 0
-    stages: tuple[Literal["gt", "codec", "decoder", "light"], ...] = ("gt", "codec")
+    stages: tuple[Literal["gt", "codec", "decoder", "light", "texture"], ...] = ("gt", "codec")
     autoencoder: str | None = None
     vq_base: str | None = None
     unet: str | None = None
@@ -66,6 +70,7 @@ class TrainConfig:
     codec: CodecStageParams = field(default_factory=CodecStageParams)
     decoder: DecoderStageParams = field(default_factory=DecoderStageParams)
     light: LightStageParams = field(default_factory=LightStageParams)
+    texture: TextureStageParams = field(default_factory=TextureStageParams)
     speed: SpeedParams = field(default_factory=SpeedParams)
     validation: ValidationParams = field(default_factory=ValidationParams)
     log_every: int = 50
@@ -76,19 +81,18 @@ class TrainConfig:
 
     def __post_init__(self):
         allowed = [("gt",), ("gt", "codec")] + ([("codec",)] if self.autoencoder or self.release else [])
-        allowed += [("decoder",), ("light",)] if self.release else []
+        allowed += [(name,) for name in ALONE] if self.release else []
         require(
             self.stages in allowed,
             f"stages {list(self.stages)}: [gt], [gt, codec], or [codec] with an image autoencoder to start from "
-            "(autoencoder: path of a GT_vq_model_<it>.pth.tar, or release: folder), or [decoder] or [light] with a release: folder",
+            "(autoencoder: path of a GT_vq_model_<it>.pth.tar, or release: folder), or [decoder], [light] or [texture] with a release: folder",
         )
-        light = "light" in self.stages
-        told = f"stages {list(self.stages)}: networks.light is what stage light trains, and no other"
-        require(light == (self.networks.light is not None), told)
+        for name in ("light", "texture"):
+            told = f"stages {list(self.stages)}: networks.{name} is what stage {name} trains, and no other"
+            require((name in self.stages) == (getattr(self.networks, name) is not None), told)
         require(0 <= self.seed < 2**63, f"seed {self.seed}: from 0 up, below 2^63")
         # Beside a release, an image autoencoder is one that stage gt has trained on from there.
-        alone = self.stages in (("decoder",), ("light",))
-        apart = ("autoencoder", "vq_base", "unet") if alone else ("vq_base", "unet")
+        apart = ("autoencoder", "vq_base", "unet") if self.stages[0] in ALONE else ("vq_base", "unet")
         single = [name for name in apart if getattr(self, name)]
         require(not (self.release and single), f"release is a whole codec: leave out {', '.join(single)}")
         rescaled = self.release and "gt" in self.stages and self.gt.latent_scale != "kept"

@@ -68,7 +68,7 @@ class DecoderStage(CodedStage):
         return None
 
     def forward(self, model: nn.Module, batch: Batch) -> Any:
-        return self.shown(model, *self.latent(batch))
+        return self.shown(model, *self.latent(batch), Draws(**batch.draws))
 
     @torch.no_grad()
     def latent(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -78,13 +78,13 @@ class DecoderStage(CodedStage):
         clean = (place + self.params.clean_share).floor() > place.floor()
         return torch.where(clean.view(-1, 1, 1, 1), out.x, out.x_hat), out.residual_bpp
 
-    def shown(self, model: nn.Module, latent: Tensor, residual_bpp: Tensor) -> Any:
+    def shown(self, model: nn.Module, latent: Tensor, residual_bpp: Tensor, draws: Draws) -> Any:
         """The forward pass from latents, N x d x h x w, and rates on."""
         return Shown(model(latent), residual_bpp)
 
     def decoded(self, image: Tensor, draws: Draws) -> Any:
         out = self.codec(image, draws, decode=False)
-        return self.shown(self.network, out.x_hat, out.residual_bpp)
+        return self.shown(self.network, out.x_hat, out.residual_bpp, draws)
 
     def terms(self, out: Any, batch: Batch) -> dict[str, Tensor]:
         return self.compared(out.image, batch.image)

@@ -10,6 +10,7 @@ from datapipe.pictures import Batch
 from models.codec import Codec
 from models.light import fit_linear
 from models.losses import distortion
+from models.records import Draws
 from models.released import states_of
 from training.decoder_stage import DecoderStage
 from training.stage_config import LightStageParams
@@ -43,7 +44,7 @@ class LightStage(DecoderStage):
         weight = self.params.teacher_weight
         return super().shared_factors() | ({"teacher": weight} if weight else {})
 
-    def shown(self, model: nn.Module, latent: Tensor, residual_bpp: Tensor) -> Distilled:
+    def shown(self, model: nn.Module, latent: Tensor, residual_bpp: Tensor, draws: Draws) -> Distilled:
         with torch.no_grad():
             taught = self.params.teacher_weight or self.params.target == "teacher"
             teacher = self.codec.autoencoder.decode(latent) if taught else None

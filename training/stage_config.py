@@ -268,3 +268,10 @@ class LightStageParams(DecoderStageParams):
     def __post_init__(self):
         super().__post_init__()
         require_from(1, self, "statistics")
+
+
+@dataclass(frozen=True)
+class TextureStageParams(DecoderStageParams):
+    """Stage `texture`: the network that adds texture to decoded pictures; all else of a release stays."""
+
+    distortion_weight: float = 0.0

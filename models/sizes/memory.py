@@ -7,10 +7,12 @@ from models.bitstream import CELL
 from models.light import FINE, LightParams
 from models.records import CodecParams
 from models.sizes.tiles import Tiles
+from models.texture import FILTERS
 
 # Floats that are alive at the widest moment, measured on a CPU in float32.
 MAPS, COPIES = 6, 20  # per pixel that E or D works on: maps of the outermost resolution, and others
 LIGHT_COPIES = 10  # the light decoder's others
+TEXTURE = 4 * FILTERS  # per pixel, of the texture network
 DENOISER = 27  # per latent position that U works on, times its width
 RESIDUAL = 12  # per latent position, times the width of the residual's networks
 TILED = 1.6  # times as much as for one tile: the pass over the crops leaves memory that does not fit the tiles
@@ -38,6 +40,8 @@ def peak(
     each = dict.fromkeys(("encode", "decode"), MAPS * ae.ch / ae.patch**2 + COPIES)
     if light:
         each["decode"] = MAPS * light.ch[-1] / FINE**2 + LIGHT_COPIES
+    if params.texture:
+        each["decode"] = max(each["decode"], TEXTURE)
     most = each[way] if way else max(each.values())
     networks = [
         CELL**2 * tiles.most * most * (1 if tiles.small else TILED),

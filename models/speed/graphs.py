@@ -32,6 +32,7 @@ GRAPHED = (
     ("residual.synthesis", "forward"),
     ("autoencoder", "decode"),
     ("light", "forward"),
+    ("texture", "forward"),
 )
 
 Replay = Callable[..., Tensor]
