@@ -19,6 +19,7 @@ noise_level = number(float, lambda value: 0 < value <= 1, "in (0, 1]")
 tile_side = number(int, lambda value: value >= 256 and value % 64 == 0, "a multiple of 64 pixels, from 256")
 scale = number(float, lambda value: value in SCALES, "a multiple of 1/16 from 0.25 to 1, as 0.75 or 0.625")
 rate_weight = number(float, lambda value: 0 <= value < float("inf"), "a weight from 0")
+texture = number(float, lambda value: 0 <= value <= 2, "in 0 to 2")
 noise_seed = number(int, lambda value: 0 <= value < 2**32, "in 0 to 2^32 - 1")
 
 
@@ -90,6 +91,7 @@ def _add_coding(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=int, metavar="T", help="steps of the schedule that the weights were trained with")
     add("--eta", type=noise_level, metavar="ETA", help="noise level of the single step, instead of the rate's")
     add("--seed", type=noise_seed, metavar="N", help="noise seed, instead of the file's own")
+    add("--texture", type=texture, default=1.0, metavar="X", help="share of texture that is added, 0 to 2 (default 1)")
     add("--decoder", choices=DECODERS, default="full", help="full: D (the default); light: the release's light decoder")
     add = parser.add_argument
     add("--preview", action="store_true", help="the base alone, also of a file that was cut after it")
@@ -136,6 +138,7 @@ def _mistakes(args: argparse.Namespace) -> list[tuple[bool, str]]:
         (args.json and mode != "inspect", "--json goes with --mode inspect; the other modes write metrics.json"),
         (args.preview and encodes, "--preview goes with --mode decompress or inspect"),
         ((args.scale or 1) != 1 and not encodes, "--scale goes with --mode roundtrip or compress: files have theirs"),
+        (args.texture != 1 and not decodes, f"--mode {mode} decodes nothing: leave out --texture"),
         (args.rdo is not None and not encodes, "--rdo goes with --mode roundtrip or compress"),
         (sized and not encodes, "--quality, --target_bpp and --max_bytes go with --mode roundtrip or compress"),
         (args.eta is not None and args.infer_steps and not args.one_step, levels),

@@ -164,7 +164,7 @@ class Steps:
         """The decoder's networks."""
         args, codec = self.args, items[0].codec
         steps = None if args.one_step else args.infer_steps
-        sampling = Sampling(steps, not args.ancestral, args.eta, args.seed)
+        sampling = Sampling(steps, not args.ancestral, args.eta, args.seed, args.texture)
         contents = [item.contents for item in items]
         pictures, seconds = self._by_networks(codec, items, "decode", lambda: codec.render_all(contents, sampling))
         for item, decoded in zip(items, pictures, strict=True):

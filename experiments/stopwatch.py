@@ -36,7 +36,7 @@ PASSES = [
     )
     for name in ("encode", "decode")
 ]
-PASSES.append(("index_model", "choose", CHOICE))
+PASSES += [("index_model", "choose", CHOICE), ("texture", "forward", "texture: detail and grain of the picture")]
 CODER = ("encode_indices", "encode_symbols", "decode_indices", "decode_symbols")
 ENTROPY, NOISE = "entropy coding of indices and symbols", "noise: standard normal, from the file's seed"
 READ, WRITE = "file I/O: reading the input", "file I/O: writing the output"

@@ -13,7 +13,7 @@ Axes: N batch, d latent channels, H and W picture rows and columns, h = ceil(H/1
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -264,23 +264,25 @@ class Codec(Networks):
         files = [each.file for each in contents]
         y_hat, z_q = self.known(contents)
         x_hat, etas = self.denoise(y_hat, z_q, files, sampling)
-        grain = [self.grain(x_hat, files, sampling)] if self.texture else []
-        images = self.tiles(*files[0].coded_size).run(self.to_picture, x_hat, *grain)
+        grain = [self.grain(x_hat, files, sampling)] if self.texture and sampling.texture else []
+        to_picture = partial(self.to_picture, texture=sampling.texture)
+        images = self.tiles(*files[0].coded_size).run(to_picture, x_hat, *grain)
         pictures = [resized(image, file.height, file.width) for image, file in zip(images, files, strict=True)]
         return list(map(Decoded, pictures, etas))
 
-    def picture(self, x_hat: Tensor, grain: Tensor | None = None) -> Tensor:
-        """X^ = D(x^), or the light decoder's, with texture if there is grain for it, `finished`.
+    def picture(self, x_hat: Tensor, grain: Tensor | None = None, texture: float = 1.0) -> Tensor:
+        """X^ = D(x^), or the light decoder's, with so much of its texture if there is grain for it, `finished`.
 
         N x d x h x w and N x 256 x h x w -> N x 3 x 16h x 16w, unclamped.
         """
-        decoded = (self.light or self.autoencoder.decode)(x_hat)
-        textured = decoded if grain is None else self.texture(decoded, x_hat, grain)
-        return finished(textured, self.params.sharpening, self.params.colour_blur)
+        image = (self.light or self.autoencoder.decode)(x_hat)
+        if grain is not None:
+            image = image.lerp(self.texture(image, x_hat, grain), texture)
+        return finished(image, self.params.sharpening, self.params.colour_blur)
 
-    def to_picture(self, x_hat: Tensor, grain: Tensor | None = None) -> Tensor:
+    def to_picture(self, x_hat: Tensor, grain: Tensor | None = None, texture: float = 1.0) -> Tensor:
         """`picture` in 8 bits: uint8, on the CPU. Raises BitstreamError if it is not finite."""
-        image = self.picture(x_hat, grain)
+        image = self.picture(x_hat, grain, texture)
         if not image.isfinite().all():
             raise BitstreamError("the decoded picture is not finite: these weights or this precision cannot decode it")
         return to_uint8(image.float().cpu())

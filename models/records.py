@@ -147,18 +147,22 @@ class Sampling:
         ddim: deterministic steps instead of ancestral ones, where there are several.
         eta: noise level of the single step in (0, 1]; None takes it from the rate.
         seed: of the noise; None takes it from the base section.
+        texture: share of the weights' texture that is added, 0 for none, up to 2.
     """
 
     steps: int | None = None
     ddim: bool = True
     eta: float | None = None
     seed: int | None = None
+    texture: float = 1.0
 
     def __post_init__(self):
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps {self.steps}: at least 1, or None for the single step")
         if self.eta is not None and not 0 < self.eta <= 1:
             raise ValueError(f"eta {self.eta}: in (0, 1], or None to take it from the rate")
+        if not 0 <= self.texture <= 2:
+            raise ValueError(f"texture {self.texture}: 0 (none) to 2")
 
 
 ONE_STEP = Sampling()

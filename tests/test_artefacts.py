@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from experiments.artefacts import found
 from measuring.artefacts import (
     border_errors,
     error_spectrum,
@@ -16,6 +17,7 @@ from measuring.artefacts import (
 )
 
 GENERATOR = torch.Generator().manual_seed(0)
+from utils.images import write_image
 
 
 def noisy(height: int = 256, width: int = 384, pattern: torch.Tensor | float = 0.0) -> tuple:
@@ -58,6 +60,17 @@ def test_a_weave_of_colour_is_no_line_of_grey():
     assert frequency == 0.5 and ratio > 1e9 and lines(pairs, colour=True)["y"][1] < 1.5
     x, _ = error_spectrum(*pairs[0], colour=True)
     assert x[-1].item() == pytest.approx(4 * 384) and x[:-1].max() < 1e-9
+
+
+def test_the_table_tells_lines_of_colour_from_lines_of_grey(tmp_path):
+    """Red up and blue down every fourth column: the columns of colour have it, 1/4 cycles per pixel, those of grey do not."""
+    original = torch.randint(60, 200, (3, 192, 256), dtype=torch.uint8)
+    wave = (6 * torch.cos(torch.arange(256) * math.pi / 2)).round().int()
+    red_up = torch.stack([wave, 0 * wave, -wave])[:, None] + torch.randint(-3, 4, original.shape)
+    write_image(tmp_path / "a.png", (original.int() + red_up).clamp(0, 255).byte())
+    row = found({"a.png": original}, tmp_path)
+    assert row["colour line along x, cycles per pixel"] == 0.25 and row["colour line along x"] > 50
+    assert row["line along x"] < 5 and row["colour line along y"] < 5
 
 
 def test_a_line_is_told_by_its_ratio_to_bins_that_are_not_next_to_it():

@@ -145,6 +145,19 @@ def test_a_file_has_one_picture_and_its_grain_has_numbers_of_its_own():
     assert torch.equal(codec.render_all([contents, contents])[1].image, first)
 
 
+def test_shares_of_it_are_added():
+    """0: the picture of a codec without; 1/2: halfway, to the rounding of 8 bits; shares out of range are refused."""
+    codec, plain = textured(), new_codec()
+    contents = codec.read(codec.compress(picture(48, 64), 40))
+    none, half, all_ = (codec.render(contents, Sampling(texture=share)).image.float() for share in (0.0, 0.5, 1.0))
+    assert torch.equal(none, plain.decompress(plain.compress(picture(48, 64), 40)).float())
+    inside = (none.minimum(all_) > 0) & (none.maximum(all_) < 255)
+    assert inside.float().mean() > 0.5 and (half - (none + all_) / 2)[inside].abs().max() <= 1 < (none - all_).abs().max()
+    for share in (-0.1, 2.1):
+        with pytest.raises(ValueError, match=f"texture {share}: 0 .none. to 2"):
+            Sampling(texture=share)
+
+
 def test_it_moves_no_symbol():
     image = picture(48, 64)
     plain, codec = new_codec(), textured()

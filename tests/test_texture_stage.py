@@ -19,7 +19,7 @@ from models.released import Triple, load_release
 from models.texture import FILTERS
 from release.__main__ import main as release
 from release.making import halved, round_to_half, write_about, write_release
-from tests.commands import NANO
+from tests.commands import NANO, call, photograph
 from tests.residual import SMALL, new_codec, picture
 from tests.small_runs import TEXTURE, lines
 from tests.stages import batch_of, new_stage
@@ -151,6 +151,23 @@ def test_its_release_has_the_same_bytes_and_other_pictures(before, run, tmp_path
     state = load_release(tmp_path / "out").texture.state_dict()
     assert all(torch.equal(state[key], value.float()) for key, value in averages.items())
     assert averages["conv_out.bias"][:FILTERS].abs().max() > 0.01
+
+
+def test_the_command_adds_as_much_texture_as_is_asked(run, tmp_path, capsys):
+    """The same file; none, all and more of it. An encoder has nothing to add it to."""
+    assert release([str(run), str(tmp_path / "out")]) == 0
+    photograph(tmp_path / "a.png", 64, 48)
+    given = ("-i", tmp_path / "a.png", "--quality", 50, "--device", "cpu", "--weights", tmp_path / "out")
+    for share in ("0", "1", "2"):
+        assert call(capsys, *given, "-o", tmp_path / share, "--texture", share)[0] == 0
+    assert call(capsys, *given, "-o", tmp_path / "default")[0] == 0
+    files, pictures = ({(tmp_path / n / f"a.{kind}").read_bytes() for n in ("0", "1", "2")} for kind in ("dfo", "png"))
+    assert len(files) == 1 and len(pictures) == 3
+    assert (tmp_path / "default" / "a.png").read_bytes() == (tmp_path / "1" / "a.png").read_bytes()
+    status, _, told = call(capsys, *given, "-o", tmp_path / "c", "--mode", "compress", "--texture", "0")
+    assert status == 2 and "--mode compress decodes nothing: leave out --texture" in told
+    status, _, told = call(capsys, *given, "-o", tmp_path / "c", "--texture", "2.5")
+    assert status == 2 and "in 0 to 2" in told
 
 
 def test_a_checkpoint_between_does_as_well_and_another_d_leaves_texture_out(run, data, tmp_path):
