@@ -15,9 +15,9 @@ from measuring.artefacts import (
     strongest_line,
     weave,
 )
+from utils.images import write_image
 
 GENERATOR = torch.Generator().manual_seed(0)
-from utils.images import write_image
 
 
 def noisy(height: int = 256, width: int = 384, pattern: torch.Tensor | float = 0.0) -> tuple:

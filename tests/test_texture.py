@@ -152,7 +152,9 @@ def test_shares_of_it_are_added():
     none, half, all_ = (codec.render(contents, Sampling(texture=share)).image.float() for share in (0.0, 0.5, 1.0))
     assert torch.equal(none, plain.decompress(plain.compress(picture(48, 64), 40)).float())
     inside = (none.minimum(all_) > 0) & (none.maximum(all_) < 255)
-    assert inside.float().mean() > 0.5 and (half - (none + all_) / 2)[inside].abs().max() <= 1 < (none - all_).abs().max()
+    assert (
+        inside.float().mean() > 0.5 and (half - (none + all_) / 2)[inside].abs().max() <= 1 < (none - all_).abs().max()
+    )
     for share in (-0.1, 2.1):
         with pytest.raises(ValueError, match=f"texture {share}: 0 .none. to 2"):
             Sampling(texture=share)
