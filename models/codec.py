@@ -26,7 +26,7 @@ from models.index_model import IndexModel
 from models.networks import Networks
 from models.noise import GRAIN, drawn, portable_noise
 from models.records import ONE_STEP, Analysed, CodecParams, Contents, Decoded, Sampling
-from models.residual_hyperprior import LEVEL_CODES, Symbols
+from models.residual_hyperprior import LEVEL_CODES, Symbols, toward_last
 from models.sizes import memory
 from models.sizes.tiles import SIDE, Tiles
 from utils.errors import BitstreamError, CheckpointError
@@ -264,23 +264,25 @@ class Codec(Networks):
         files = [each.file for each in contents]
         y_hat, z_q = self.known(contents)
         x_hat, etas = self.denoise(y_hat, z_q, files, sampling)
-        grain = [self.grain(x_hat, files, sampling)] if self.texture and sampling.texture else []
-        to_picture = partial(self.to_picture, texture=sampling.texture)
+        to_picture, grain = self.to_picture, []
+        if self.texture and sampling.texture:
+            grain = [self.grain(x_hat, files, sampling)]
+            to_picture = partial(to_picture, texture=self.texture_shares(files, sampling).to(x_hat))
         images = self.tiles(*files[0].coded_size).run(to_picture, x_hat, *grain)
         pictures = [resized(image, file.height, file.width) for image, file in zip(images, files, strict=True)]
         return list(map(Decoded, pictures, etas))
 
-    def picture(self, x_hat: Tensor, grain: Tensor | None = None, texture: float = 1.0) -> Tensor:
-        """X^ = D(x^), or the light decoder's, with so much of its texture if there is grain for it, `finished`.
+    def picture(self, x_hat: Tensor, grain: Tensor | None = None, texture: Tensor | None = None) -> Tensor:
+        """X^ = D(x^), or the light decoder's, with texture if there is grain for it, `finished`.
 
-        N x d x h x w and N x 256 x h x w -> N x 3 x 16h x 16w, unclamped.
+        N x d x h x w, N x 256 x h x w and shares of texture, N x 1 x 1 x 1 -> N x 3 x 16h x 16w, unclamped.
         """
         image = (self.light or self.autoencoder.decode)(x_hat)
         if grain is not None:
             image = image.lerp(self.texture(image, x_hat, grain), texture)
         return finished(image, self.params.sharpening, self.params.colour_blur)
 
-    def to_picture(self, x_hat: Tensor, grain: Tensor | None = None, texture: float = 1.0) -> Tensor:
+    def to_picture(self, x_hat: Tensor, grain: Tensor | None = None, texture: Tensor | None = None) -> Tensor:
         """`picture` in 8 bits: uint8, on the CPU. Raises BitstreamError if it is not finite."""
         image = self.picture(x_hat, grain, texture)
         if not image.isfinite().all():
@@ -304,6 +306,12 @@ class Codec(Networks):
         """The noise that texture is made of, N x 256 x h x w: a number for every pixel of N files' pictures."""
         like = x_hat.new_empty(1, CELL**2, *x_hat.shape[2:])
         return torch.cat([next(portable_noise(seed, like, self.drawn, GRAIN)) for seed in _seeds(files, sampling)])
+
+    def texture_shares(self, files: Sequence[CodedPicture], sampling: Sampling) -> Tensor:
+        """Shares of texture that N files get, by their levels: N x 1 x 1 x 1."""
+        above = [toward_last(file.residual.code, self.residual.params) if file.residual else 0.0 for file in files]
+        shares = [sampling.texture * (1 - self.params.texture.fade * each) for each in above]
+        return torch.tensor(shares).view(-1, 1, 1, 1)
 
     def denoise(
         self, y_hat: Tensor, z_q: Tensor, files: Sequence[CodedPicture], sampling: Sampling

@@ -53,13 +53,14 @@ class CodecParams:
     def rules(self) -> dict[str, float]:
         """Parameters that size no network, and may change after training."""
         own = {"sharpening": self.sharpening, "colour_blur": self.colour_blur}
-        return own | (self.residual.rules if self.residual else {})
+        return own | (self.residual.rules if self.residual else {}) | (self.texture.rules if self.texture else {})
 
     def with_rules(self, rules: Mapping[str, float]) -> "CodecParams":
         """The same sizes, and some `rules` as told."""
-        own = {name: rule for name, rule in rules.items() if hasattr(self, name)}
-        rest = {name: rule for name, rule in rules.items() if name not in own}
-        return replace(self, **own, **({"residual": replace(self.residual, **rest)} if rest else {}))
+        parts = {name: part for name in ("residual", "texture") if (part := getattr(self, name))}
+        told = {name: {key: rules[key] for key in part.rules if key in rules} for name, part in parts.items()}
+        own = {key: rule for key, rule in rules.items() if not any(key in each for each in told.values())}
+        return replace(self, **own, **{name: replace(parts[name], **each) for name, each in told.items()})
 
     def __post_init__(self):
         for name in ("sharpening", "colour_blur"):

@@ -91,6 +91,11 @@ def node_of(code: int, params: ResidualParams) -> int:
     return min(max(math.floor(level_of(code, params) - 0.5), 0), params.levels - 1)
 
 
+def toward_last(code: int, params: ResidualParams) -> float:
+    """How far a code's level is from the first to the last: 0 at level 1 and below, 1 at L and above."""
+    return min(max((level_of(code, params) - 1) / (params.levels - 1), 0.0), 1.0)
+
+
 def _tile(start: int) -> tuple[slice, slice, slice]:
     """A tile of z from `start` along one side: positions of z with the rim, of the latent with it, and without."""
     first, end = max(0, start - _RIM), start + _TILE + _RIM
@@ -282,8 +287,7 @@ class ResidualHyperprior(nn.Module):
 
     def _stretched(self, code: int) -> float:
         """What the decoder multiplies n by: networks trained with squared errors are timid where they know little."""
-        above_first = (level_of(code, self.params) - 1) / (self.params.levels - 1)
-        return 1 + self.params.stretch * (1 - min(max(above_first, 0.0), 1.0))
+        return 1 + self.params.stretch * (1 - toward_last(code, self.params))
 
     def _level(self, code: int, device: torch.device) -> Tensor:
         return torch.tensor([level_of(code, self.params)], device=device, dtype=torch.float64)

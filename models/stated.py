@@ -12,7 +12,15 @@ from utils.errors import CheckpointError
 APART = ("rate", "light")  # blocks of CodecParams that say nothing of the networks whose digests count
 ONLY_TRAINING = ("decay", "epsilon", "revive_below")  # parameters of networks that no fingerprint counts
 # Parameters that came after the first release: they count where they are not at this.
-LATER = {"patch": 1, "shortcut": "none", "least_side": 1, "masking": 0.0, "masking_floor": 1.0, "stretch": 0.0}
+LATER = {
+    "patch": 1,
+    "shortcut": "none",
+    "least_side": 1,
+    "masking": 0.0,
+    "masking_floor": 1.0,
+    "stretch": 0.0,
+    "fade": 0.0,
+}
 
 
 def meaning(params: CodecParams) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.bitstream import CELL
-from utils.config import require_from
+from utils.config import require, require_from
 from utils.precision import without_autocast
 
 SIDE = 9  # of a filter, in pixels
@@ -37,13 +37,22 @@ class TextureParams:
 
     Attributes:
         width: channels of its maps. num_res_blocks: of two convolutions each.
+        fade: share of the texture that files of the residual's last level go without; those of its first, and of the base
+            alone, have all of it. Training knows nothing of it.
     """
 
     width: int = 48
     num_res_blocks: int = 2
+    fade: float = 0.0
+
+    @property
+    def rules(self) -> dict[str, float]:
+        """What may change after training: no network is of another size by it."""
+        return {"fade": self.fade}
 
     def __post_init__(self):
         require_from(1, self, "width", "num_res_blocks")
+        require(0 <= self.fade <= 1, f"fade {self.fade}: 0 to 1")
 
 
 def filters() -> Tensor:

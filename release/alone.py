@@ -10,6 +10,7 @@ from training.config import TrainConfig
 from utils import checkpoints
 from utils.errors import CheckpointError
 
+BEHIND_D = ("sharpening", "colour_blur", "fade")  # rules of what comes after D
 LEARNT = {"decoder": "autoencoder", "texture": "texture"}  # network of the codec, by stage
 
 
@@ -39,8 +40,9 @@ def with_learnt(out: Path, config: TrainConfig, iteration: int, source: Triple |
     for same in {"vq_base", "autoencoder"} - {name}:
         if checkpoints.digest(states[same]) != checkpoints.digest(getattr(codec, same).state_dict()):
             raise CheckpointError(f"{path}: of a run that started from another release than {before} is now")
-    rules = {key: getattr(config.networks, key) for key in ("sharpening", "colour_blur")} if name == "texture" else {}
-    codec.params = replace(codec.params, texture=config.networks.texture, **rules)
+    codec.params = replace(codec.params, texture=config.networks.texture)
+    if name == "texture":
+        codec.params = codec.params.with_rules({rule: config.networks.rules[rule] for rule in BEHIND_D})
     sizes = codec.params.texture, codec.params.autoencoder.embed_dim
     codec.texture = Texture(*sizes) if name == "texture" else None
     state = halved(states[name], name) if name == "texture" else states[name]

@@ -19,10 +19,11 @@ from pathlib import Path
 
 from datapipe.sources import data_options
 from models.codec import Codec
+from models.records import CodecParams
 from models.released import NAMES, NETWORKS, Triple, assembled, load_triple
 from models.stated import stored_params
 from release import context_model, index_model
-from release.alone import LEARNT, with_learnt
+from release.alone import BEHIND_D, LEARNT, with_learnt
 from release.light import add_light
 from release.making import COUNTED, require_empty, round_to_half, write_release
 from release.tables import BATCH, count
@@ -38,7 +39,10 @@ RULES = {  # parameters that may change after training: range, what the option s
     "stretch": ((0, 0.5), "share by which symbols of the lowest level are decoded further from their mean"),
     "sharpening": ((0, 1), "share of grey detail of 3x3 pixels that decoders add"),
     "colour_blur": ((0, 1), "share of colour's detail of 3x3 pixels that decoders take away"),
+    "fade": ((0, 1), "share of texture that files of the last level go without"),
 }
+NEEDED = {"masking": "residual codec (networks.residual)", "stretch": "residual codec (networks.residual)"}
+NEEDED |= {"fade": "texture network (networks.texture)"}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -121,11 +125,16 @@ def averaged(path: Path) -> Codec:
     return assembled(params, states, dict.fromkeys(NETWORKS, path))
 
 
+def ruled(params: CodecParams, rules: Mapping[str, float]) -> CodecParams:
+    """Parameters with rules of `RULES`. Raises CheckpointError if they lack the network that one is of."""
+    if lacking := sorted(rules.keys() - params.rules):
+        raise CheckpointError(f"--{lacking[0]}: the run has no {NEEDED[lacking[0]]}")
+    return params.with_rules(rules)
+
+
 def set_rules(codec: Codec, rules: Mapping[str, float]) -> None:
-    """Give a codec rules of `RULES`. Raises CheckpointError if it has no residual codec for those of it."""
-    if lacking := sorted(rules.keys() - codec.params.rules):
-        raise CheckpointError(f"--{lacking[0]}: the run has no residual codec (networks.residual)")
-    codec.params = codec.params.with_rules(rules)
+    """Give a codec rules of `RULES`. Raises CheckpointError if it lacks the network that one is of."""
+    codec.params = ruled(codec.params, rules)
     if codec.residual:
         codec.residual.params = codec.params.residual
 
@@ -133,15 +142,15 @@ def set_rules(codec: Codec, rules: Mapping[str, float]) -> None:
 def release(args: argparse.Namespace) -> None:
     config = load_config(str(args.run / RUN_CONFIG), values=data_options(args.data) if args.data else {})
     rules = {rule: value for rule in RULES if (value := getattr(args, rule)) is not None}
-    if rules and "codec" not in config.stages:
-        raise DiffoError(
-            f"--{min(rules)}: a run of stage {config.stages[0]} leaves the rules of its release as they are"
-        )
+    stage = config.stages[-1]
+    if fixed := rules.keys() - (RULES if stage == "codec" else BEHIND_D if stage == "texture" else ()):
+        raise DiffoError(f"--{min(fixed)}: a run of stage {stage} leaves the rules of its release as they are")
     if config.stages == ("light",):
         print(json.dumps(add_light(args.out, *chosen(args.run, args.iteration, "light")), indent=1))
         return
-    if config.stages[0] in LEARNT:
-        about = with_learnt(args.out, config, *chosen(args.run, args.iteration, config.stages[0]))
+    if stage in LEARNT:
+        config = replace(config, networks=ruled(config.networks, rules))
+        about = with_learnt(args.out, config, *chosen(args.run, args.iteration, stage))
         print(json.dumps(about, indent=1))
         return
     require_empty(args.out)

@@ -380,7 +380,7 @@ def test_rules_are_told_at_release(run_folder, tmp_path, rounded, capsys):
     with pytest.raises(SystemExit):
         main([*asked, str(tmp_path / "wrong"), "--masking", "-0.1"])
     assert "argument --masking: -0.1 is not 0 to 1" in capsys.readouterr().err
-    with pytest.raises(CheckpointError, match="--stretch: the run has no residual codec"):
+    with pytest.raises(CheckpointError, match="--stretch: the run has no residual codec .networks.residual"):
         set_rules(Codec(replace(rounded.params, residual=None)), {"stretch": 0.1, "sharpening": 0.1})
     set_rules(codec := Codec(replace(rounded.params, residual=None)), {"sharpening": 0.1})
     assert codec.params.rules == {"sharpening": 0.1, "colour_blur": 0.0}

@@ -167,6 +167,22 @@ def test_it_moves_no_symbol():
         assert plain.compress(image, code) == codec.compress(image, code)
 
 
+def test_it_fades_with_the_level():
+    """Of three levels, fade 0.6: all of it for the base alone and at level 1, 0.7 halfway, 0.4 at the last; by file in a batch."""
+    codec = textured()
+    codec.params = codec.params.with_rules({"fade": 0.6})
+    image = picture(48, 64)
+    contents = [codec.read(codec.write(codec.analyse(image), code)) for code in (0, 1, 128, 255)]
+    shares = codec.texture_shares([each.file for each in contents], Sampling(texture=0.5))
+    assert shares.shape == (4, 1, 1, 1) and shares.flatten().tolist() == pytest.approx([0.5, 0.5, 0.35, 0.2])
+    together = codec.render_all(contents)
+    codec.params = codec.params.with_rules({"fade": 0.0})
+    alone = codec.render(contents[3], Sampling(texture=0.4)).image.int()
+    assert (
+        (together[3].image.int() - alone).abs().max() <= 1 < (alone - codec.render(contents[3]).image.int()).abs().max()
+    )
+
+
 @torch.no_grad()
 def test_tiles_have_the_texture_of_the_whole(monkeypatch):
     """D is left out: what is compared is texture, and the place that noise has in a tile."""
@@ -188,6 +204,7 @@ def test_parameters_say_so_and_old_fingerprints_hold():
     plain = new_codec().params
     assert "texture" not in meaning(plain)
     assert meaning(replace(plain, texture=SIZE))["texture"] == {"width": 4, "num_res_blocks": 1}
+    assert meaning(replace(plain, texture=replace(SIZE, fade=0.5)))["texture"]["fade"] == 0.5
     with pytest.raises(ConfigError, match="width 0: from 1 up"):
         load_config(str(NANO), [*TEXTURE, "networks.texture.width=0"])
 

@@ -146,7 +146,10 @@ def test_its_release_has_the_same_bytes_and_other_pictures(before, run, tmp_path
     assert told["light"] == {"iteration": 9} and (tmp_path / "out" / "light_model_4.pth").read_bytes() == b"light"
     assert told["sha256"]["light_model_4.pth"] == earlier["sha256"]["light_model_3.pth"]
     networks = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())["networks"]
-    assert networks["texture"] == {"width": 4, "num_res_blocks": 1} and told["c"] == networks["rate"]["c"] != 0.07
+    assert (
+        networks["texture"] == {"width": 4, "num_res_blocks": 1, "fade": 0.0}
+        and told["c"] == networks["rate"]["c"] != 0.07
+    )
     averages = halved(checkpoints.read(run / "checkpoints" / "texture_4.pth")["averages"]["texture"], "texture")
     state = load_release(tmp_path / "out").texture.state_dict()
     assert all(torch.equal(state[key], value.float()) for key, value in averages.items())
@@ -155,7 +158,10 @@ def test_its_release_has_the_same_bytes_and_other_pictures(before, run, tmp_path
 
 def test_the_command_adds_as_much_texture_as_is_asked(run, tmp_path, capsys):
     """The same file; none, all and more of it. An encoder has nothing to add it to."""
-    assert release([str(run), str(tmp_path / "out")]) == 0
+    assert release([str(run), str(tmp_path / "out"), "--fade", "0.25"]) == 0
+    assert load_release(tmp_path / "out").params.texture.fade == 0.25
+    assert release([str(run), str(tmp_path / "no"), "--masking", "0.1"]) == 1
+    assert "--masking: a run of stage texture leaves the rules of its release" in capsys.readouterr().err
     photograph(tmp_path / "a.png", 64, 48)
     given = ("-i", tmp_path / "a.png", "--quality", 50, "--device", "cpu", "--weights", tmp_path / "out")
     for share in ("0", "1", "2"):
