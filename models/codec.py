@@ -26,7 +26,7 @@ from models.index_model import IndexModel
 from models.networks import Networks
 from models.noise import GRAIN, drawn, portable_noise
 from models.records import ONE_STEP, Analysed, CodecParams, Contents, Decoded, Sampling
-from models.residual_hyperprior import LEVEL_CODES, Symbols, toward_last
+from models.residual_hyperprior import LEVEL_CODES, Symbols, beyond_middle
 from models.sizes import memory
 from models.sizes.tiles import SIDE, Tiles
 from utils.errors import BitstreamError, CheckpointError
@@ -309,7 +309,7 @@ class Codec(Networks):
 
     def texture_shares(self, files: Sequence[CodedPicture], sampling: Sampling) -> Tensor:
         """Shares of texture that N files get, by their levels: N x 1 x 1 x 1."""
-        above = [toward_last(file.residual.code, self.residual.params) if file.residual else 0.0 for file in files]
+        above = [beyond_middle(file.residual.code, self.residual.params) if file.residual else 0.0 for file in files]
         shares = [sampling.texture * (1 - self.params.texture.fade * each) for each in above]
         return torch.tensor(shares).view(-1, 1, 1, 1)
 

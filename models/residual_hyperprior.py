@@ -91,9 +91,9 @@ def node_of(code: int, params: ResidualParams) -> int:
     return min(max(math.floor(level_of(code, params) - 0.5), 0), params.levels - 1)
 
 
-def toward_last(code: int, params: ResidualParams) -> float:
-    """How far a code's level is from the first to the last: 0 at level 1 and below, 1 at L and above."""
-    return min(max((level_of(code, params) - 1) / (params.levels - 1), 0.0), 1.0)
+def beyond_middle(code: int, params: ResidualParams) -> float:
+    """How far a code's level is on the way from L / 2 to L: 0 below, 1 above."""
+    return min(max(2 * level_of(code, params) / params.levels - 1, 0.0), 1.0)
 
 
 def _tile(start: int) -> tuple[slice, slice, slice]:
@@ -287,7 +287,8 @@ class ResidualHyperprior(nn.Module):
 
     def _stretched(self, code: int) -> float:
         """What the decoder multiplies n by: networks trained with squared errors are timid where they know little."""
-        return 1 + self.params.stretch * (1 - toward_last(code, self.params))
+        above_first = (level_of(code, self.params) - 1) / (self.params.levels - 1)
+        return 1 + self.params.stretch * (1 - min(max(above_first, 0.0), 1.0))
 
     def _level(self, code: int, device: torch.device) -> Tensor:
         return torch.tensor([level_of(code, self.params)], device=device, dtype=torch.float64)

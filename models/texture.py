@@ -3,7 +3,7 @@
     g~ = g + sum_k a_k (f_k * g) + sum_k s_k (h_k * n)        g: grey of X^, the mean of RGB; n: white noise
 
 f_k and h_k are filters of 9x9 pixels that see no flat colour. A small network reads from X^ and x^ how much of each there
-should be in every cell of 4x4 pixels: a_k and s_k. Colour stays as it is. It moves no symbol, and costs 3 GFLOP at 768x512.
+should be in every cell of 4x4 pixels: a_k and s_k. Colour stays as it is. It moves no symbol, and costs 7 GFLOP at 768x512.
 The noise has a seed, so that a file has one picture; two seeds differ in grain and in nothing else.
 """
 
@@ -37,8 +37,8 @@ class TextureParams:
 
     Attributes:
         width: channels of its maps. num_res_blocks: of two convolutions each.
-        fade: share of the texture that files of the residual's last level go without; those of its first, and of the base
-            alone, have all of it. Training knows nothing of it.
+        fade: share of the texture that files of the residual's last level go without; those of level L / 2 and below have
+            all of it. Training knows nothing of it.
     """
 
     width: int = 48

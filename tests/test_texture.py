@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from models.bitstream import noise_seed
 from models.blocks import finished
@@ -17,7 +18,7 @@ from models.sizes.tiles import CROP, Tiles
 from models.stated import meaning
 from models.texture import FILTERS, GRAIN, Texture, TextureParams, filters, over_pixels, seen_by
 from release.making import write_release
-from tests.commands import NANO
+from tests.commands import NANO, ROOT
 from tests.residual import D, new_codec, picture
 from tests.small_runs import TEXTURE
 from training.config import load_config
@@ -128,6 +129,16 @@ def test_it_reads_the_energy_of_detail_and_the_latent():
     assert all(p.grad.abs().max() > 0 for p in texture.parameters())
 
 
+def test_the_configuration_of_the_small_model_costs_7_gflop():
+    networks = load_config(str(ROOT / "configs" / "small-texture.yaml")).networks
+    channels = networks.autoencoder.embed_dim
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        Texture(networks.texture, channels)(
+            torch.empty(1, 3, 512, 768), torch.empty(1, channels, 32, 48), torch.empty(1, 256, 32, 48)
+        )
+    assert 6.9 < counter.get_total_flops() / 1e9 < 7.1
+
+
 # In a codec -----------------------------------------------------------------------------------------------------------
 
 
@@ -168,13 +179,13 @@ def test_it_moves_no_symbol():
 
 
 def test_it_fades_with_the_level():
-    """Of three levels, fade 0.6: all of it for the base alone and at level 1, 0.7 halfway, 0.4 at the last; by file in a batch."""
+    """Of three levels, fade 0.6: all of it for the base alone and at level 1, 0.8 at level 2, 0.4 at the last; by file in a batch."""
     codec = textured()
     codec.params = codec.params.with_rules({"fade": 0.6})
     image = picture(48, 64)
     contents = [codec.read(codec.write(codec.analyse(image), code)) for code in (0, 1, 128, 255)]
     shares = codec.texture_shares([each.file for each in contents], Sampling(texture=0.5))
-    assert shares.shape == (4, 1, 1, 1) and shares.flatten().tolist() == pytest.approx([0.5, 0.5, 0.35, 0.2])
+    assert shares.shape == (4, 1, 1, 1) and shares.flatten().tolist() == pytest.approx([0.5, 0.5, 0.4, 0.2])
     together = codec.render_all(contents)
     codec.params = codec.params.with_rules({"fade": 0.0})
     alone = codec.render(contents[3], Sampling(texture=0.4)).image.int()
