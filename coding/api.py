@@ -23,6 +23,7 @@ from coding import budget, ledger
 from coding.options import DECODERS, SCALES
 from models.bitstream import VERSION, WHOLE, unpack
 from models.codec import Codec
+from models.records import Sampling
 from models.released import SMALL, load_release
 from models.speed.choices import CUDA_PATHS, PRECISIONS, Precision
 from models.speed.fast import prepare
@@ -129,15 +130,17 @@ class ImageCodec:
             self.model.write(analysed, code) if max_bytes is None else budget.fit(self.model, analysed, max_bytes).data
         )
 
-    def decompress(self, data: Bytes, preview: bool = False) -> Tensor:
+    def decompress(self, data: Bytes, preview: bool = False, texture: float = 1.0) -> Tensor:
         """Decode a file: anything bytes-like -> uint8 tensor 3 x H x W, RGB, on the CPU.
 
         Args:
             preview: the base alone, also of a file that was cut anywhere behind it.
+            texture: share of the weights' texture that is added, 0 for none, up to 2.
         Raises:
             BitstreamError: not a file of this codec, damaged or cut. CheckpointError: written with other weights.
+            ValueError: texture out of range.
         """
-        return self.model.decode(as_bytes(data), preview=preview).image
+        return self.model.decode(as_bytes(data), Sampling(texture=texture), preview).image
 
     def info(self, data: Bytes) -> dict[str, int | float | str]:
         """Sizes of a file and where its bits go, without decoding the picture.

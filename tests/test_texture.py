@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from coding.api import load_codec
 from models.bitstream import noise_seed
 from models.blocks import finished
 from models.noise import GRAIN as STEP
@@ -242,6 +243,9 @@ def test_a_release_keeps_it_and_its_fingerprint_counts_it(released, tmp_path):
     other = load_release(tmp_path / "other")
     assert other.fingerprint != codec.fingerprint and len(other.compress(image, 40)) == len(data)
     assert not torch.equal(other.decompress(other.compress(image, 40)), load_release(released).decompress(data))
+    plain = load_codec(released).decompress(data, texture=0.0)
+    assert torch.equal(plain, load_release(released).decode(data, Sampling(texture=0.0)).image)
+    assert not torch.equal(plain, load_codec(released).decompress(data))
 
 
 def test_parameters_without_the_network_are_refused(released, tmp_path):
