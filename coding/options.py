@@ -91,7 +91,13 @@ def _add_coding(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=int, metavar="T", help="steps of the schedule that the weights were trained with")
     add("--eta", type=noise_level, metavar="ETA", help="noise level of the single step, instead of the rate's")
     add("--seed", type=noise_seed, metavar="N", help="noise seed, instead of the file's own")
-    add("--texture", type=texture, default=1.0, metavar="X", help="share of texture that is added, 0 to 2 (default 1)")
+    add(
+        "--texture",
+        type=texture,
+        default=1.0,
+        metavar="X",
+        help="share of texture that is added, 0 to 2 (default 1), by weights that add some",
+    )
     add("--decoder", choices=DECODERS, default="full", help="full: D (the default); light: the release's light decoder")
     add = parser.add_argument
     add("--preview", action="store_true", help="the base alone, also of a file that was cut after it")

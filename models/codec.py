@@ -51,7 +51,9 @@ class Codec(Networks):
         fingerprint: 4 bytes that name the weights; None while they are being trained.
     """
 
-    drawn = staticmethod(drawn)  # noise, of which there may be a graph as of the networks
+    drawn = grained = staticmethod(
+        drawn
+    )  # noise of latents and of pixels, of which there may be graphs as of the networks
 
     def __init__(self, params: CodecParams):
         super().__init__(params)
@@ -305,7 +307,7 @@ class Codec(Networks):
     def grain(self, x_hat: Tensor, files: Sequence[CodedPicture], sampling: Sampling) -> Tensor:
         """The noise that texture is made of, N x 256 x h x w: a number for every pixel of N files' pictures."""
         like = x_hat.new_empty(1, CELL**2, *x_hat.shape[2:])
-        return torch.cat([next(portable_noise(seed, like, self.drawn, GRAIN)) for seed in _seeds(files, sampling)])
+        return torch.cat([next(portable_noise(seed, like, self.grained, GRAIN)) for seed in _seeds(files, sampling)])
 
     def texture_shares(self, files: Sequence[CodedPicture], sampling: Sampling) -> Tensor:
         """Shares of texture that N files get, by their levels: N x 1 x 1 x 1."""

@@ -31,7 +31,7 @@ class CodecParams:
         light: the light decoder, while stage `light` trains it; released, it lies in a file of its own.
         texture: the network that adds texture to decoded pictures; None adds none. Stage `texture` trains it.
         sharpening, colour_blur: share of the grey picture's difference to its mean over 3x3 pixels that decoders add, and
-            share of the colour's that they take away (`models.blocks.finished`); no training sees them.
+            share of the colour's that they take away (`models.blocks.finished`), after texture; stage `texture` alone sees them.
     """
 
     autoencoder: AutoencoderParams = field(default_factory=AutoencoderParams)

@@ -286,11 +286,12 @@ def start_from_release(folder: str | Path, codec: Codec) -> list[str]:
     asked = asked.with_rules(rules)
     require_same(asked, theirs, f"{folder}: of other networks")
     states = states_of(released)
+    left = codec.texture is None and states.pop("texture", None)
     told = [f"{', '.join(states)} from {folder}"]
     told += [
         f"{folder} codes with {name} {rule}, here it is {codec.params.rules[name]}" for name, rule in rules.items()
     ]
-    if codec.texture is None and states.pop("texture", None):
+    if left:
         told.append(f"{folder} adds texture, which is left out here")
     elif codec.texture is not None and not both:
         states["texture"] = codec.texture.state_dict()

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from coding.api import load_codec
 from models.bitstream import noise_seed
 from models.blocks import finished
+from models.light import LightDecoder, LightParams
 from models.noise import GRAIN as STEP
 from models.noise import normal
 from models.records import Sampling
@@ -212,6 +213,39 @@ def test_tiles_have_the_texture_of_the_whole(monkeypatch):
     torch.testing.assert_close(small.run(shown, x, noise), shown(x, noise), atol=1e-4, rtol=1e-4)
 
 
+@torch.no_grad()
+def test_the_light_decoder_has_it_too():
+    codec = textured()
+    codec.light = LightDecoder(LightParams((4, 2), (1, 1), 1), D).eval()
+    torch.nn.init.normal_(codec.light.linear.weight, std=0.05)
+    _, x, noise = inputs()
+    added = codec.texture(codec.light(x), x, noise)
+    torch.testing.assert_close(codec.picture(x, noise, torch.ones(1, 1, 1, 1)), added)
+    assert not torch.allclose(added, codec.picture(x), atol=1e-3)
+
+
+def test_large_pictures_get_it_in_tiles_that_cannot_be_seen():
+    """What it adds to a picture of four tiles is what it adds to the whole, but for what D makes of tiles."""
+    codec = textured()
+    contents = codec.read(codec.compress(picture(128, 128), 0))
+    whole = [codec.render(contents, Sampling(texture=share)).image.float() for share in (0.0, 1.0)]
+    codec.tile_side = 64
+    assert not codec.tiles(128, 128).small
+    tiled = [codec.render(contents, Sampling(texture=share)).image.float() for share in (0.0, 1.0)]
+    added, expected = ((one - none)[:, 8:-8, 8:-8] for none, one in (tiled, whole))
+    assert torch.corrcoef(torch.stack([added.flatten(), expected.flatten()]))[0, 1] > 0.9
+
+
+def test_memory_counts_the_noise_of_all_pixels():
+    """Of a picture in tiles: 5.5 floats per pixel while it is drawn. None of it to encode."""
+    codec = textured()
+    plain, size = new_codec(), (20_000, 20_000)
+    assert codec.memory(*size, "encode") - plain.memory(*size, "encode") == sum(
+        p.nbytes for p in codec.texture.parameters()
+    )
+    assert codec.memory(*size, "decode") >= 5.5 * 4 * 20_000**2
+
+
 def test_parameters_say_so_and_old_fingerprints_hold():
     plain = new_codec().params
     assert "texture" not in meaning(plain)
@@ -270,7 +304,7 @@ def test_training_leaves_it_out_or_goes_on_from_it(released):
         codec = untrained(size)
         told[size] = start_from_release(released, codec)
         assert (codec.texture is None) == (size is None)
-    assert any("adds texture, which is left out here" in line for line in told[None])
+    assert any("adds texture, which is left out here" in line for line in told[None]) and ", texture from" not in told[None][0]
     assert not any("texture, which" in line for line in told[SIZE])
     assert all(torch.equal(v, textured().texture.state_dict()[k]) for k, v in codec.texture.state_dict().items())
     with pytest.raises(CheckpointError, match="texture.width 8 for 4"):

@@ -12,7 +12,7 @@ from training.stage_config import TextureStageParams
 
 
 class TextureStage(DecoderStage):
-    """Stage `texture`: L = w_d |X - X~|^2 + w_c |chroma|^2 + w_p perceptual (+ adversary), X~ = T(D(x^), x^, noise).
+    """Stage `texture`: L = w_d |X - X~|^2 + w_c |chroma|^2 + w_p perceptual (+ adversary), X~ = finished(T(D(x^), x^, noise)).
 
     x^ is the codec's own, at rates that are drawn, or E(X) itself. T, the texture network, alone learns.
     """

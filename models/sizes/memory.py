@@ -13,6 +13,7 @@ from models.texture import FILTERS
 MAPS, COPIES = 6, 20  # per pixel that E or D works on: maps of the outermost resolution, and others
 LIGHT_COPIES = 10  # the light decoder's others
 TEXTURE = 4 * FILTERS  # per pixel, of the texture network
+GRAIN = 5.5  # per pixel of the whole picture, while its noise is drawn; 1 of them stays
 DENOISER = 27  # per latent position that U works on, times its width
 RESIDUAL = 12  # per latent position, times the width of the residual's networks
 TILED = 1.6  # times as much as for one tile: the pass over the crops leaves memory that does not fit the tiles
@@ -43,8 +44,10 @@ def peak(
     if params.texture:
         each["decode"] = max(each["decode"], TEXTURE)
     most = each[way] if way else max(each.values())
+    grain = CELL**2 * math.prod(tiles.size) if params.texture and way != "encode" else 0
     networks = [
-        CELL**2 * tiles.most * most * (1 if tiles.small else TILED),
+        CELL**2 * tiles.most * most * (1 if tiles.small else TILED) + grain,
+        GRAIN * grain,
         tiles.latent.most * DENOISER * params.unet.model_channels,
         math.prod(tiles.size) * RESIDUAL * (params.residual.width if params.residual else 0),
     ]

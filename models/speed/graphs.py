@@ -25,6 +25,7 @@ GRAPHED = (
     ("vq_base", "encode"),
     ("vq_base", "reconstruct"),
     ("", "drawn"),
+    ("", "grained"),
     ("unet", "forward"),
     ("residual.analysis", "forward"),
     ("residual.hyper_analysis", "forward"),
