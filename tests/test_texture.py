@@ -304,7 +304,10 @@ def test_training_leaves_it_out_or_goes_on_from_it(released):
         codec = untrained(size)
         told[size] = start_from_release(released, codec)
         assert (codec.texture is None) == (size is None)
-    assert any("adds texture, which is left out here" in line for line in told[None]) and ", texture from" not in told[None][0]
+    assert (
+        any("adds texture, which is left out here" in line for line in told[None])
+        and ", texture from" not in told[None][0]
+    )
     assert not any("texture, which" in line for line in told[SIZE])
     assert all(torch.equal(v, textured().texture.state_dict()[k]) for k, v in codec.texture.state_dict().items())
     with pytest.raises(CheckpointError, match="texture.width 8 for 4"):
