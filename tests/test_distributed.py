@@ -28,6 +28,7 @@ STEPS, BATCH, SIZE = 3, 4, 48
 OVERRIDES = (
     # AdamW divides by |g| + 1e-8: where a gradient is nearly nothing, the step is its rounding times lr / 1e-8.
     *("gt.optim.lr=1e-4", "codec.optim.lr=1e-4", "decoder.optim.lr=1e-4", "light.optim.lr=1e-4"),
+    *("texture.optim.lr=1e-4", "texture.adversary={weight: 0.5, start: 1}", f"texture.crop_size={SIZE}"),
     *("gt.adversary={weight: 0.5, start: 1}", "codec.adversary={weight: 0.5, start: 1}"),
     *("decoder.adversary={weight: 0.5, start: 1}", "decoder.chroma_weight=1.0", f"decoder.crop_size={SIZE}"),
     *("light.adversary={weight: 0.5, start: 1}", "light.chroma_weight=1.0", f"light.crop_size={SIZE}"),

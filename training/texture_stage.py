@@ -30,4 +30,6 @@ class TextureStage(DecoderStage):
         with torch.no_grad():
             image = self.codec.autoencoder.decode(latent)
         rules = self.codec.params
-        return Shown(finished(model(image, latent, draws.grain.to(image)), rules.sharpening, rules.colour_blur), residual_bpp)
+        return Shown(
+            finished(model(image, latent, draws.grain.to(image)), rules.sharpening, rules.colour_blur), residual_bpp
+        )
