@@ -255,13 +255,13 @@ def test_memory_of_16_megapixels(tmp_path):
 
 @pytest.mark.slow
 def test_tiles_of_the_release_are_not_seen():
-    """2048x2048: the same file to 40 dB of the whole, rates to 0.5 %, no larger steps across borders than elsewhere."""
+    """2048x2048: the same file to 40 dB of the whole, rates to 1 %, no larger steps across borders than elsewhere."""
     codec, image = load_release(SMALL), chequered(2048)
     tiled = codec.write(codec.analyse(image), 100)
     in_tiles = codec.decompress(tiled)
     codec.tile_side = 4096
     whole = codec.decompress(tiled)
-    assert len(codec.write(codec.analyse(image), 100)) == pytest.approx(len(tiled), rel=0.005)
+    assert len(codec.write(codec.analyse(image), 100)) == pytest.approx(len(tiled), rel=0.01)
     change = in_tiles.double() - whole.double()
     assert 10 * math.log10(255**2 / change.square().mean().item()) > 40
     for step in (change.diff(dim=1).abs().mean((0, 2)), change.diff(dim=2).abs().mean((0, 1))):
