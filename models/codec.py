@@ -24,7 +24,7 @@ from models.bitstream import CELL, WHOLE, CodedPicture, CodedResidual, scaled
 from models.blocks import finished
 from models.index_model import IndexModel
 from models.networks import Networks
-from models.noise import GRAIN, drawn, portable_noise
+from models.noise import GRAIN_STEP, drawn, portable_noise
 from models.records import ONE_STEP, Analysed, CodecParams, Contents, Decoded, Sampling
 from models.residual_hyperprior import LEVEL_CODES, Symbols, beyond_middle
 from models.sizes import memory
@@ -51,9 +51,8 @@ class Codec(Networks):
         fingerprint: 4 bytes that name the weights; None while they are being trained.
     """
 
-    drawn = grained = staticmethod(
-        drawn
-    )  # noise of latents and of pixels, of which there may be graphs as of the networks
+    # Noise of latents and of pixels, of which there may be graphs as of the networks.
+    drawn = grained = staticmethod(drawn)
 
     def __init__(self, params: CodecParams):
         super().__init__(params)
@@ -307,7 +306,9 @@ class Codec(Networks):
     def grain(self, x_hat: Tensor, files: Sequence[CodedPicture], sampling: Sampling) -> Tensor:
         """The noise that texture is made of, N x 256 x h x w: a number for every pixel of N files' pictures."""
         like = x_hat.new_empty(1, CELL**2, *x_hat.shape[2:])
-        return torch.cat([next(portable_noise(seed, like, self.grained, GRAIN)) for seed in _seeds(files, sampling)])
+        return torch.cat(
+            [next(portable_noise(seed, like, self.grained, GRAIN_STEP)) for seed in _seeds(files, sampling)]
+        )
 
     def texture_shares(self, files: Sequence[CodedPicture], sampling: Sampling) -> Tensor:
         """Shares of texture that N files get, by their levels: N x 1 x 1 x 1."""

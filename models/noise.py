@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 ROUNDS = 10
-GRAIN = 1 << 31  # step whose numbers are the texture's; those of diffusion are the first
+GRAIN_STEP = 1 << 31  # step whose numbers are the texture's; those of diffusion are the first
 MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 WEYL = 0x9E3779B9, 0xBB67AE85  # added to the key in every round
 WORD = 0xFFFFFFFF

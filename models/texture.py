@@ -15,15 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.bitstream import CELL
+from models.residual_networks import Block
 from utils.config import require, require_from
 from utils.precision import without_autocast
 
 SIDE = 9  # of a filter, in pixels
 FINE = 4  # pixels per cell, along each side
-WAVES = (
-    (3.0, 1.3),
-    (6.0, 2.2),
-)  # wavelength of the oriented filters at the start, and deviation of their window, in pixels
+# Wavelengths of the oriented filters at the start, and deviations of their windows, in pixels.
+WAVES = ((3.0, 1.3), (6.0, 2.2))
 ANGLES = 4
 FILTERS = 2 + len(WAVES) * ANGLES
 GRAIN = 0.005  # deviation of each kind of grain at the start, of a range of 2
@@ -75,18 +74,6 @@ def filters() -> Tensor:
     return bank / bank.square().sum((1, 2, 3), keepdim=True).sqrt()
 
 
-class Block(nn.Module):
-    """h + conv(silu(conv(silu(h)))), without normalisation: a cell depends on those around it alone."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
-
-    def forward(self, h: Tensor) -> Tensor:
-        return h + self.conv2(F.silu(self.conv1(F.silu(h))))
-
-
 class Texture(nn.Module):
     """X^, x^ and white noise -> X^ with texture: N x 3 x 16h x 16w in about [-1, 1], N x d x h x w and N x 256 x h x w, all float32.
 
@@ -101,6 +88,7 @@ class Texture(nn.Module):
         self.filters, self.grains = nn.Parameter(filters()), nn.Parameter(filters())
         self.picture_in = nn.Conv2d(3 * FINE**2 + FILTERS, width, 3, padding=1)
         self.latent_in = nn.Conv2d(channels, width, 1)
+        # Without normalisation: a cell depends on those around it alone.
         self.blocks = nn.Sequential(*(Block(width) for _ in range(params.num_res_blocks)))
         self.conv_out = nn.Conv2d(width, 2 * FILTERS, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)

@@ -11,8 +11,7 @@ from coding.api import load_codec
 from models.bitstream import noise_seed
 from models.blocks import finished
 from models.light import LightDecoder, LightParams
-from models.noise import GRAIN as STEP
-from models.noise import normal
+from models.noise import GRAIN_STEP, normal
 from models.records import Sampling
 from models.released import load_release, save_triple, start_from_release, states_of
 from models.sizes import tiles
@@ -151,7 +150,8 @@ def test_a_file_has_one_picture_and_its_grain_has_numbers_of_its_own():
     first, again = codec.render(contents).image, codec.render(contents).image
     assert torch.equal(first, again)
     grain = codec.grain(torch.empty(1, D, 3, 4), [contents.file], Sampling())
-    assert torch.equal(grain, normal(noise_seed(contents.file.base), 2**31, (256, 3, 4))) and STEP == 2**31
+    assert GRAIN_STEP == 2**31
+    assert torch.equal(grain, normal(noise_seed(contents.file.base), 2**31, (256, 3, 4)))
     other = codec.render(contents, Sampling(seed=3, eta=1e-12)).image.int()
     same_noise = codec.render(contents, Sampling(seed=4, eta=1e-12)).image.int()
     assert 0 < (other - same_noise).abs().float().mean() < 12  # diffusion's noise is off: what differs is grain
