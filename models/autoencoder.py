@@ -103,8 +103,18 @@ class Autoencoder(nn.Module):
             nn.init.zeros_(self.decoder.conv_out.weight)
 
     def encode(self, image: Tensor) -> Tensor:  # N 3 H W -> N d h w
-        x = self.quant_conv(self.encoder(F.pixel_unshuffle(image, self.params.patch)))
-        return (x + self.shortcut.encode(image) if self.shortcut else x).to(image.dtype)
+        return self.encode_coarse(self.encode_fine(image)).to(image.dtype)
+
+    def encode_fine(self, image: Tensor) -> Tensor:  # N 3 H W -> N c (+ d) h w
+        """What E makes of a picture above the latent's resolution, and the linear map's share of the latent."""
+        h = self.encoder(F.pixel_unshuffle(image, self.params.patch), only="fine")
+        return torch.cat([h, self.shortcut.encode(image)], 1) if self.shortcut else h
+
+    def encode_coarse(self, parts: Tensor) -> Tensor:
+        """The rest of E: of what `encode_fine` gives -> N d h w."""
+        h, linear = parts.tensor_split([self.encoder.fine_width], 1)
+        x = self.quant_conv(self.encoder(h, only="coarse"))
+        return x + linear if self.shortcut else x
 
     def decode(self, x: Tensor) -> Tensor:  # N d h w -> N 3 H W
         image = F.pixel_shuffle(self.decoder(self.post_quant_conv(x)), self.params.patch)

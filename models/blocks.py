@@ -5,6 +5,7 @@ Axes: N batch, C channels, H and W rows and columns of a feature map.
 """
 
 from collections import OrderedDict
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -159,6 +160,7 @@ class Encoder(nn.Module):
         super().__init__()
         widths = [ch] + [ch * m for m in ch_mult]
         last = len(ch_mult) - 1
+        self.fine_width = widths[-2]  # channels of what the resolutions above the last give
         self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
         self.down = nn.ModuleList()
         for i in range(len(ch_mult)):
@@ -170,13 +172,28 @@ class Encoder(nn.Module):
         self.norm_out = group_norm(widths[-1], groups)
         self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:  # N C_in H W -> N C_out H/2^(L-1) W/2^(L-1)
+    @property
+    def fine_norms(self) -> int:
+        """Normalisations of the resolutions above the last."""
+        return sum(isinstance(module, GroupNorm) for part in self.down[:-1] for module in part.modules())
+
+    def forward(self, x: Tensor, only: Literal["fine", "coarse"] | None = None) -> Tensor:
+        """N C_in H W -> N C_out H/2^(L-1) W/2^(L-1).
+
+        Args:
+            only: `fine`, the resolutions above the last, which give maps of that; `coarse`, all the rest, of such maps.
+        """
+        h = x if only == "coarse" else self._fine(x)
+        return h if only == "fine" else self._coarse(h)
+
+    def _fine(self, x: Tensor) -> Tensor:
         h = self.conv_in(x)
-        for part in self.down:
-            h = part(h)
-            if hasattr(part, "downsample"):
-                h = part.downsample(h)
-        return self.conv_out(self.norm_out(self.mid(h)))
+        for part in self.down[:-1]:
+            h = part.downsample(part(h))
+        return h
+
+    def _coarse(self, h: Tensor) -> Tensor:
+        return self.conv_out(self.norm_out(self.mid(self.down[-1](h))))
 
 
 class Decoder(nn.Module):

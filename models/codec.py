@@ -23,12 +23,12 @@ from models import bitstream, diffusion, entropy_coding
 from models.bitstream import CELL, WHOLE, CodedPicture, CodedResidual, scaled
 from models.blocks import finished
 from models.index_model import IndexModel
-from models.networks import Networks
+from models.networks import Networks, padded
 from models.noise import GRAIN_STEP, drawn, portable_noise
 from models.records import ONE_STEP, Analysed, CodecParams, Contents, Decoded, Sampling
 from models.residual_hyperprior import LEVEL_CODES, Symbols, beyond_middle
 from models.sizes import memory
-from models.sizes.tiles import SIDE, Tiles
+from models.sizes.tiles import ENCODER_KEYS, EXACT, SIDE, Tiles
 from utils.errors import BitstreamError, CheckpointError
 from utils.images import resized, to_signed, to_uint8
 from utils.limits import MAX_PIXELS, MIN_SIDE
@@ -127,10 +127,22 @@ class Codec(Networks):
         if self.fingerprint is None:
             raise CheckpointError("these weights have no fingerprint: load them with load_release before coding")
         tiles = self.tiles(*images.shape[2:])
-        x = tiles.run(lambda part: self.to_latent(to_signed(part).to(self.device)), images)
+        x = self.encoded(images, tiles)
         k, sections = self.indices(x, tiles)
         y = tiles.latent.run(self.vq_base.reconstruct, self.vq_base.rows(k))
         return x, k, sections, y, self.residual.analysis(x - y, y) if self.has_levels else None
+
+    def encoded(self, images: Tensor, tiles: Tiles) -> Tensor:
+        """x = E(X) of uint8 N x 3 x H x W: N x d x h x w."""
+        if tiles.small:
+            return self.to_latent(to_signed(images).to(self.device))
+        e = self.autoencoder
+        parts = tiles.run(
+            lambda tile: e.encode_fine(padded(to_signed(tile).to(self.device))),
+            images,
+            exact=e.encoder.fine_norms <= EXACT,
+        )
+        return tiles.latent.run(e.encode_coarse, parts, keys=ENCODER_KEYS)
 
     def indices(self, x: Tensor, tiles: Tiles) -> tuple[Tensor, Sections]:
         """k of latents, N x d x h x w -> int64 N x h x w, and their sections: of the nearest codes None each, of codes that are

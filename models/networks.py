@@ -31,6 +31,11 @@ from models.vq_base import VQBase
 from utils.precision import without_autocast
 
 
+def padded(image: Tensor) -> Tensor:
+    """A picture, N 3 H W, padded by edge values to whole cells."""
+    return F.pad(image, (0, -image.shape[3] % CELL, 0, -image.shape[2] % CELL), mode="replicate")
+
+
 class Networks(nn.Module):
     """E, D, VQ-E, VQ-D, U and the residual codec; `forward` is a training pass.
 
@@ -67,9 +72,8 @@ class Networks(nn.Module):
     # Steps shared by training, coding and decoding ------------------------------------------------------------------
 
     def to_latent(self, image: Tensor) -> Tensor:
-        """x = E(X), padded by edge values to whole cells: N x 3 x H x W in [-1, 1] -> N x d x h x w."""
-        bottom, right = -image.shape[2] % CELL, -image.shape[3] % CELL
-        return self.autoencoder.encode(F.pad(image, (0, right, 0, bottom), mode="replicate"))
+        """x = E(X) of the picture, `padded`: N x 3 x H x W in [-1, 1] -> N x d x h x w."""
+        return self.autoencoder.encode(padded(image))
 
     def denoiser_inputs(self, y_hat: Tensor, z_q: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
         """(y^, lq, centre) as the branches and the adapter are set: what x~ starts from, the condition, the origin.

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.layers import fused_norm
-from models.layers.sharing import is_sharing, shared
+from models.layers.sharing import is_sharing, shared_moments
 
 in_place = True  # the option: outside training, SiLU writes over what it takes; the same bits, and a feature map less
 
@@ -18,7 +18,7 @@ in_place = True  # the option: outside training, SiLU writes over what it takes;
 class GroupNorm(nn.GroupNorm):
     """a(GN(x) (1 + scale) + shift), with a = SiLU or nothing. Parameters and keys are those of `nn.GroupNorm`.
 
-    Inside `sharing`, all samples of all passes have the means and variances of the first pass's samples together.
+    Inside `sharing`, all samples of all passes have the same means and variances: the first pass's, or those of all parts.
 
     Args:
         groups, channels, eps: as in `nn.GroupNorm`. silu: whether SiLU follows.
@@ -37,7 +37,7 @@ class GroupNorm(nn.GroupNorm):
             return fused_norm.group_norm(x, self.num_groups, *affine, self.eps, scale, shift, self.silu, before)
         if before is not None:
             x = x + before.to(x.dtype).view(-1, 1, 1)
-        moments = shared(self, lambda: self._moments(x))
+        moments = shared_moments(self, self._moments, x)
         h = super().forward(x) if moments is None else self._with(moments, x)
         if scale is not None:
             h = h * (1 + scale) + shift

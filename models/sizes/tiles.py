@@ -1,11 +1,13 @@
 """Pictures of any size: above one, networks run in tiles, and what they take from the whole is the same for all tiles.
 
 A picture of at most 1.5 side^2 pixels is coded whole. In a larger one E and D run on tiles: squares of `side` pixels from
-the top left corner, each seen with a margin of MARGIN latent positions, which is not kept. What a network takes from the
-whole (`sharing`) comes from one pass over up to 9 crops of CROP x CROP latent positions of its own input, spread evenly
-from corner to corner. VQ-E, VQ-D and U see one position where E and D see 256 pixels: their tiles, margins, crops and the
-size up to which they run whole are COARSE times as large along each side. Convolutions alone (the residual codec) always
-run whole. A picture's size alone decides all of this; indices, symbols and noise are those of one grid.
+the top left corner, each seen with a margin of MARGIN latent positions, which is not kept. What D takes from the whole
+(`sharing`) comes from one pass over up to 9 crops of CROP x CROP latent positions of its own input, spread evenly from
+corner to corner. E's part above the latent's resolution takes exact means and variances, found layer by layer, if they are
+of few layers (EXACT), else those of crops, too. The rest of E, VQ-E, VQ-D and U see one position where it and D see 256 pixels:
+their tiles, margins, crops and the size up to which they run whole are COARSE times as large along each side. Convolutions
+alone (the residual codec) always run whole. A picture's size alone decides all of this; indices, symbols and noise are those
+of one grid.
 """
 
 import math
@@ -16,12 +18,14 @@ import torch
 from torch import Tensor
 
 from models.bitstream import CELL
-from models.layers.sharing import sharing
+from models.layers.sharing import KEYS, Inner, Met, Sharing, sharing
 
 SIDE = 1024  # of a tile, in pixels
 MARGIN, CROP, WINDOW = 8, 24, 16  # latent positions; WINDOW: that the denoiser's windows span, of all resolutions
 CROPS = 9
 COARSE = 4
+EXACT = 4  # layers whose moments are found layer by layer: as many passes, each up to its layer
+ENCODER_KEYS = 16384  # of E's attention, on which rates depend
 
 Network = Callable[..., Tensor]
 Rectangle = tuple[slice, slice]  # rows and columns
@@ -73,34 +77,55 @@ class Tiles:
         tile = (min(size, self.scale * (self.side // CELL + 2 * MARGIN)) for size in self.size)
         return max(math.prod(tile), sum(_positions(crop) for crop in self.crops()))
 
-    def run(self, network: Network, *maps: Tensor) -> Tensor:
+    def run(self, network: Network, *maps: Tensor, exact: bool = False, keys: int = KEYS) -> Tensor:
         """A network on one picture, in tiles if it is large.
 
         Args:
-            network: E, of 1 x 3 x H x W, D, to 1 x 3 x 16h x 16w, or, with `latent`, one from latent maps to a latent map.
+            network: of 1 x 3 x H x W or latent maps, to 1 x 3 x 16h x 16w or, with `latent` or of pixels, to a latent map.
             maps: its inputs, whole.
+            exact: find means and variances layer by layer; for a network without attention. keys: for one with it.
         Returns:
             its output, whole; pixels cropped to the picture's.
         """
         if self.small:
             return network(*maps)[..., : self.height, : self.width]
-        with sharing():
-            return network(*maps) if self.whole else self._run(network, maps)
+        with sharing(keys) as found:
+            return network(*maps) if self.whole else self._run(network, maps, found, exact)
 
-    def _run(self, network: Network, maps: tuple[Tensor, ...]) -> Tensor:
+    def _run(self, network: Network, maps: tuple[Tensor, ...], found: Sharing, exact: bool) -> Tensor:
         encodes = maps[0].shape[-2:] == (self.height, self.width)
         unit = CELL if encodes else 1  # values of a map per latent position, along a side
         result = 1 if encodes or self.scale > 1 else CELL
         size = self.size if result == 1 else (self.height, self.width)
-        network(*(torch.cat([_cut(m, crop, unit) for crop in self.crops()]) for m in maps))
-        out = None
-        for seen, kept in self.tiles():
-            part = network(*(_cut(m, seen, unit) for m in maps))
-            out = part.new_empty(*part.shape[:-2], *size) if out is None else out
-            place = _cut(out, kept, result)
-            top, left = (result * (k.start - s.start) for s, k in zip(seen, kept, strict=True))
-            place.copy_(part[..., top : top + place.shape[-2], left : left + place.shape[-1]])
+        if not exact:
+            network(*(torch.cat([_cut(m, crop, unit) for crop in self.crops()]) for m in maps))
+        out, met = None, [None]
+        while met:  # once, or once more than there are layers to find
+            met = []
+            for seen, kept in self.tiles():
+                found.inner = self._inner(seen, kept) if exact else None
+                try:
+                    part = network(*(_cut(m, seen, unit) for m in maps))
+                except Met as lacking:
+                    met.append(lacking)
+                    continue
+                out = part.new_empty(*part.shape[:-2], *size) if out is None else out
+                place = _cut(out, kept, result)
+                top, left = (result * (k.start - s.start) for s, k in zip(seen, kept, strict=True))
+                place.copy_(part[..., top : top + place.shape[-2], left : left + place.shape[-1]])
+            if met:
+                found.learn(met)
         return out
+
+    def _inner(self, seen: Rectangle, kept: Rectangle) -> Inner:
+        """Cuts maps of what a tile sees, of any resolution above the latent's, to what is kept of it."""
+
+        def inner(x: Tensor) -> Tensor:
+            unit = x.shape[-2] // (min(seen[0].stop, self.size[0]) - seen[0].start)
+            inside = tuple(slice(k.start - s.start, k.stop - s.start) for s, k in zip(seen, kept, strict=True))
+            return _cut(x, inside, unit)
+
+        return inner
 
     def tiles(self) -> Iterator[tuple[Rectangle, Rectangle]]:
         """What a tile sees and what is kept of it, in latent positions; row by row."""
