@@ -23,12 +23,12 @@ from models.records import CodecParams
 from models.released import NAMES, NETWORKS, Triple, assembled, load_triple
 from models.stated import stored_params
 from release import context_model, index_model
-from release.alone import BEHIND_D, LEARNT, with_learnt
+from release.alone import BEHIND_D, with_learnt
 from release.light import add_light
 from release.making import COUNTED, require_empty, round_to_half, write_release
 from release.tables import BATCH, count
 from training.checkpointing import AVERAGES, BEST, CHECKPOINTS
-from training.config import RUN_CONFIG, load_config
+from training.config import ALONE, RUN_CONFIG, load_config
 from utils import checkpoints
 from utils.commandline import command_parser, number, positive
 from utils.distributed import local_device
@@ -148,7 +148,7 @@ def release(args: argparse.Namespace) -> None:
     if config.stages == ("light",):
         print(json.dumps(add_light(args.out, *chosen(args.run, args.iteration, "light")), indent=1))
         return
-    if stage in LEARNT:
+    if stage in ALONE:
         config = replace(config, networks=ruled(config.networks, rules))
         about = with_learnt(args.out, config, *chosen(args.run, args.iteration, stage))
         print(json.dumps(about, indent=1))

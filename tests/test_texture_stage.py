@@ -13,6 +13,7 @@ import yaml
 from coding.api import load_codec
 from datapipe.draws import draw
 from main_diffusion_train_vq import main
+from models.autoencoder import DECODING
 from models.blocks import finished
 from models.records import Draws
 from models.released import Triple, load_release
@@ -65,6 +66,27 @@ def test_texture_alone_moves():
     moved = {key for key, value in stage.codec.state_dict().items() if not torch.equal(value, before[key])}
     learns = {key for key, p in stage.codec.named_parameters() if p.requires_grad}
     assert moved == learns == {key for key in before if key.startswith("texture.")}
+
+
+def test_d_moves_with_it_at_its_share_of_the_learning_rate():
+    """AdamW's first steps are as long as the learning rate: D's a tenth of texture's. E stays."""
+    stage = new_stage("texture", "texture.train_decoder=0.1", "texture.optim.lr=0.01", residual=True)
+    codec = stage.codec
+    torch.nn.init.normal_(codec.texture.conv_out.weight, std=0.1)
+    step, before = Step(stage), {k: v.clone() for k, v in codec.state_dict().items()}
+    step(batch_of(stage), Progress(stage.params))
+    moved = {
+        key: (value - before[key]).abs().max().item() for key, value in codec.state_dict().items() if value.numel()
+    }
+    decoding = tuple(f"autoencoder.{part}." for part in DECODING)
+    for key, distance in moved.items():
+        if key.endswith(".k.bias"):  # attention does not depend on it, and AdamW divides noise by noise
+            continue
+        if key.startswith(("texture.", *decoding)):
+            most = 0.01 if key.startswith("texture.") else 0.001
+            assert 0.5 * most < distance < 1.1 * most, key
+        else:
+            assert distance == 0, key
 
 
 @pytest.mark.parametrize(
@@ -174,6 +196,27 @@ def test_the_command_adds_as_much_texture_as_is_asked(run, tmp_path, capsys):
     assert status == 2 and "--mode compress decodes nothing: leave out --texture" in told
     status, _, told = call(capsys, *given, "-o", tmp_path / "c", "--texture", "2.5")
     assert status == 2 and "in 0 to 2" in told
+
+
+def test_a_release_of_d_that_learnt_with_texture(before, data, tmp_path):
+    """Both are the run's averages; files keep their bytes; the light decoder knew another D and stays behind."""
+    assert taught(data, tmp_path, before, "texture.iterations=2", "texture.train_decoder=0.1") == 0
+    assert release([str(tmp_path / "nano"), str(tmp_path / "out")]) == 0
+    old, new = load_codec(before), load_codec(tmp_path / "out")
+    image = picture(64, 48)
+    assert len(new.compress(image, quality=50)) == len(old.compress(image, quality=50))
+    averages = checkpoints.read(tmp_path / "nano" / "checkpoints" / "texture_2.pth")["averages"]
+    assert averages.keys() == {"texture", "autoencoder"}
+    for name, average in averages.items():
+        stored, earlier = (getattr(each.model, name) for each in (new, old))
+        changed = set()
+        for key, value in halved(average, name).items():
+            assert torch.equal(stored.state_dict()[key], value.float()), key
+            if earlier and not torch.equal(earlier.state_dict()[key], value.float()):
+                changed.add(key)
+        assert not earlier or (changed and all(key.startswith(DECODING) for key in changed))
+    told = json.loads((tmp_path / "out" / "release.json").read_text())
+    assert "light" not in told and not Triple.in_folder(tmp_path / "out").light.is_file()
 
 
 def test_a_checkpoint_between_does_as_well_and_another_d_leaves_texture_out(run, data, tmp_path):

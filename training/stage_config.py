@@ -272,6 +272,15 @@ class LightStageParams(DecoderStageParams):
 
 @dataclass(frozen=True)
 class TextureStageParams(DecoderStageParams):
-    """Stage `texture`: the network that adds texture to decoded pictures; all else of a release stays."""
+    """Stage `texture`: the network that adds texture to decoded pictures, and D with it; all else of a release stays.
+
+    Attributes:
+        train_decoder: D goes on learning behind which texture comes, at this share of the learning rate; 0 freezes it.
+    """
 
     distortion_weight: float = 0.0
+    train_decoder: float = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_from(0, self, "train_decoder")
