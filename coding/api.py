@@ -138,8 +138,9 @@ class ImageCodec:
             texture: share of the weights' texture that is added, 0 for none, up to 2.
         Raises:
             BitstreamError: not a file of this codec, damaged or cut. CheckpointError: written with other weights.
-            ValueError: texture out of range.
+            ValueError: texture out of range. TypeError: it is no number.
         """
+        _require_number("texture", texture)
         return self.model.decode(as_bytes(data), Sampling(texture=texture), preview).image
 
     def info(self, data: Bytes) -> dict[str, int | float | str]:
@@ -166,12 +167,16 @@ def _require_one(**asked: float | None) -> None:
     if len(named) > 1:
         raise ValueError(f"{' and '.join(named)} contradict each other: give one of them")
     for name, value in named.items():
-        if not isinstance(value, Real):
-            raise TypeError(f"{name} {value!r}: a number is wanted")
+        _require_number(name, value)
         if name == "target_bpp" and not 0 < value < math.inf:
             raise ValueError(f"target_bpp {value}: bits per pixel, above 0")
         if name == "max_bytes" and not 1 <= value < math.inf:
             raise ValueError(f"max_bytes {value}: bytes of the file, from 1")
+
+
+def _require_number(name: str, value: object) -> None:
+    if not isinstance(value, Real):
+        raise TypeError(f"{name} {value!r}: a number is wanted")
 
 
 def as_bytes(data: Bytes) -> bytes:

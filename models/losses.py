@@ -17,6 +17,9 @@ SMOOTH = 8.0  # grey values: the largest deviation of the original's luma inside
 LEAST_LINES = 12 * CELL  # pixels of a spectrum whose lines have neighbours of their own
 NEIGHBOURS = range(2, 6)  # bins of the spectrum on either side that a line is compared with
 RIM = 8  # pixels from the outer edge that count as border
+BANDS = (3, 7)  # pixels: sides of the squares whose means part grey into bands of detail
+AROUND = 9  # side of the square that energy is a mean over, in pixels
+LEAST_DETAIL = 1 / 127.5  # a deviation of one grey value, below which detail is not told from none
 FLAT = 2.0  # grey values: the widest range of the original inside a cell of one colour
 TINY = 1e-12  # of a power: no error is exactly 0 there
 
@@ -137,6 +140,34 @@ def flat_loss(image: Tensor, target: Tensor) -> Tensor:
     spans = cells.amax((4, 5)) - cells.amin((4, 5))
     flat = (spans.amax(1) <= FLAT / 127.5).to(error)  # N h w
     return (flat[:, None] * error.abs().mean((4, 5))).mean()
+
+
+def detail_loss(image: Tensor, target: Tensor) -> Tensor:
+    """Squared difference of the logarithms of local energies of detail, wherever its waves lie: a mean over two bands and pixels.
+
+        loss = mean_b mean_p (ln(e_b(X^) + d^2) - ln(e_b(X) + d^2))^2,    e_b = the mean of b^2 over 9x9 pixels
+
+    The bands are g - m_3 g and m_3 g - m_7 m_3 g: what 3x3 pixels average away of the grey g, the mean of RGB, and what 7x7
+    do of the rest. d is one grey value. Distances to the original are least for too little detail where its waves cannot be
+    known; this one is least for as much as there was.
+    """
+    ours, theirs = (detail_energies(v.mean(1, keepdim=True)) for v in (image, target))
+    return torch.stack([(a.log() - b.log()).square().mean() for a, b in zip(ours, theirs, strict=True)]).mean()
+
+
+def detail_energies(grey: Tensor) -> list[Tensor]:
+    """e_b + d^2 of `detail_loss`, fine first: N x 1 x H x W -> as many each."""
+    found = []
+    for side in BANDS:
+        coarser = _mean_around(grey, side)
+        found.append(_mean_around((grey - coarser).square(), AROUND) + LEAST_DETAIL**2)
+        grey = coarser
+    return found
+
+
+def _mean_around(x: Tensor, side: int) -> Tensor:
+    """Mean over side x side positions around each, those that there are."""
+    return F.avg_pool2d(x, side, stride=1, padding=side // 2, count_include_pad=False)
 
 
 def border_loss(image: Tensor, target: Tensor) -> Tensor:

@@ -154,6 +154,9 @@ def test_an_argument_that_is_no_number_is_a_type_error(codec, path):
         with pytest.raises(TypeError, match=f"^{next(iter(asked))} .*: a number is wanted$"):
             codec.compress(path, **asked)
     assert codec.compress(path, max_bytes=np.int64(300)) == codec.compress(path, max_bytes=300)
+    data = codec.compress(path)
+    with pytest.raises(TypeError, match="^texture 'all': a number is wanted$"):
+        codec.decompress(data, texture="all")
 
 
 def test_bytes_of_every_kind(codec, path, rgb):

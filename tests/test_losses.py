@@ -11,6 +11,8 @@ from models.losses import (
     border_loss,
     chroma_distortion,
     commitment,
+    detail_energies,
+    detail_loss,
     distortion,
     flat_loss,
     hinge_discriminator,
@@ -212,6 +214,28 @@ def test_border_is_the_outermost_8_pixels():
     assert border_loss(error, torch.zeros_like(error)).item() == pytest.approx(0.25)
     error[..., 0, :], error[..., -1] = 0.0, 0.0  # of 960 - 24 * 8 pixels, 24 + 39 are 0
     assert border_loss(error, torch.zeros_like(error)).item() == pytest.approx(0.25 * (1 - 63 / 768))
+
+
+def test_detail_is_the_energy_of_two_bands():
+    """Of a checkerboard of v, 3x3 pixels have the mean v/9 with the middle's sign: 8/9 v is left. 7x7 have 1/49 of that v/9."""
+    v, d = 0.5, 1 / 127.5
+    rows, columns = torch.meshgrid(torch.arange(40), torch.arange(40), indexing="ij")
+    board = (v * (1 - 2.0 * ((rows + columns) % 2))).double().expand(1, 3, 40, 40)
+    fine, coarse = (e[0, 0, 20, 20].item() for e in detail_energies(board))
+    assert fine == pytest.approx((8 / 9 * v) ** 2 + d**2)
+    assert coarse == pytest.approx((48 / 49 * v / 9) ** 2 + d**2)
+
+
+def test_detail_loss_sees_amounts_and_no_waves():
+    """Twice the amplitude is 4 times the energy, (ln 4)^2, as is half; the negative, a cast and a colour have as much of it."""
+    torch.manual_seed(0)
+    noise = 0.4 * torch.randn(1, 1, 64, 64, dtype=torch.float64).expand(1, 3, 64, 64)
+    for other in (2 * noise, noise / 2):
+        assert detail_loss(other, noise).item() == pytest.approx(math.log(4) ** 2, rel=0.02)
+    colour = noise * torch.tensor([1.0, -1.0, 0.0], dtype=torch.float64).view(1, 3, 1, 1)
+    for other in (-noise, noise + 0.2, noise + colour):
+        assert detail_loss(other, noise).item() == pytest.approx(0, abs=1e-12)
+    assert detail_loss(noise + 0.1 * noise.flip(3), noise) > 1e-4
 
 
 def test_hinge_of_the_discriminator():
