@@ -16,7 +16,7 @@ from models.speed.graphs import part_of
 CHOICE = "indices k of z: the nearest codes, or chosen by distance and bits, and coded"
 # (owner in the codec, its attribute, the part, symbols spelled out)
 NETWORKS = (
-    ("autoencoder", "encode", "E: image encoder, picture to latent x"),
+    ("", "encoded", "E: image encoder, picture to latent x"),
     ("vq_base", "encode", "VQ-E: base encoder, latent x to vectors z"),
     ("vq_base", "indices", CHOICE),
     ("vq_base", "reconstruct", "VQ-D: base decoder, codes to structural base y"),

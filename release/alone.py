@@ -38,15 +38,15 @@ def with_learnt(out: Path, config: TrainConfig, iteration: int, source: Triple |
     names, before = learnt(config), Path(config.release)
     codec, told, notes = taken(before)
     if isinstance(source, Triple):
-        path, states = source.files[names[0]], states_of(load_triple(source))
+        paths, states = source.files, states_of(load_triple(source))
     else:
-        path, content = source, checkpoints.read(source)
+        paths, content = dict.fromkeys(names, source), checkpoints.read(source)
         if content.get("stage") != stage or not {"averages", "vq_base"} <= content.keys():
             raise CheckpointError(f"{source}: not a checkpoint of stage {stage}")
         states = content | content["averages"]
     for same in {"vq_base", "autoencoder"} - {*names}:
         if checkpoints.digest(states[same]) != checkpoints.digest(getattr(codec, same).state_dict()):
-            raise CheckpointError(f"{path}: of a run that started from another release than {before} is now")
+            raise CheckpointError(f"{paths[names[0]]}: of a run that started from another release than {before} is now")
     codec.params = replace(codec.params, texture=config.networks.texture)
     if stage == "texture":
         codec.params = codec.params.with_rules({rule: config.networks.rules[rule] for rule in BEHIND_D})
@@ -54,6 +54,6 @@ def with_learnt(out: Path, config: TrainConfig, iteration: int, source: Triple |
     sizes = codec.params.texture, codec.params.autoencoder.embed_dim
     codec.texture = Texture(*sizes) if stage == "texture" else None
     for name in names:
-        checkpoints.load_strictly(getattr(codec, name), states[name], path)
+        checkpoints.load_strictly(getattr(codec, name), states[name], paths[name])
     about = write_release(out, iteration, codec, replace(config, networks=codec.params), **notes)
     return about if "autoencoder" in names else copy_light(before, out, told, about)

@@ -4,8 +4,8 @@ Last, two small networks are fitted to what was counted. With one, indices take 
 other, symbols of the residual do (models/context_model.py).
 
 A run of stage decoder gives the release that it started from, with another D, one of stage texture with a network that adds
-texture. One of stage light gives its light decoder to a
-release that is there, the one that it was distilled from.
+texture, and with the D that learnt with it. One of stage light gives its light decoder to a release that is there, the one
+that it was distilled from.
 
 python -m release runs/tiny weights/mine --data pictures/
 python -m release runs/light weights/mine

@@ -186,9 +186,11 @@ def test_no_thread_of_a_group_outlives_it(tmp_path):
     run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "leaving.py")
 
 
-@pytest.mark.parametrize("name", STAGES)
-def test_every_trainable_tensor_is_in_one_group_gets_a_gradient_and_is_averaged(name):
-    step = new_step(name, f"{name}.adversary.start=0")
+@pytest.mark.parametrize(
+    "name, options", [*((name, ()) for name in STAGES), ("texture", ("texture.train_decoder=0.5",))]
+)
+def test_every_trainable_tensor_is_in_one_group_gets_a_gradient_and_is_averaged(name, options):
+    step = new_step(name, f"{name}.adversary.start=0", *options)
     step(batch_of(step, range(2)), Progress(step.stage.params))
     owned = [(step.stage.codec, step.optimiser), (step.adversary.discriminator, step.adversary.optimiser)]
     for network, optimiser in owned:
@@ -199,6 +201,6 @@ def test_every_trainable_tensor_is_in_one_group_gets_a_gradient_and_is_averaged(
     assert trainable == {id(p) for p in step.stage.codec.parameters() if p.grad is not None}
     averaged = step.stage.networks(step.averages.average)
     own = {"gt": {"autoencoder"}, "decoder": {"autoencoder"}, "light": {"light"}, "texture": {"texture"}}
-    assert set(averaged) == own.get(name, set(NETWORKS) - {"texture"})
+    assert set(averaged) == own.get(name, set(NETWORKS) - {"texture"}) | ({"autoencoder"} if options else set())
     for network, state in averaged.items():
         assert state.keys() == getattr(step.stage.codec, network).state_dict().keys()

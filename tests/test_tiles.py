@@ -1,7 +1,9 @@
 """Pictures above the size that is coded whole: tiles, what they share, and files of such pictures."""
 
+import gc
 import math
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from models.autoencoder import Autoencoder
 from models.blocks import AttnBlock
 from models.codec import Codec
 from models.layers.norms import GroupNorm
-from models.layers.sharing import KEYS, Met, shared, sharing, spread
+from models.layers.sharing import KEYS, Met, Sharing, shared, sharing, spread
 from models.records import ONE_STEP
 from models.released import SMALL, load_release
 from models.sizes import tiles
@@ -147,7 +149,7 @@ def test_moments_of_all_parts_together():
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_moments_layer_by_layer_are_those_of_the_whole(size):
+def test_moments_layer_by_layer_are_those_of_the_whole(size, monkeypatch):
     """Two normalisations at an eighth and one at a sixteenth of the resolution: as whole, in a pass for each and one for all."""
     torch.manual_seed(0)
     norms = [GroupNorm(2, 4, silu=True) for _ in range(3)]
@@ -156,13 +158,21 @@ def test_moments_layer_by_layer_are_those_of_the_whole(size):
     stack, calls = nn.Sequential(*layers).double().requires_grad_(False), []
 
     def network(image):
-        calls.append(image)
+        calls.append(weakref.ref(image))
         return stack(F.pad(image, (0, -image.shape[3] % 16, 0, -image.shape[2] % 16), mode="replicate"))
 
     image = torch.rand(1, 3, *size, dtype=torch.float64)
     image[..., : size[1] // 3] *= 0.2
-    small = Tiles(*size, SIDE)
+    small, learn, alive = Tiles(*size, SIDE), Sharing.learn, []
+
+    def learnt(self, met):
+        gc.collect()
+        alive.append(sum(each() is not None for each in calls))
+        learn(self, met)
+
+    monkeypatch.setattr(Sharing, "learn", learnt)
     exact = small.run(network, image, exact=True)
+    assert alive == [0, 0, 0]  # a tile's maps go with it
     assert len(calls) == 4 * len(list(small.tiles()))
     whole = network(image)
     torch.testing.assert_close(exact, whole, rtol=0, atol=1e-12)

@@ -129,8 +129,8 @@ def test_the_choice_of_indices_is_a_part_of_its_own():
 
 def test_watching_leaves_the_codec_as_it_was(tmp_path):
     codec = load_release(two_layers(tmp_path / "nano"))
-    before = codec.autoencoder.encode, codec.residual.analysis.forward, torch.nn.Module.__call__
+    before = codec.encoded, codec.residual.analysis.forward, torch.nn.Module.__call__
     with pytest.raises(KeyboardInterrupt), Stopwatch(lambda: 0.0).watching(codec):
-        assert codec.autoencoder.encode != before[0]
+        assert codec.encoded != before[0]
         raise KeyboardInterrupt
-    assert (codec.autoencoder.encode, codec.residual.analysis.forward, torch.nn.Module.__call__) == before
+    assert (codec.encoded, codec.residual.analysis.forward, torch.nn.Module.__call__) == before

@@ -47,8 +47,8 @@ class TrainConfig:
             release it takes the place of the release's, whose latent it must share.
         vq_base, unet: checkpoints whose published parameters stage codec starts from; without them, from nothing.
         release: folder of a release that training goes on from, with residual codec and densities. Stages decoder,
-            light and texture stand alone: decoder changes D and nothing else of it, texture the network that adds texture,
-            light nothing.
+            light and texture stand alone: decoder changes D and nothing else of it, texture the network that adds texture
+            (and D, with texture.train_decoder), light nothing.
         networks: sizes, schedule and rate modulation.
         log_every: iterations between logged scalars. save_every: between checkpoints. picture_every: between
             TensorBoard pictures.

@@ -218,7 +218,7 @@ class Step:
         if average.keys() != self.averages.average.keys() or sizes[0] != sizes[1]:
             raise CheckpointError(
                 f"stage {self.stage.name}: the checkpoint trains other parameters; what decides that, such as "
-                "codec.train_decoder, stays as it was when the stage began"
+                "train_decoder, stays as it was when the stage began"
             )
         self.averages.load_state_dict({"updates": state["updates"], "average": average})
         self.optimiser.load_state_dict(state["optimiser"])

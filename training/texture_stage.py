@@ -1,5 +1,6 @@
 """Stage `texture`: the texture network of a release learns, its D too if asked, and the bytes of its files stay."""
 
+import torch
 from torch import Tensor, nn
 
 from models.autoencoder import Autoencoder
@@ -13,14 +14,19 @@ from training.stage_config import TextureStageParams
 
 
 class TexturedDecoder(nn.Module):
-    """D and the texture network as one: N x d x h x w and white noise, N x 256 x h x w -> N x 3 x 16h x 16w."""
+    """D and the texture network as one: N x d x h x w and white noise, N x 256 x h x w -> N x 3 x 16h x 16w.
 
-    def __init__(self, autoencoder: Autoencoder, texture: Texture):
+    Args:
+        both: D learns, too.
+    """
+
+    def __init__(self, autoencoder: Autoencoder, texture: Texture, both: bool):
         super().__init__()
-        self.autoencoder, self.texture = autoencoder, texture
+        self.autoencoder, self.texture, self.both = autoencoder, texture, both
 
     def forward(self, x: Tensor, noise: Tensor) -> Tensor:
-        image = self.autoencoder.decode(x)
+        with torch.set_grad_enabled(self.both and torch.is_grad_enabled()):
+            image = self.autoencoder.decode(x)
         return self.texture(image, x, noise.to(image))
 
 
@@ -43,7 +49,8 @@ class TextureStage(DecoderStage):
             self.shares = {("autoencoder.",): self.params.train_decoder}
         for part in freed:
             part.train().requires_grad_(True)
-        self.network, self.trained = TexturedDecoder(codec.autoencoder, codec.texture), nn.ModuleDict(learn)
+        self.network = TexturedDecoder(codec.autoencoder, codec.texture, "autoencoder" in learn)
+        self.trained = nn.ModuleDict(learn)
         self.frozen = tuple(name for name in states_of(codec) if name not in learn)
         self.last_layer = codec.texture.conv_out.weight
 

@@ -51,7 +51,7 @@ class Tiles:
 
     @property
     def latent(self) -> "Tiles":
-        """The tiles of VQ-E, VQ-D and U."""
+        """The tiles of E's last resolution, VQ-E, VQ-D and U."""
         return replace(self, scale=COARSE)
 
     @property
@@ -107,7 +107,7 @@ class Tiles:
                 try:
                     part = network(*(_cut(m, seen, unit) for m in maps))
                 except Met as lacking:
-                    met.append(lacking)
+                    met.append(lacking.with_traceback(None))  # whose frames keep the tile's maps
                     continue
                 out = part.new_empty(*part.shape[:-2], *size) if out is None else out
                 place = _cut(out, kept, result)
