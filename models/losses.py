@@ -109,9 +109,10 @@ def lines_loss(image: Tensor, target: Tensor) -> Tensor:
 
         loss = sum over grey and colour, mean over k = 1 .. 8 and both axes of max(0, ln(P(k/16) / mean_b P(k/16 + b)))
 
-    P is the power of the error (of the mean of RGB, and of red less blue) by frequency along one axis, a mean over the batch
-    and the other axis; b are 2 to 5 bins on either side, inside the spectrum. Only the line has a gradient: a line must not
-    hide among louder neighbours. Sides from 192 pixels, cut to multiples of 16. A pixel shuffle makes such lines.
+    P is the power of the error (of the mean of RGB, and of red less blue) by frequency along one axis, a mean over the other,
+    picture by picture: a mesh on one of them must not hide in the spectrum of a louder one. b are 2 to 5 bins on either side,
+    inside the spectrum. Only the line has a gradient: it must not hide among louder neighbours, either. Sides from 192 pixels,
+    cut to multiples of 16. A pixel shuffle makes such lines.
     """
     height, width = (side // CELL * CELL for side in image.shape[2:])
     error = (image - target)[..., :height, :width]
@@ -122,10 +123,10 @@ def _excess(error: Tensor) -> Tensor:
     """`lines_loss` of one signal, N x H x W."""
     excess = []
     for axis, length in ((2, error.shape[2]), (1, error.shape[1])):
-        power = torch.view_as_real(torch.fft.rfft(error, dim=axis)).square().sum(-1).mean((0, 3 - axis))
+        power = torch.view_as_real(torch.fft.rfft(error, dim=axis)).square().sum(-1).mean(3 - axis)  # N bins
         for line, beside in line_bins(length):
-            around = torch.stack([power[at] for at in beside]).mean().detach()
-            excess.append((power[line].clamp(min=TINY).log() - around.clamp(min=TINY).log()).relu())
+            around = power[:, beside].mean(1).detach()
+            excess.append((power[:, line].clamp(min=TINY).log() - around.clamp(min=TINY).log()).relu())
     return torch.stack(excess).mean()
 
 

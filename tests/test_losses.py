@@ -136,10 +136,10 @@ def test_weave_counts_smooth_ground_alone():
 
 
 def gratings(powers: dict[int, float], side: int = 256, dim: int = 3) -> torch.Tensor:
-    """Error pictures, one of each bin of 256, cosines along an axis with these powers: a batch whose mean spectrum is known."""
+    """An error picture, cosines along an axis with these powers by bin of 256: 1 x 3 x side x side."""
     place = torch.arange(side).double()  # rounding would stand out where nothing else is
     waves = torch.stack([power**0.5 * torch.cos(2 * torch.pi * at * place / side) for at, power in powers.items()])
-    waves = waves[:, None, None, :].expand(-1, 3, side, side)
+    waves = waves.sum(0).expand(1, 3, side, side).clone()
     return waves if dim == 3 else waves.transpose(2, 3)
 
 
@@ -169,6 +169,14 @@ def test_lines_of_colour_count_as_those_of_grey():
     green = error.flip(1).roll(-1, 1)
     assert green[:, 1].any() and not green[:, ::2].any()
     assert lines_loss(green, torch.zeros_like(green)).item() == pytest.approx(math.log(4) / 16, rel=1e-3)
+
+
+def test_a_line_does_not_hide_behind_another_picture():
+    """A picture without lines, a hundred times as loud, halves the mean of two, and no more."""
+    beside = {at: 0.01 for n in range(2, 6) for at in (64 - n, 64 + n)}
+    quiet, loud = gratings(beside | {64: 0.04}), 10 * gratings(beside | {64: 0.01})
+    error = torch.cat([quiet, loud])
+    assert lines_loss(error, torch.zeros_like(error)).item() == pytest.approx(math.log(4) / 32, rel=1e-3)
 
 
 def test_the_finest_line_has_neighbours_on_one_side():
