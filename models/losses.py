@@ -125,7 +125,7 @@ def _excess(error: Tensor) -> Tensor:
     for axis, length in ((2, error.shape[2]), (1, error.shape[1])):
         power = torch.view_as_real(torch.fft.rfft(error, dim=axis)).square().sum(-1).mean(3 - axis)  # N bins
         for line, beside in line_bins(length):
-            around = power[:, beside].mean(1).detach()
+            around = torch.stack([power[:, at] for at in beside]).mean(0).detach()
             excess.append((power[:, line].clamp(min=TINY).log() - around.clamp(min=TINY).log()).relu())
     return torch.stack(excess).mean()
 

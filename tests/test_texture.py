@@ -155,7 +155,8 @@ def test_a_file_has_one_picture_and_its_grain_has_numbers_of_its_own():
     other = codec.render(contents, Sampling(seed=3, eta=1e-12)).image.int()
     same_noise = codec.render(contents, Sampling(seed=4, eta=1e-12)).image.int()
     assert 0 < (other - same_noise).abs().float().mean() < 12  # diffusion's noise is off: what differs is grain
-    assert torch.equal(codec.render_all([contents, contents])[1].image, first)
+    batched = codec.render_all([contents, contents])[1].image  # by other kernels on some processors
+    assert (batched.int() - first.int()).abs().max() <= 1
 
 
 def test_shares_of_it_are_added():
