@@ -50,7 +50,8 @@ class StageParams:
             `features` (of EfficientNet-Lite0), `ms_ssim` (1 - MS-SSIM, crops above 160 pixels), `weave` (what repeats
             every 16 pixels on smooth ground), `lines` (what stands out of the error's spectrum at multiples of 1/16
             cycles per pixel), `flat` (absolute error where the original has one colour), `border` (squared error of the
-            outermost 8 pixels) and `detail` (local energies of detail). A file's replaces the default wholly, and is merged with its base's.
+            outermost 8 pixels) and `detail` (local energies of detail). A file's replaces the default
+            wholly, and is merged with its base's.
         vgg_window: side in pixels of the square in the middle of a crop that `lpips` and `stlpips` see; None shows them
             whole crops. Crops lie anywhere in their pictures, so their middles do too. On a CPU, VGG costs several times
             what a small model does.
