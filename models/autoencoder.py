@@ -117,7 +117,18 @@ class Autoencoder(nn.Module):
         return x + linear if self.shortcut else x
 
     def decode(self, x: Tensor) -> Tensor:  # N d h w -> N 3 H W
-        image = F.pixel_shuffle(self.decoder(self.post_quant_conv(x)), self.params.patch)
+        return self._with_linear(self.decoder(self.post_quant_conv(x)), x)
+
+    def decode_coarse(self, x: Tensor) -> Tensor:  # N d h w -> N c h w
+        """What D makes of a latent at the latent's resolution."""
+        return self.decoder(self.post_quant_conv(x), only="coarse")
+
+    def decode_fine(self, h: Tensor, x: Tensor) -> Tensor:
+        """The rest of D: of what `decode_coarse` gives, and the latent -> N 3 H W."""
+        return self._with_linear(self.decoder(h, only="fine"), x)
+
+    def _with_linear(self, h: Tensor, x: Tensor) -> Tensor:
+        image = F.pixel_shuffle(h, self.params.patch)
         return (image + self.shortcut.decode(x) if self.shortcut else image).to(x.dtype)
 
     def forward(self, image: Tensor, noise: Tensor | None = None, common: bool = False) -> Tensor:

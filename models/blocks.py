@@ -220,12 +220,30 @@ class Decoder(nn.Module):
         """The weight at which VQGAN's adaptive factor of the adversarial term is measured."""
         return self.conv_out.weight
 
-    def forward(self, z: Tensor) -> Tensor:  # N C_in h w -> N C_out h*2^(L-1) w*2^(L-1)
-        h = self.mid(self.conv_in(z))
-        for part in reversed(self.up):
-            h = part(h)
-            if hasattr(part, "upsample"):
-                h = part.upsample(h)
+    @property
+    def fine_reach(self) -> float:
+        """How far a value of the result depends on maps of the lowest resolution, in positions: without what norms share.
+
+        Every 3x3 convolution adds one position of its own resolution: two of each block, one behind each doubling, one last.
+        """
+        widths = [(2 * len(part.block) + 1) / 2 ** (len(self.up) - 1 - i) for i, part in enumerate(self.up[:-1])]
+        return sum(widths) + 1 / 2 ** (len(self.up) - 1)
+
+    def forward(self, z: Tensor, only: Literal["coarse", "fine"] | None = None) -> Tensor:
+        """N C_in h w -> N C_out h*2^(L-1) w*2^(L-1).
+
+        Args:
+            only: `coarse`, the lowest resolution, which gives maps of that; `fine`, all the rest, of such maps.
+        """
+        h = z if only == "fine" else self._coarse(z)
+        return h if only == "coarse" else self._fine(h)
+
+    def _coarse(self, z: Tensor) -> Tensor:
+        return self.up[-1](self.mid(self.conv_in(z)))
+
+    def _fine(self, h: Tensor) -> Tensor:
+        for above, part in zip(reversed(self.up[1:]), reversed(self.up[:-1]), strict=True):
+            h = part(above.upsample(h))
         return self.conv_out(self.norm_out(h))
 
 

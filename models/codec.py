@@ -13,7 +13,7 @@ Axes: N batch, d latent channels, H and W picture rows and columns, h = ceil(H/1
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -277,27 +277,46 @@ class Codec(Networks):
         files = [each.file for each in contents]
         y_hat, z_q = self.known(contents)
         x_hat, etas = self.denoise(y_hat, z_q, files, sampling)
-        to_picture, grain = self.to_picture, []
+        tiles, maps, texture = self.tiles(*files[0].coded_size), {"x_hat": x_hat}, None
         if self.texture and sampling.texture:
-            grain = [self.grain(x_hat, files, sampling)]
-            to_picture = partial(to_picture, texture=self.texture_shares(files, sampling).to(x_hat))
-        images = self.tiles(*files[0].coded_size).run(to_picture, x_hat, *grain)
+            maps["grain"] = self.grain(x_hat, files, sampling)
+            texture = self.texture_shares(files, sampling).to(x_hat)
+        if not (tiles.small or self.light):
+            maps["coarse"] = tiles.latent.run(self.autoencoder.decode_coarse, x_hat)
+            tiles = replace(tiles, margin=math.ceil(self.autoencoder.decoder.fine_reach))
+
+        def to_picture(*parts: Tensor) -> Tensor:
+            return self.to_picture(**dict(zip(maps, parts, strict=True)), texture=texture)
+
+        images = tiles.run(to_picture, *maps.values())
         pictures = [resized(image, file.height, file.width) for image, file in zip(images, files, strict=True)]
         return list(map(Decoded, pictures, etas))
 
-    def picture(self, x_hat: Tensor, grain: Tensor | None = None, texture: Tensor | None = None) -> Tensor:
+    def picture(
+        self,
+        x_hat: Tensor,
+        grain: Tensor | None = None,
+        texture: Tensor | None = None,
+        coarse: Tensor | None = None,
+    ) -> Tensor:
         """X^ = D(x^), or the light decoder's, with texture if there is grain for it, `finished`.
 
         N x d x h x w, N x 256 x h x w and shares of texture, N x 1 x 1 x 1 -> N x 3 x 16h x 16w, unclamped.
+
+        Args:
+            coarse: what D makes of x^ at the latent's resolution, if it is known.
         """
-        image = (self.light or self.autoencoder.decode)(x_hat)
+        if coarse is None:
+            image = (self.light or self.autoencoder.decode)(x_hat)
+        else:
+            image = self.autoencoder.decode_fine(coarse, x_hat)
         if grain is not None:
             image = image.lerp(self.texture(image, x_hat, grain), texture)
         return finished(image, self.params.sharpening, self.params.colour_blur)
 
-    def to_picture(self, x_hat: Tensor, grain: Tensor | None = None, texture: Tensor | None = None) -> Tensor:
-        """`picture` in 8 bits: uint8, on the CPU. Raises BitstreamError if it is not finite."""
-        image = self.picture(x_hat, grain, texture)
+    def to_picture(self, *args: Tensor | None, **kwargs: Tensor | None) -> Tensor:
+        """`picture`, of the same arguments, in 8 bits: uint8, on the CPU. Raises BitstreamError if it is not finite."""
+        image = self.picture(*args, **kwargs)
         if not image.isfinite().all():
             raise BitstreamError("the decoded picture is not finite: these weights or this precision cannot decode it")
         return to_uint8(image.float().cpu())

@@ -14,7 +14,6 @@ from models.light import LightDecoder, LightParams
 from models.noise import GRAIN_STEP, normal
 from models.records import Sampling
 from models.released import load_release, save_triple, start_from_release, states_of
-from models.sizes import tiles
 from models.sizes.tiles import CROP, Tiles
 from models.stated import meaning
 from models.texture import FILTERS, GRAIN, Texture, TextureParams, filters, over_pixels, seen_by
@@ -198,9 +197,8 @@ def test_it_fades_with_the_level():
 
 
 @torch.no_grad()
-def test_tiles_have_the_texture_of_the_whole(monkeypatch):
+def test_tiles_have_the_texture_of_the_whole():
     """D is left out: what is compared is texture, and the place that noise has in a tile."""
-    monkeypatch.setattr(tiles, "MARGIN", 4)
     codec = textured()
     random = torch.Generator().manual_seed(1)
     x, noise = torch.randn(1, D, 3, CROP, generator=random), torch.randn(1, 256, 3, CROP, generator=random)
@@ -209,7 +207,7 @@ def test_tiles_have_the_texture_of_the_whole(monkeypatch):
         image = x[:, :3].repeat_interleave(16, 2).repeat_interleave(16, 3)
         return codec.texture(image, x, noise)
 
-    small = Tiles(48, 16 * CROP, 64)
+    small = Tiles(48, 16 * CROP, 64, margin=4)
     assert len(list(small.tiles())) > 4
     torch.testing.assert_close(small.run(shown, x, noise), shown(x, noise), atol=1e-4, rtol=1e-4)
 

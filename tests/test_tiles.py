@@ -18,7 +18,6 @@ from models.layers.norms import GroupNorm
 from models.layers.sharing import KEYS, Met, Sharing, shared, sharing, spread
 from models.records import ONE_STEP
 from models.released import SMALL, load_release
-from models.sizes import tiles
 from models.sizes.tiles import CROP, CROPS, EXACT, MARGIN, Tiles
 from tests.commands import NANO, ROOT, run
 from tests.residual import picture
@@ -219,11 +218,10 @@ def test_positions_are_spread_over_all_maps():
 
 @torch.no_grad()
 @pytest.mark.parametrize("network", ["E", "D"])
-def test_tiles_agree_with_the_whole_where_one_crop_is_the_whole(codec, monkeypatch, network):
+def test_tiles_agree_with_the_whole_where_one_crop_is_the_whole(codec, network):
     """Then statistics and keys are those of the whole, and a margin as wide as convolutions reach leaves rounding."""
-    monkeypatch.setattr(tiles, "MARGIN", 14)
     image = to_signed(picture(48, 16 * CROP))[None]
-    small, x = Tiles(48, 16 * CROP, 32), codec.to_latent(image)
+    small, x = Tiles(48, 16 * CROP, 32, margin=14), codec.to_latent(image)
     assert len(small.crops()) == 1 and len(list(small.tiles())) == 2 * CROP // 2
     f, whole = (codec.to_latent, image) if network == "E" else (codec.autoencoder.decode, x)
     expected = f(whole)

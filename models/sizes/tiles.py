@@ -42,12 +42,14 @@ class Tiles:
 
     Attributes:
         height, width: in pixels. side: of a tile without its margin, in pixels, a multiple of 64. scale: 1 or COARSE.
+        margin: that a tile sees around itself, in latent positions, times `scale`.
     """
 
     height: int
     width: int
     side: int = SIDE
     scale: int = 1
+    margin: int = MARGIN
 
     @property
     def latent(self) -> "Tiles":
@@ -74,7 +76,7 @@ class Tiles:
         """Latent positions that these networks work on at once."""
         if self.whole:
             return math.prod(self.size)
-        tile = (min(size, self.scale * (self.side // CELL + 2 * MARGIN)) for size in self.size)
+        tile = (min(size, self.scale * (self.side // CELL + 2 * self.margin)) for size in self.size)
         return max(math.prod(tile), sum(_positions(crop) for crop in self.crops()))
 
     def run(self, network: Network, *maps: Tensor, exact: bool = False, keys: int = KEYS) -> Tensor:
@@ -140,9 +142,9 @@ class Tiles:
 
         Memory that one tile frees then fits the next. Tiles of the latent start where windows of the denoiser do.
         """
-        length, unit = self.scale * (self.side // CELL + 2 * MARGIN), WINDOW if self.scale > 1 else 1
-        start = max(0, min(kept.start - self.scale * MARGIN, size - length)) // unit * unit
-        return slice(start, max(start + length, min(size, kept.stop + self.scale * MARGIN)))
+        length, unit = self.scale * (self.side // CELL + 2 * self.margin), WINDOW if self.scale > 1 else 1
+        start = max(0, min(kept.start - self.scale * self.margin, size - length)) // unit * unit
+        return slice(start, max(start + length, min(size, kept.stop + self.scale * self.margin)))
 
     def crops(self) -> list[Rectangle]:
         """The crops that speak for the whole, in latent positions: 3 x 3, or fewer one way and more the other."""

@@ -30,11 +30,11 @@ def computes_bfloat16(device: torch.device) -> bool:
 
 
 def prepare(codec: Codec, precision: Precision = "auto", without: Sequence[str] = ()) -> Codec:
-    """Set how E, D or the light decoder, VQ-E, VQ-D and U compute, in place, once; float32 leaves all as it was loaded.
+    """Set how E, D or the light decoder, VQ-E, VQ-D, U and the texture network compute, in place, once; float32 leaves all as it was loaded.
 
     Args:
         precision: `bfloat16` casts the weights of all of them, and their feature maps lie NHWC; `auto` casts those of
-            WIDE channels and more where the hardware computes in it, and none elsewhere.
+            WIDE channels and more, and the texture network's, where the hardware computes in it, and none elsewhere.
         without: of CUDA_PATHS, those to leave out. `fused_norm` is a switch of the process.
     Returns:
         the codec.
@@ -55,6 +55,9 @@ def prepare(codec: Codec, precision: Precision = "auto", without: Sequence[str] 
         _cast_blocks(codec.light)
     if not automatic or p.unet.model_channels >= WIDE:
         _cast_layers(codec.unet)
+        _between(codec.unet, torch.float32, torch.channels_last, torch.contiguous_format)
+    if codec.texture:  # narrower, and a fifth faster all the same: its maps are large
+        _cast_layers(codec.texture, torch.channels_last)
     return codec
 
 
@@ -90,16 +93,16 @@ def _cast_blocks(light: LightDecoder) -> None:
             part.to(torch.bfloat16).to(memory_format=torch.channels_last)
 
 
-def _cast_layers(network: nn.Module) -> None:
+def _cast_layers(network: nn.Module, inside: torch.memory_format = torch.preserve_format) -> None:
     """Convolutions and matrix products in bfloat16, NHWC, what lies between them in float32.
 
-    For the denoiser, in whose many small blocks this costs no time, and adds the fewer roundings: 2 dB.
+    For the denoiser, in whose many small blocks this costs no time, and adds the fewer roundings: 2 dB; and for the
+    texture network, whose filters and sums stay exact.
     """
     for layer in network.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
             layer.to(torch.bfloat16).to(memory_format=torch.channels_last)
-            _between(layer, torch.bfloat16, torch.preserve_format, torch.preserve_format)
-    _between(network, torch.float32, torch.channels_last, torch.contiguous_format)
+            _between(layer, torch.bfloat16, inside, torch.preserve_format)
 
 
 def _between(network: nn.Module, dtype: torch.dtype, inside: torch.memory_format, outside: torch.memory_format) -> None:
