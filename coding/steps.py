@@ -148,17 +148,21 @@ class Steps:
         item.row |= {"encode_s": item.row["encode_s"] + base + seconds, "write_s": seconds, "note": fitted.note}
 
     def parse(self, item: Item) -> None:
-        """What is in the file: its ledger, its integers."""
+        """What is in the file: its ledger and, where a picture is made of it, its integers; their ideal cost beside scores."""
         args = self.args
         item.file = file = unpack(item.data, args.preview)
         require_comparable(item)
         item.codec = self.weights.codec(file.fingerprint)
         item.codec.require_allowed(*item.size)
-        item.contents, seconds = self._timed(lambda: item.codec.read(item.data, args.preview))
         output = item.job.output(STREAM if self.encodes else ".png").relative_to(self.folder)
         item.row = {"picture": item.job.name, "output": str(output)} | item.row
-        item.row |= ledger.ledger(file) | ledger.beside(item.codec, item.contents)
-        item.row |= {"read_s": seconds} if self.decodes else {}
+        item.row |= ledger.ledger(file)
+        if self.decodes:
+            item.contents, item.row["read_s"] = self._timed(lambda: item.codec.read(item.data, args.preview))
+        if (
+            item.original is not None and item.contents
+        ):  # as long as decoding the integers: where time counts, it is left out
+            item.row |= ledger.beside(item.codec, item.contents)
 
     def render(self, *items: Item) -> None:
         """The decoder's networks."""

@@ -17,7 +17,7 @@ from utils.files import PICTURES, atomic_path, find_files
 from utils.limits import MAX_PIXELS
 from utils.picture_files import one_line, read_rgb, rgb_of, strict_pillow
 
-PNG_LEVEL = 2  # of zlib: a third of the time of its default, 6, for 1 % more bytes (docs/coding.md)
+PNG_LEVEL = 4  # of zlib: a third of the time of its default, 6, for 1 % more bytes (docs/coding.md)
 SOFTWARE = "DiffO"  # in the `Software` text of the PNGs written here, by which they are known again
 
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"  # the last chunk, which is the same in every PNG
