@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from models.autoencoder import DECODING, ENCODING, Autoencoder, AutoencoderParams, fit_linear
 from models.blocks import AttnBlock
 from models.codec import Codec
+from models.layers.sharing import sharing
 from tests.commands import NANO
 from training.config import load_config
 from utils.errors import ConfigError
@@ -46,6 +47,33 @@ def test_sizes(params, size):
     x = autoencoder.encode(image)
     assert x.shape == (2, 6, size[0] // 16, size[1] // 16)
     assert autoencoder.decode(x).shape == image.shape and torch.equal(autoencoder(image), autoencoder.decode(x))
+    coarse = autoencoder.decode_coarse(x)
+    assert coarse.shape[2:] == x.shape[2:] and torch.equal(autoencoder.decode_fine(coarse, x), autoencoder.decode(x))
+
+
+@pytest.mark.parametrize(
+    ("params", "reach"),
+    [  # by hand: two convolutions of each of two blocks and one of the doubling, at every resolution, and the last one
+        (PATCHED | dict(patch=4), 5 / 2 + 5 / 4 + 1 / 4),
+        (SMALL, 5 / 2 + 5 / 4 + 5 / 8 + 5 / 16 + 1 / 16),
+    ],
+    ids=["patch", "plain"],
+)
+@torch.inference_mode()
+def test_a_pixel_depends_on_maps_of_the_latent_as_far_as_told(params, reach):
+    """Exactly so far, where norms have what they share: of a change at one position all pixels up to there change."""
+    decoder = awake(Autoencoder(AutoencoderParams(**params))).double().decoder
+    assert decoder.fine_reach == reach
+    for block in (m for part in decoder.up for m in part.block):
+        torch.nn.init.normal_(block.conv2.weight)
+    patch = params.get("patch", 1)
+    h = torch.randn(1, decoder.up[-1].block[-1].conv2.out_channels, 1, 21, dtype=torch.float64)
+    changed = h.clone()
+    changed[..., 10] += 1
+    with sharing():
+        found = (decoder(h, only="fine") != decoder(changed, only="fine")).any((0, 1, 2)).nonzero()
+    step = patch / 16  # latent positions of a value
+    assert found.min() * step == 10 - reach and (found.max() + 1) * step == 11 + reach
 
 
 @pytest.mark.parametrize("shortcut", ["none", "linear"])
