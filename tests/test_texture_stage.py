@@ -202,7 +202,7 @@ def test_a_release_of_d_that_learnt_with_texture(before, data, tmp_path):
     """Both are the run's averages; files keep their bytes; the light decoder knew another D and stays behind."""
     assert taught(data, tmp_path, before, "texture.iterations=2", "texture.train_decoder=0.1") == 0
     assert release([str(tmp_path / "nano"), str(tmp_path / "out")]) == 0
-    old, new = load_codec(before), load_codec(tmp_path / "out")
+    old, new = (load_codec(each, precision="float32") for each in (before, tmp_path / "out"))
     image = picture(64, 48)
     assert len(new.compress(image, quality=50)) == len(old.compress(image, quality=50))
     averages = checkpoints.read(tmp_path / "nano" / "checkpoints" / "texture_2.pth")["averages"]
