@@ -159,9 +159,8 @@ class Steps:
         item.row |= ledger.ledger(file)
         if self.decodes:
             item.contents, item.row["read_s"] = self._timed(lambda: item.codec.read(item.data, args.preview))
-        if (
-            item.original is not None and item.contents
-        ):  # as long as decoding the integers: where time counts, it is left out
+        # It takes as long as decoding the integers: where time counts, it is left out.
+        if item.original is not None and item.contents:
             item.row |= ledger.beside(item.codec, item.contents)
 
     def render(self, *items: Item) -> None:

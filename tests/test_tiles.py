@@ -244,6 +244,8 @@ def test_a_file_of_tiles_is_one_of_one_grid(codec, whole, size):
         hook.remove()
     pixels = [len(x) * x.shape[2] * x.shape[3] * (256 if x.shape[1] == 8 else 1) for x in seen]
     assert max(pixels) <= 256 * codec.tiles(*size).most and len(pixels) > 20
+    margin = math.ceil(codec.autoencoder.decoder.fine_reach)  # D's tiles see as far as its convolutions reach
+    assert seen[-1].shape[2:] == tuple(min(n, SIDE // 16 + 2 * margin) for n in codec.tiles(*size).size)
     if codec.tiles(*size).latent.whole:  # parts at the latent's resolution see all of it: E's and D's
         assert [x.shape[2:] for x in coarse] == 2 * [codec.tiles(*size).size]
     assert decoded.shape == image.shape and torch.equal(codec.decompress(data), decoded)

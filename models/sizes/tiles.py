@@ -4,7 +4,7 @@ A picture of at most 1.5 side^2 pixels is coded whole. In a larger one E and D r
 the top left corner, each seen with a margin of MARGIN latent positions, which is not kept. What D takes from the whole
 (`sharing`) comes from one pass over up to 9 crops of CROP x CROP latent positions of its own input, spread evenly from
 corner to corner. E's part above the latent's resolution takes exact means and variances, found layer by layer, if they are
-of few layers (EXACT), else those of crops, too. The rest of E, VQ-E, VQ-D and U see one position where it and D see 256 pixels:
+of few layers (EXACT), else those of crops, too. The rest of E, D's part at the latent's resolution, VQ-E, VQ-D and U see one position where it and D see 256 pixels:
 their tiles, margins, crops and the size up to which they run whole are COARSE times as large along each side. Convolutions
 alone (the residual codec) always run whole. A picture's size alone decides all of this; indices, symbols and noise are those
 of one grid.
