@@ -62,7 +62,8 @@ class Variant:
 
     @property
     def made_from(self) -> str:
-        return f"{weights_of(self.model)}, {self.setting}"
+        rule = "" if self.bpp is None else f", coded shares {budget.CODED_SHARE}"
+        return f"{weights_of(self.model)}, {self.setting}{rule}"
 
     def file(self, analyse: Callable[[int], Analysed]) -> bytes:
         """The file of a picture, of which `analyse` gives any scale, as `Codec.analyse`. Raises BudgetError."""

@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 
+from coding import budget
 from experiments.baselines import BASELINES, Baseline
 from measuring.patches import PatchDistances
 from models.bitstream import unpack
@@ -86,8 +87,10 @@ def test_rates_of_two_releases_and_another_codec_at_the_first_ones_bytes(release
     assert (out / "bd_rate.md").read_text().startswith("# BD-rate against WebP")
 
 
-def test_rates_by_budget(release, pictures, tmp_path, monkeypatch):
-    """Below the smaller base a smaller picture is coded, at those of the highest level the whole."""
+def test_rates_by_budget(release, pictures, tmp_path, monkeypatch, coded):
+    """Below the smaller base a smaller picture is coded, at those of the highest level the whole. Rows stand while the
+    rule of scales does.
+    """
     monkeypatch.setattr("experiments.rates.draw", lambda *_: None)
     codec = load_release(release)
     images = [read_image(path) for path in sorted(pictures.iterdir())]
@@ -111,6 +114,11 @@ def test_rates_by_budget(release, pictures, tmp_path, monkeypatch):
             assert other["made_from"].startswith(f"within {len(file)} bytes")
     means = {(row["codec"], row["label"]): row for row in told_in(tmp_path / "out" / "means.json")["rows"]}
     assert means["nano", labels[0]]["scale"] < 1 == means["nano", labels[1]]["scale"]
+    for shares, decoded in ((budget.CODED_SHARE, 0), (((0.0, 0.4),), 4)):
+        monkeypatch.setattr(budget, "CODED_SHARE", shares)
+        coded.clear()
+        assert reproduce(*command, "--bpp", low, high, "--codecs") == 0
+        assert coded["decode"] == decoded
 
 
 def test_a_budget_that_a_picture_cannot_meet_is_told_with_its_name(release, pictures, tmp_path, capsys):
