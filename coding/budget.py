@@ -14,9 +14,7 @@ from models.records import Analysed
 from models.residual_hyperprior import LEVEL_CODES
 from utils.errors import BudgetError
 
-# Pixels that are coded, as a share of the picture's, of a budget of r bases of the whole picture: the least of these and 1.
-# Each line is (at r = 0, rise with r); at 5 bases the whole picture is coded (docs/ablations.md).
-CODED_SHARE = ((0.0, 0.5), (0.6, 0.08))
+BASE_SHARE = 0.5  # of a budget that goes into the base, about: a picture that needs more is coded at a smaller size
 FURTHER = 2  # scales below the first that are tried for a residual
 NEIGHBOURS = 3  # codes written on both sides of the one that is found: sizes need not rise at every step
 ENOUGH = 0.97  # share of a budget below which the table says what a larger file would take
@@ -45,9 +43,9 @@ def bytes_of_bpp(target_bpp: float, height: int, width: int) -> int:
 
 
 def fit_scaled(codec: Codec, max_bytes: int, analyse: Callable[[int], Analysed]) -> Fitted:
-    """`fit` at the scale that suits: the largest of no more pixels than CODED_SHARE says.
+    """`fit` at the scale that suits: the largest at which the base takes about BASE_SHARE of the budget.
 
-    Below five times the base, bits serve better as residual of a smaller picture. Where no residual
+    Below twice the base, bits serve better as residual of a smaller picture (docs/ablations.md). Where no residual
     fits, as of pictures of a few hundred pixels, the base alone is sent, of the whole picture if that fits; so it is with
     weights that have no residual, at about the largest scale that fits.
 
@@ -59,7 +57,7 @@ def fit_scaled(codec: Codec, max_bytes: int, analyse: Callable[[int], Analysed])
     whole = analyse(WHOLE)
     base = codec.write(whole, 0)
     spare = Fitted(base, 0, "base alone") if len(base) <= max_bytes else None
-    first = _first_scale(whole.file, max_bytes, CODED_SHARE if codec.has_levels else ((0.0, 1.0),))
+    first = _first_scale(whole.file, max_bytes, BASE_SHARE if codec.has_levels else 1.0)
     for scale in range(first, LEAST_SCALE - 1, -1):
         analysed = whole if scale == WHOLE else analyse(scale)
         try:
@@ -76,12 +74,11 @@ def fit_scaled(codec: Codec, max_bytes: int, analyse: Callable[[int], Analysed])
     return spare
 
 
-def _first_scale(whole: CodedPicture, max_bytes: int, lines: Iterable[tuple[float, float]]) -> int:
-    """The largest scale of no more latent positions than the share of the whole picture's that `lines` give."""
+def _first_scale(whole: CodedPicture, max_bytes: int, share: float) -> int:
+    """The largest scale whose share of the whole picture's indices makes its base `share` of the budget, or less."""
     beside = whole.header_bytes + whole.check_bytes
     cells = {scale: math.prod(replace(whole, scale=scale).latent_size) for scale in range(LEAST_SCALE, WHOLE + 1)}
-    bases = (max_bytes - beside) / len(whole.base)
-    allowed = min(at_none + rise * bases for at_none, rise in lines) * cells[WHOLE]
+    allowed = share * (max_bytes - beside) / len(whole.base) * cells[WHOLE]
     return max((scale for scale in cells if cells[scale] <= allowed), default=LEAST_SCALE)
 
 

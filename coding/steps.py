@@ -1,6 +1,7 @@
 """The steps from a picture to its file and back, and their row of the table."""
 
 import argparse
+import math
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -30,7 +31,9 @@ from utils.limits import MIN_SIDE
 from utils.memory import freed_memory_returned
 
 SIDE_BY_SIDE = 1 << 29  # bytes of feature maps, in each lane, up to which the lanes' networks run at the same time
-KEEPS_UP_TO = 1 << 32  # bytes of feature maps up to which freed memory stays, which may add half as much again
+# Freed memory stays, which may add half as much again, for feature maps of so many bytes and pictures of so many pixels: beyond
+# that it would all but double what the process takes, and no time is gained.
+KEEPS_UP_TO = 1 << 32, 1 << 25
 
 
 @dataclass(eq=False)
@@ -217,9 +220,11 @@ class Steps:
     @contextmanager
     def _turn_for(self, codec: Codec, items: Sequence[Item], way: Way) -> Iterator[None]:
         """Around networks: no other lane's inside it where they are large, or on CUDA."""
-        maps = len(items) * (codec.memory(*items[0].coded_size, way) - codec.memory(MIN_SIDE, MIN_SIDE, way))
+        size = items[0].coded_size
+        maps = len(items) * (codec.memory(*size, way) - codec.memory(MIN_SIDE, MIN_SIDE, way))
         turn = self._alone() if self.device.type == "cuda" or maps > SIDE_BY_SIDE else nullcontext()
-        with turn, freed_memory_returned() if self.weights.keeps_memory and maps > KEEPS_UP_TO else nullcontext():
+        large = maps > KEEPS_UP_TO[0] or math.prod(size) > KEEPS_UP_TO[1]
+        with turn, freed_memory_returned() if self.weights.keeps_memory and large else nullcontext():
             yield
 
     @contextmanager

@@ -62,7 +62,7 @@ class Variant:
 
     @property
     def made_from(self) -> str:
-        rule = "" if self.bpp is None else f", coded shares {budget.CODED_SHARE}"
+        rule = "" if self.bpp is None else f", base share {budget.BASE_SHARE:g}"
         return f"{weights_of(self.model)}, {self.setting}{rule}"
 
     def file(self, analyse: Callable[[int], Analysed]) -> bytes:

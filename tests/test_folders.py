@@ -221,7 +221,8 @@ def test_large_pictures_give_their_memory_back(pictures, weights, tmp_path, caps
         yield
 
     monkeypatch.setattr("coding.steps.freed_memory_returned", record)
-    for limit, without, expected in ((1 << 32, [], 0), (0, [], 2), (0, ["--without", "keep_memory"], 0)):
+    many, kept = 1 << 32, ["--without", "keep_memory"]
+    for limit, without, expected in (((many, many), [], 0), ((0, many), [], 2), ((many, 0), [], 2), ((0, 0), kept, 0)):
         returned.clear()
         monkeypatch.setattr("coding.steps.KEEPS_UP_TO", limit)
         out = tmp_path / f"{limit}{without}"

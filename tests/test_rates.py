@@ -114,8 +114,8 @@ def test_rates_by_budget(release, pictures, tmp_path, monkeypatch, coded):
             assert other["made_from"].startswith(f"within {len(file)} bytes")
     means = {(row["codec"], row["label"]): row for row in told_in(tmp_path / "out" / "means.json")["rows"]}
     assert means["nano", labels[0]]["scale"] < 1 == means["nano", labels[1]]["scale"]
-    for shares, decoded in ((budget.CODED_SHARE, 0), (((0.0, 0.4),), 4)):
-        monkeypatch.setattr(budget, "CODED_SHARE", shares)
+    for share, decoded in ((budget.BASE_SHARE, 0), (0.4, 4)):
+        monkeypatch.setattr(budget, "BASE_SHARE", share)
         coded.clear()
         assert reproduce(*command, "--bpp", low, high, "--codecs") == 0
         assert coded["decode"] == decoded
