@@ -31,9 +31,8 @@ from utils.limits import MIN_SIDE
 from utils.memory import freed_memory_returned
 
 SIDE_BY_SIDE = 1 << 29  # bytes of feature maps, in each lane, up to which the lanes' networks run at the same time
-# Freed memory stays, which may add half as much again, for feature maps of so many bytes and pictures of so many pixels: beyond
-# that it would all but double what the process takes, and no time is gained.
-KEEPS_UP_TO = 1 << 32, 1 << 25
+KEEPS_UP_TO = 1 << 32  # bytes of feature maps up to which freed memory stays, which may add half as much again
+KEEPS_PIXELS = 1 << 25  # and pixels: beyond, what stays would add as much again, for a fifth of the time or less
 
 
 @dataclass(eq=False)
@@ -223,7 +222,7 @@ class Steps:
         size = items[0].coded_size
         maps = len(items) * (codec.memory(*size, way) - codec.memory(MIN_SIDE, MIN_SIDE, way))
         turn = self._alone() if self.device.type == "cuda" or maps > SIDE_BY_SIDE else nullcontext()
-        large = maps > KEEPS_UP_TO[0] or math.prod(size) > KEEPS_UP_TO[1]
+        large = maps > KEEPS_UP_TO or math.prod(size) > KEEPS_PIXELS
         with turn, freed_memory_returned() if self.weights.keeps_memory and large else nullcontext():
             yield
 

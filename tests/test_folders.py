@@ -222,10 +222,11 @@ def test_large_pictures_give_their_memory_back(pictures, weights, tmp_path, caps
 
     monkeypatch.setattr("coding.steps.freed_memory_returned", record)
     many, kept = 1 << 32, ["--without", "keep_memory"]
-    for limit, without, expected in (((many, many), [], 0), ((0, many), [], 2), ((many, 0), [], 2), ((0, 0), kept, 0)):
+    for most, pixels, without, expected in ((many, many, [], 0), (0, many, [], 2), (many, 0, [], 2), (0, 0, kept, 0)):
         returned.clear()
-        monkeypatch.setattr("coding.steps.KEEPS_UP_TO", limit)
-        out = tmp_path / f"{limit}{without}"
+        monkeypatch.setattr("coding.steps.KEEPS_UP_TO", most)
+        monkeypatch.setattr("coding.steps.KEEPS_PIXELS", pixels)
+        out = tmp_path / f"{most}{pixels}{without}"
         assert call(capsys, "-i", pictures / "0.png", "-o", out, "--device", "cpu", *weights, *without)[0] == 0
         assert len(returned) == expected  # once to encode, once to decode
 
