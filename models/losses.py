@@ -21,6 +21,7 @@ BANDS = (3, 7)  # pixels: sides of the squares whose means part grey into bands 
 AROUND = 9  # side of the square that energy is a mean over, in pixels
 LEAST_DETAIL = 1 / 127.5  # a deviation of one grey value, below which detail is not told from none
 FLAT = 2.0  # grey values: the widest range of the original inside a cell of one colour
+ROUNDING = (1 / 127.5) ** 2 / 12  # variance of the error of rounding to 8 bits
 TINY = 1e-12  # of a power: no error is exactly 0 there
 
 
@@ -110,7 +111,8 @@ def lines_loss(image: Tensor, target: Tensor) -> Tensor:
         loss = sum over grey and colour, mean over k = 1 .. 8 and both axes of max(0, ln(P(k/16) / mean_b P(k/16 + b)))
 
     P is the power of the error (of the mean of RGB, and of red less blue) by frequency along one axis, a mean over the other,
-    picture by picture: a mesh on one of them must not hide in the spectrum of a louder one. b are 2 to 5 bins on either side,
+    and that of rounding to 8 bits: lines of a flat picture that it hides must not outweigh all others. Picture by picture:
+    a mesh on one of them must not hide in the spectrum of a louder one. b are 2 to 5 bins on either side,
     inside the spectrum. Only the line has a gradient: it must not hide among louder neighbours, either. Sides from 192 pixels,
     cut to multiples of 16. A pixel shuffle makes such lines.
     """
@@ -124,9 +126,10 @@ def _excess(error: Tensor) -> Tensor:
     excess = []
     for axis, length in ((2, error.shape[2]), (1, error.shape[1])):
         power = torch.view_as_real(torch.fft.rfft(error, dim=axis)).square().sum(-1).mean(3 - axis)  # N bins
+        power = power + length * ROUNDING
         for line, beside in line_bins(length):
             around = torch.stack([power[:, at] for at in beside]).mean(0).detach()
-            excess.append((power[:, line].clamp(min=TINY).log() - around.clamp(min=TINY).log()).relu())
+            excess.append((power[:, line].log() - around.log()).relu())
     return torch.stack(excess).mean()
 
 
@@ -137,10 +140,28 @@ def flat_loss(image: Tensor, target: Tensor) -> Tensor:
     white or blank ground is seen at once, and its squared error is too small to matter beside that of photographs; sides
     from 16 pixels, cut to multiples of it.
     """
-    cells, error = (v.unfold(2, CELL, CELL).unfold(3, CELL, CELL) for v in (target, image - target))  # N 3 h w 16 16
-    spans = cells.amax((4, 5)) - cells.amin((4, 5))
-    flat = (spans.amax(1) <= FLAT / 127.5).to(error)  # N h w
+    flat, error = _flat_errors(image, target)
     return (flat[:, None] * error.abs().mean((4, 5))).mean()
+
+
+def peak_loss(image: Tensor, target: Tensor) -> Tensor:
+    """What errors of `flat_loss` come to where they are largest: M_8 of each picture, and their mean.
+
+        M_8 = (mean_p s e^8)^(1/8)
+
+    over the picture's pixels and channels, and near the largest |e| of them. A corner of a black picture has a few pixels
+    of many thousands, and no mean hears them.
+    """
+    flat, error = _flat_errors(image, target)
+    powers = (flat[:, None] * error.pow(8).mean((4, 5))).mean((1, 2, 3))  # N
+    return (powers + TINY**2).pow(1 / 8).mean()
+
+
+def _flat_errors(image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """s, N x h x w, and e, N x 3 x h x w x 16 x 16, of `flat_loss`."""
+    cells, error = (v.unfold(2, CELL, CELL).unfold(3, CELL, CELL) for v in (target, image - target))
+    spans = cells.amax((4, 5)) - cells.amin((4, 5))
+    return (spans.amax(1) <= FLAT / 127.5).to(error), error
 
 
 def detail_loss(image: Tensor, target: Tensor) -> Tensor:

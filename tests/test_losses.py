@@ -20,6 +20,7 @@ from models.losses import (
     line_bins,
     lines_loss,
     ms_ssim_loss,
+    peak_loss,
     weave_loss,
 )
 
@@ -159,6 +160,20 @@ def test_lines_by_hand(dim):
     assert lines_loss(grown, torch.zeros_like(grown)).item() == pytest.approx(math.log(4) / 16, rel=1e-3)
 
 
+def test_lines_below_rounding_are_none():
+    """A line four times its neighbours where these have 3, 1 and 1/3 times what rounding has: ln((4 q + 1) / (q + 1)).
+
+    A cosine of power p has 256^2 p / 4 in its bin; rounding to 8 bits a variance of 1 / 12 of a grey value squared, 256 of
+    them in every bin.
+    """
+    rounding = 256 * (2 / 255) ** 2 / 12
+    for q in (3, 1, 1 / 3):
+        beside = {at: 4 * q * rounding / 256**2 for n in range(2, 6) for at in (64 - n, 64 + n)}
+        error = gratings(beside | {64: 16 * q * rounding / 256**2})
+        expected = math.log((4 * q + 1) / (q + 1)) / 16
+        assert lines_loss(error, torch.zeros_like(error)).item() == pytest.approx(expected, rel=1e-3)
+
+
 def test_lines_of_colour_count_as_those_of_grey():
     """Red and blue against each other have no grey, and ln 4 of 16 lines as above; red alone has both."""
     beside = {at: 0.01 for n in range(2, 6) for at in (64 - n, 64 + n)}
@@ -194,6 +209,25 @@ def test_lines_push_the_line_alone():
     spectrum = torch.fft.rfft(error.grad.mean((0, 1, 2))).abs().square()  # lines along y have no mean over the rows
     assert spectrum[32] > 100 * spectrum[[30, 29, 28, 27, 34, 35, 36, 37]].mean()
     assert (error.grad * gratings({32: 0.01})).sum() > 0  # a step of descent takes the line away
+
+
+def test_peak_hears_a_corner_that_means_do_not():
+    """One of 4,096 pixels is off by 0.1, in all channels: (0.1^8 / 4096)^(1/8) = 0.1 / 2^1.5, as a part of two pictures half.
+
+    The mean of `flat_loss` is 0.1 / 4096 of it. Errors where the original has several colours are not counted.
+    """
+    target = torch.full((1, 3, 64, 64), -1.0)
+    image = target.clone()
+    image[..., 0, 0] += 0.1
+    assert peak_loss(image, target).item() == pytest.approx(0.1 / 2**1.5, rel=1e-4)
+    assert flat_loss(image, target).item() == pytest.approx(0.1 / 4096, rel=1e-4)
+    two = peak_loss(torch.cat([image, target]), torch.cat([target, target])).item()
+    assert two == pytest.approx((0.1 / 2**1.5 + 1e-3) / 2, rel=1e-4)  # 1e-3 is that of no error
+    target[..., 40, 40], image[..., 40, 40] = 1.0, 0.0
+    assert peak_loss(image, target).item() == pytest.approx(0.1 / 2**1.5, rel=1e-4)
+    image.requires_grad_()
+    peak_loss(image, target).backward()
+    assert image.grad.nonzero().tolist() == [[0, channel, 0, 0] for channel in range(3)] and (image.grad >= 0).all()
 
 
 def test_flat_counts_cells_of_one_colour_alone():

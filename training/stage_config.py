@@ -8,7 +8,9 @@ from models.losses import GROUND, LEAST_LINES
 from utils.config import require, require_from
 
 # Of perceptual terms.
-Factors = dict[Literal["lpips", "stlpips", "features", "ms_ssim", "weave", "lines", "flat", "border", "detail"], float]
+Factors = dict[
+    Literal["lpips", "stlpips", "features", "ms_ssim", "weave", "lines", "flat", "peak", "border", "detail"], float
+]
 # Pixels of a picture that has such a term.
 LEAST_SIDE = {"ms_ssim": MS_SSIM_MIN_SIDE, "weave": GROUND, "lines": LEAST_LINES}
 # By kind of adversary, in pixels: below, the PatchGAN has nothing to normalise over, and a projected head no logit.
@@ -49,9 +51,9 @@ class StageParams:
         perceptual: perceptual terms with their factors in the loss: `lpips` (LPIPS-vgg), `stlpips` (ST-LPIPS-vgg),
             `features` (of EfficientNet-Lite0), `ms_ssim` (1 - MS-SSIM, crops above 160 pixels), `weave` (what repeats
             every 16 pixels on smooth ground), `lines` (what stands out of the error's spectrum at multiples of 1/16
-            cycles per pixel), `flat` (absolute error where the original has one colour), `border` (squared error of the
-            outermost 8 pixels) and `detail` (local energies of detail). A file's replaces the default
-            wholly, and is merged with its base's.
+            cycles per pixel), `flat` (absolute error where the original has one colour), `peak` (the same where it is
+            largest), `border` (squared error of the outermost 8 pixels) and `detail` (local energies of detail). A
+            file's replaces the default wholly, and is merged with its base's.
         vgg_window: side in pixels of the square in the middle of a crop that `lpips` and `stlpips` see; None shows them
             whole crops. Crops lie anywhere in their pictures, so their middles do too. On a CPU, VGG costs several times
             what a small model does.
