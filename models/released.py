@@ -295,7 +295,7 @@ def start_from_release(folder: str | Path, codec: Codec) -> list[str]:
         told.append(f"{folder} adds texture, which is left out here")
     elif codec.texture is not None and not both:
         states["texture"] = codec.texture.state_dict()
-        told.append(f"{folder} adds no texture: its network starts from nothing")
+        told.append(f"{folder} adds no texture")
     if grows:
         zeros = {f"shortcut.{key}": torch.zeros_like(v) for key, v in codec.vq_base.shortcut.state_dict().items()}
         states["vq_base"] |= zeros

@@ -23,6 +23,7 @@ from tests.residual import D, new_codec, picture
 from tests.small_runs import TEXTURE
 from training.config import load_config
 from training.start import new_codec as new_training
+from training.start import start_from
 from utils.errors import CheckpointError, ConfigError
 
 SIZE = TextureParams(width=4, num_res_blocks=1)
@@ -311,3 +312,21 @@ def test_training_leaves_it_out_or_goes_on_from_it(released):
     assert all(torch.equal(v, textured().texture.state_dict()[k]) for k, v in codec.texture.state_dict().items())
     with pytest.raises(CheckpointError, match="texture.width 8 for 4"):
         start_from_release(released, untrained(TextureParams(8, 1)))
+
+
+def test_it_goes_on_from_that_of_another_release(released, tmp_path):
+    """Stage decoder leaves texture out, since D is another then: its network need not start from nothing behind the new D."""
+    without, bare = new_codec(), tmp_path / "bare"
+    without.residual.train_rates()
+    write_release(bare, 3, without, replace(load_config(str(NANO)), networks=without.params))
+    config = load_config(str(NANO), [*TEXTURE, f"release={bare}", f"texture.start={released}"])
+    config = replace(config, networks=replace(without.params, texture=SIZE))
+    codec = new_training(config)
+    told = start_from(config, codec)
+    assert told[-1] == f"texture from {released}" and f"{bare} adds no texture" in told
+    assert all(torch.equal(v, textured().texture.state_dict()[k]) for k, v in codec.texture.state_dict().items())
+    other = replace(config, networks=replace(config.networks, texture=TextureParams(8, 1)))
+    with pytest.raises(ConfigError, match="does not fit the configuration. other shape: picture_in"):
+        start_from(other, new_training(other))
+    with pytest.raises(ConfigError, match="that release adds no texture"):
+        start_from(replace(config, texture=replace(config.texture, start=str(bare))), codec)

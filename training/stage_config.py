@@ -279,10 +279,12 @@ class TextureStageParams(DecoderStageParams):
 
     Attributes:
         train_decoder: D goes on learning behind which texture comes, at this share of the learning rate; 0 freezes it.
+        start: folder of another release whose texture network it goes on from, that of the same codec before its D learnt on.
     """
 
     distortion_weight: float = 0.0
     train_decoder: float = 0.0
+    start: str | None = None
 
     def __post_init__(self):
         super().__post_init__()

@@ -10,7 +10,7 @@ from datapipe.pictures import Pictures
 from datapipe.source import Source
 from datapipe.sources import KINDS, open_source
 from models.codec import Codec
-from models.released import NAMES, start_from_release
+from models.released import NAMES, load_release, start_from_release, states_of
 from training.config import TrainConfig
 from training.validation import Validation
 from utils import checkpoints
@@ -99,4 +99,11 @@ def start_from(config: TrainConfig, codec: Codec) -> list[str]:
         with named("light.start"):
             checkpoints.load_strictly(codec.light, checkpoints.parameters_of(checkpoints.read(path))[0], path)
         told.append(f"light decoder from {path}")
+    if config.stages == ("texture",) and (path := config.texture.start):
+        with named("texture.start"):
+            state = states_of(load_release(path)).get("texture")
+            if state is None:
+                raise ConfigError(f"{path}: that release adds no texture")
+            checkpoints.load_strictly(codec.texture, state, path)
+        told.append(f"texture from {path}")
     return told
