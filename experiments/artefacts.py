@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -35,7 +36,8 @@ def run(args: argparse.Namespace) -> None:
         return
     pictures = {name: read_image(path) for name, path in named_photographs(args.data, args.limit).items()}
     originals = torch.cat([smooth_blocks(picture)[0] for picture in pictures.values()])
-    rows: list[Row] = [{"codec": "original", "smooth blocks": len(originals)} | detail_of(originals)]
+    own = mesh_of(pictures.values())
+    rows: list[Row] = [{"codec": "original", "smooth blocks": len(originals)} | own | detail_of(originals)]
     for mean in means:
         row = {key: mean[key] for key in ("codec", "label", "bytes")}
         if mean["bytes"] is not None:
@@ -51,6 +53,7 @@ def run(args: argparse.Namespace) -> None:
 MEANING = {
     "line": "power of the mean error spectrum at the multiple of 1/16 cycles per pixel that stands out most, over its neighbours'; pictures from 192 pixels",
     "colour line": "the same of red less blue",
+    "mesh": "the line of the pictures themselves instead of their error, most of which is detail that is missing, and hides what is there too much",
     "smooth blocks": f"blocks of {GROUND}x{GROUND} pixels in which the original deviates by less than {SMOOTH:g} grey values",
     "weave": "RMS of what repeats every 16 pixels in the error of smooth blocks, grey values",
     "strongest line of it": "power of the error's spectrum there over what is around it",
@@ -68,11 +71,18 @@ def found(pictures: dict[str, torch.Tensor], folder: Path) -> Row:
     for kind, colour in (("line", False), ("colour line", True)):
         for axis, (frequency, ratio) in lines(pairs, colour).items():
             row |= {f"{kind} along {axis}": ratio, f"{kind} along {axis}, cycles per pixel": frequency}
+    row |= mesh_of(decoded for _, decoded in pairs)
     row |= on_smooth_ground(pairs)
     border, middle = (fmean(errors) for errors in zip(*(border_errors(*pair) for pair in pairs), strict=True))
     row["border / middle"] = math.sqrt(border / middle) if middle else None
     shifts = zip(*(colour_shift(*pair) for pair in pairs), strict=True)
     return row | {f"cast {channel}": fmean(shift) for channel, shift in zip("RGB", shifts, strict=True)}
+
+
+def mesh_of(pictures: Iterable[torch.Tensor]) -> Row:
+    """The strongest lines of pictures themselves."""
+    found = lines((torch.zeros_like(picture), picture) for picture in pictures)
+    return {f"mesh along {axis}": ratio for axis, (_, ratio) in found.items()}
 
 
 def on_smooth_ground(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> Row:

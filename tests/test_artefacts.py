@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from experiments.artefacts import found
+from experiments.artefacts import found, mesh_of
 from measuring.artefacts import (
     border_errors,
     error_spectrum,
@@ -71,6 +71,22 @@ def test_the_table_tells_lines_of_colour_from_lines_of_grey(tmp_path):
     row = found({"a.png": original}, tmp_path)
     assert row["colour line along x, cycles per pixel"] == 0.25 and row["colour line along x"] > 50
     assert row["line along x"] < 5 and row["colour line along y"] < 5
+
+
+def test_a_mesh_that_missing_detail_hides_from_the_error_is_told(tmp_path):
+    """A decoder loses noise of deviation 24 wholly, and paints rows of +2, +2, -2, -2 over what is left, of 4: 1 + 2 x 256 / 4^2
+    times its neighbours in the picture, and 1 + 2 x 256 / 24^2 of them in the error.
+    """
+    stripes = 2.0 * (torch.arange(256) % 4 < 2).double()[:, None].mul(2).sub(1)
+    pictures = {}
+    for i in range(6):
+        kept, lost = (torch.randn(1, 256, 384, generator=GENERATOR) * deviation for deviation in (4, 24))
+        pictures[f"{i}.png"] = (128 + kept + lost).round().clamp(0, 255).byte().expand(3, -1, -1)
+        write_image(tmp_path / f"{i}.png", (128 + kept + stripes).round().clamp(0, 255).byte().expand(3, -1, -1))
+    row = found(pictures, tmp_path)
+    assert row["mesh along y"] == pytest.approx(1 + 512 / 16, rel=0.1) and row["mesh along x"] < 1.5
+    assert row["line along y"] == pytest.approx(1 + 512 / 576, rel=0.1)
+    assert all(ratio < 1.5 for ratio in mesh_of(pictures.values()).values())
 
 
 def test_a_line_is_told_by_its_ratio_to_bins_that_are_not_next_to_it():
