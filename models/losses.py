@@ -3,6 +3,8 @@
 Pictures are N x 3 x H x W in [-1, 1]; every term is a scalar, averaged over the batch.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,6 +22,8 @@ RIM = 8  # pixels from the outer edge that count as border
 BANDS = (3, 7)  # pixels: sides of the squares whose means part grey into bands of detail
 AROUND = 9  # side of the square that energy is a mean over, in pixels
 LEAST_DETAIL = 1 / 127.5  # a deviation of one grey value, below which detail is not told from none
+RING_SIDE = 8  # pixels: side of the DCT
+RINGS = range(2, 9)  # of frequencies, in 1/16 cycles per pixel; the last has all beyond
 FLAT = 2.0  # grey values: the widest range of the original inside a cell of one colour
 ROUNDING = (1 / 127.5) ** 2 / 12  # variance of the error of rounding to 8 bits
 TINY = 1e-12  # of a power: no error is exactly 0 there
@@ -175,6 +179,31 @@ def detail_loss(image: Tensor, target: Tensor) -> Tensor:
     """
     ours, theirs = (detail_energies(v.mean(1, keepdim=True)) for v in (image, target))
     return torch.stack([(a.log() - b.log()).square().mean() for a, b in zip(ours, theirs, strict=True)]).mean()
+
+
+def spectrum_loss(image: Tensor, target: Tensor) -> Tensor:
+    """Squared difference of the logarithms of local energies of grey, ring by ring of frequencies: a mean over rings and places.
+
+        loss = mean_r mean_p (ln(e_r(X^) + d^2) - ln(e_r(X) + d^2))^2,    e_r = mean of c_uv^2, round(|(u, v)|) = r
+
+    c_uv are coefficients of an orthonormal DCT of 8x8 pixels, one every 4 pixels; e_r is a mean over 3x3 of them, too. The
+    rings are r = 2 .. 7, of r / 16 cycles per pixel, and all beyond. d is one grey value, which white noise of that deviation
+    has in every ring. `detail_loss` takes a checkerboard for grain; this one tells them apart.
+    """
+    ours, theirs = (ring_energies(v.mean(1, keepdim=True)) for v in (image, target))
+    return (ours.log() - theirs.log()).square().mean()
+
+
+def ring_energies(grey: Tensor) -> Tensor:
+    """e_r + d^2 of `spectrum_loss`, coarse first: N x 1 x H x W -> N x RINGS x h x w."""
+    place = torch.arange(RING_SIDE, dtype=torch.float64)
+    basis = torch.cos(math.pi / RING_SIDE * (place + 0.5) * place[:, None]) * math.sqrt(2 / RING_SIDE)
+    basis[0] /= math.sqrt(2)
+    kernels = torch.einsum("uy,vx->uvyx", basis, basis).flatten(0, 1)[:, None].to(grey)
+    radius = torch.hypot(place[:, None], place).round().clamp(max=RINGS[-1]).flatten()
+    of_ring = torch.stack([(radius == r) / (radius == r).sum() for r in RINGS]).to(grey)
+    energies = F.conv2d(grey, kernels, stride=RING_SIDE // 2).square()
+    return F.avg_pool2d(torch.einsum("rk,nkhw->nrhw", of_ring, energies), 3, stride=1) + LEAST_DETAIL**2
 
 
 def detail_energies(grey: Tensor) -> list[Tensor]:

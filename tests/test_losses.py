@@ -21,6 +21,8 @@ from models.losses import (
     lines_loss,
     ms_ssim_loss,
     peak_loss,
+    ring_energies,
+    spectrum_loss,
     weave_loss,
 )
 
@@ -305,3 +307,39 @@ def test_adaptive_weight():
     assert adaptive_factor(five, torch.tensor([3e-4, 4e-4])).item() == pytest.approx(5 / 6e-4, rel=1e-5)
     assert adaptive_factor(five, torch.zeros(2)).item() == 1e4  # 5e4, but for the limit
     assert not adaptive_factor(five, torch.ones(2)).requires_grad
+
+
+# Spectrum -------------------------------------------------------------------------------------------------------------
+
+
+def test_rings_of_white_noise_are_its_variance_each():
+    """The DCT is orthonormal: noise of deviation 5 grey values has 25 in every ring, and one grey value squared beside it."""
+    noise = 5 / 127.5 * torch.randn(4, 1, 512, 512, generator=torch.Generator().manual_seed(0))
+    energies = ring_energies(noise)
+    assert energies.shape == (4, 7, 125, 125)  # 127 places of 8 pixels, 4 apart, less one on either side
+    torch.testing.assert_close(energies.mean((0, 2, 3)) * 127.5**2, torch.full((7,), 26.0), rtol=0.02, atol=0)
+
+
+def test_a_cosine_is_around_its_ring():
+    """r / 16 cycles per pixel along x: windows of 8 pixels spread it, but its middle, by energy, is within a ring of r."""
+    x, rings = torch.arange(512, dtype=torch.float64), torch.arange(2, 9)
+    for r in range(2, 8):
+        energies = ring_energies(torch.cos(2 * math.pi * r / 16 * x).expand(1, 1, 512, 512)).mean((0, 2, 3))
+        energies = energies * torch.tensor([4, 5, 9, 8, 11, 11, 12])  # coefficients of 8x8 in each ring
+        assert abs((energies * rings).sum() / energies.sum() - r) < 1
+
+
+def test_spectrum_by_hand():
+    """Twice the contrast is four times the energy of every ring: (ln 4)^2, where one grey value is little beside it."""
+    target = 0.2 * torch.randn(2, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    assert spectrum_loss(2 * target, target).item() == pytest.approx(math.log(4) ** 2, rel=1e-2)
+    assert spectrum_loss(target + 0.3, target).item() == pytest.approx(0, abs=1e-6)  # the mean is in no ring
+
+
+def test_spectrum_tells_a_checkerboard_from_grain():
+    """Both deviate by as much, most of it finer than 3x3 pixels: `detail` hears a seventh of what the spectrum does."""
+    random = torch.Generator().manual_seed(0)
+    grain = 0.1 * torch.randn(1, 1, 256, 256, generator=random).expand(1, 3, -1, -1)
+    sign = 1 - 2.0 * ((torch.arange(256)[:, None] + torch.arange(256)) % 2)
+    checker = (0.1 * sign).expand(1, 3, 256, 256)
+    assert spectrum_loss(checker, grain) > 5 * detail_loss(checker, grain)

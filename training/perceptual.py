@@ -8,7 +8,16 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from measuring.weights import VGG16
-from models.losses import border_loss, detail_loss, flat_loss, lines_loss, ms_ssim_loss, peak_loss, weave_loss
+from models.losses import (
+    border_loss,
+    detail_loss,
+    flat_loss,
+    lines_loss,
+    ms_ssim_loss,
+    peak_loss,
+    spectrum_loss,
+    weave_loss,
+)
 from training.perceptual_networks import PACKAGED, FeatureDistance, StLpips, packaged
 from training.stage_config import StageParams
 from utils.errors import ConfigError
@@ -21,6 +30,7 @@ PLAIN = {  # terms that look through no network
     "lines": lines_loss,
     "flat": flat_loss,
     "peak": peak_loss,
+    "spectrum": spectrum_loss,
     "border": border_loss,
     "detail": detail_loss,
 }
@@ -36,7 +46,8 @@ def perceptual_terms(
             `ms_ssim` (1 - MS-SSIM of the luma, sides from 161 pixels), `weave` (what repeats every 16 pixels on smooth ground,
             sides from 64 pixels), `lines` (what stands out of the error's spectrum at multiples of 1/16 cycles per pixel, sides
             from 192 pixels), `flat` (absolute error where the original has one colour), `peak` (the same where it is largest),
-            `border` (squared error of the outermost 8 pixels), `detail` (local energies of detail).
+            `border` (squared error of the outermost 8 pixels), `detail` (local energies of detail),
+            `spectrum` (the same by frequency).
         untrained: LPIPS with random weights, for its shapes alone; none are needed on disk.
         tf32: their networks compute in it while training.
         window: side, in pixels, of the square in the middle that terms of VGG see; None shows them all.

@@ -9,7 +9,10 @@ from utils.config import require, require_from
 
 # Of perceptual terms.
 Factors = dict[
-    Literal["lpips", "stlpips", "features", "ms_ssim", "weave", "lines", "flat", "peak", "border", "detail"], float
+    Literal[
+        "lpips", "stlpips", "features", "ms_ssim", "weave", "lines", "flat", "peak", "border", "detail", "spectrum"
+    ],
+    float,
 ]
 # Pixels of a picture that has such a term.
 LEAST_SIDE = {"ms_ssim": MS_SSIM_MIN_SIDE, "weave": GROUND, "lines": LEAST_LINES}
@@ -52,8 +55,8 @@ class StageParams:
             `features` (of EfficientNet-Lite0), `ms_ssim` (1 - MS-SSIM, crops above 160 pixels), `weave` (what repeats
             every 16 pixels on smooth ground), `lines` (what stands out of the error's spectrum at multiples of 1/16
             cycles per pixel), `flat` (absolute error where the original has one colour), `peak` (the same where it is
-            largest), `border` (squared error of the outermost 8 pixels) and `detail` (local energies of detail). A
-            file's replaces the default wholly, and is merged with its base's.
+            largest), `border` (squared error of the outermost 8 pixels), `detail` (local energies of detail) and
+            `spectrum` (the same by frequency, crops from 16 pixels). A file's replaces the default wholly, and is merged with its base's.
         vgg_window: side in pixels of the square in the middle of a crop that `lpips` and `stlpips` see; None shows them
             whole crops. Crops lie anywhere in their pictures, so their middles do too. On a CPU, VGG costs several times
             what a small model does.
