@@ -61,8 +61,9 @@ def test_golden_files_decode_to_the_same_picture(path, name):
 
 
 def test_there_is_a_golden_file_for_every_release():
+    """But for `next`, which training goes on from: its files are not to be kept."""
     kept = {json.loads(p.read_text())["release"] for p in GOLDEN.glob("*.json")}
-    assert kept == {folder.name for folder in releases().values()}
+    assert kept == {folder.name for folder in releases().values()} - {"next"}
 
 
 @pytest.mark.parametrize("folder", releases().values(), ids=lambda p: p.name)
