@@ -327,6 +327,11 @@ def test_a_cosine_is_around_its_ring():
         energies = ring_energies(torch.cos(2 * math.pi * r / 16 * x).expand(1, 1, 512, 512)).mean((0, 2, 3))
         energies = energies * torch.tensor([4, 5, 9, 8, 11, 11, 12])  # coefficients of 8x8 in each ring
         assert abs((energies * rings).sum() / energies.sum() - r) < 1
+    checker = 1 - 2.0 * (
+        (x[:, None] + x) % 2
+    )  # 8 / 16 both ways: beyond the rings, where its coefficients are u, v = 5 and 7
+    energies = ring_energies(checker[None, None]).mean((0, 2, 3))
+    assert energies.argmax() == 6 and energies[6] * 12 > 0.8 * 64  # of 64 that 8x8 pixels of +1 and -1 have
 
 
 def test_spectrum_by_hand():

@@ -7,6 +7,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from main_diffusion_train_vq import main
+from models import losses
 from tests.commands import NANO
 from tests.small_codec import picture
 from training import perceptual_networks
@@ -22,6 +23,15 @@ def pair():
     """A picture in [-1, 1] and one with noise, 1 x 3 x 64 x 80."""
     clean = to_signed(picture(64, 80))[None]
     return clean + 0.3 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0)), clean
+
+
+@pytest.mark.parametrize("name", ["weave", "flat", "peak", "border", "detail", "spectrum"])
+def test_a_name_is_its_own_term(name, pair):
+    """Flat ground on one side, so that all of them have something to say."""
+    image, target = (F.pad(each, (64, 0, 0, 0), value=value) for each, value in zip(pair, (0.1, 0.0), strict=True))
+    expected = getattr(losses, f"{name}_loss")(image, target)
+    assert expected > 0 or name == "weave"
+    torch.testing.assert_close(perceptual_terms({name: 1.0})[name](image, target), expected)
 
 
 def test_st_lpips_is_the_published_one(pair):
