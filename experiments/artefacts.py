@@ -2,7 +2,6 @@
 
 import argparse
 import math
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -13,7 +12,18 @@ from coding.report import Row
 from experiments.coded import Variant, baselines_of, curve_of, measured
 from experiments.inputs import about, named_photographs, releases_of
 from experiments.summary import write_summary
-from measuring.artefacts import GROUND, SMOOTH, border_errors, fine_detail, lines, smooth_blocks, weave
+from measuring.artefacts import (
+    GROUND,
+    SMOOTH,
+    Mesh,
+    Weave,
+    border_errors,
+    fine_detail,
+    lines,
+    mesh,
+    smooth_blocks,
+    weave,
+)
 from measuring.metrics import colour_shift
 from utils.distributed import is_main
 from utils.images import read_image
@@ -36,8 +46,7 @@ def run(args: argparse.Namespace) -> None:
         return
     pictures = {name: read_image(path) for name, path in named_photographs(args.data, args.limit).items()}
     originals = torch.cat([smooth_blocks(picture)[0] for picture in pictures.values()])
-    own = mesh_of(pictures.values())
-    rows: list[Row] = [{"codec": "original", "smooth blocks": len(originals)} | own | detail_of(originals)]
+    rows: list[Row] = [{"codec": "original", "smooth blocks": len(originals)} | detail_of(originals)]
     for mean in means:
         row = {key: mean[key] for key in ("codec", "label", "bytes")}
         if mean["bytes"] is not None:
@@ -53,7 +62,8 @@ def run(args: argparse.Namespace) -> None:
 MEANING = {
     "line": "power of the mean error spectrum at the multiple of 1/16 cycles per pixel that stands out most, over its neighbours'; pictures from 192 pixels",
     "colour line": "the same of red less blue",
-    "mesh": "the line of the pictures themselves instead of their error, most of which is detail that is missing, and hides what is there too much",
+    "mesh": "power of the line of the decoded pictures themselves, down and across, that gained most over what is around it, over the same of the originals",
+    "colour mesh": "the same of red less blue",
     "smooth blocks": f"blocks of {GROUND}x{GROUND} pixels in which the original deviates by less than {SMOOTH:g} grey values",
     "weave": "RMS of what repeats every 16 pixels in the error of smooth blocks, grey values",
     "strongest line of it": "power of the error's spectrum there over what is around it",
@@ -71,18 +81,14 @@ def found(pictures: dict[str, torch.Tensor], folder: Path) -> Row:
     for kind, colour in (("line", False), ("colour line", True)):
         for axis, (frequency, ratio) in lines(pairs, colour).items():
             row |= {f"{kind} along {axis}": ratio, f"{kind} along {axis}, cycles per pixel": frequency}
-    row |= mesh_of(decoded for _, decoded in pairs)
+        if (strongest := mesh(pairs, colour)) is not None:
+            name = kind.replace("line", "mesh")
+            row |= {name: strongest.ratio, f"{name}, cycles per pixel": where(strongest)}
     row |= on_smooth_ground(pairs)
     border, middle = (fmean(errors) for errors in zip(*(border_errors(*pair) for pair in pairs), strict=True))
     row["border / middle"] = math.sqrt(border / middle) if middle else None
     shifts = zip(*(colour_shift(*pair) for pair in pairs), strict=True)
     return row | {f"cast {channel}": fmean(shift) for channel, shift in zip("RGB", shifts, strict=True)}
-
-
-def mesh_of(pictures: Iterable[torch.Tensor]) -> Row:
-    """The strongest lines of pictures themselves."""
-    found = lines((torch.zeros_like(picture), picture) for picture in pictures)
-    return {f"mesh along {axis}": ratio for axis, (_, ratio) in found.items()}
 
 
 def on_smooth_ground(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> Row:
@@ -91,9 +97,12 @@ def on_smooth_ground(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> Row:
     if not len(original):
         return {}
     woven = weave(decoded - original)
-    where = f"{woven.down:g} down, {woven.across:g} across"
     row: Row = {"smooth blocks": len(original), "weave": woven.rms, "strongest line of it": woven.ratio}
-    return row | {"at cycles per pixel": where} | detail_of(decoded)
+    return row | {"at cycles per pixel": where(woven)} | detail_of(decoded)
+
+
+def where(pattern: Weave | Mesh) -> str:
+    return f"{pattern.down:g} down, {pattern.across:g} across"
 
 
 def detail_of(blocks: torch.Tensor) -> Row:

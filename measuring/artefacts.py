@@ -14,6 +14,7 @@ from models.bitstream import CELL as PERIOD  # what repeats with it shows at mul
 from models.losses import GROUND, LEAST_LINES, SMOOTH, line_bins  # of Kodak, some 200 blocks are smooth
 
 BORDER = 4  # pixels
+ROUNDING = 1 / 12  # power of rounding to whole grey values: less than this is no picture
 
 
 def error_spectrum(
@@ -114,25 +115,85 @@ class Weave:
 
 
 def weave(errors: torch.Tensor) -> Weave:
-    """The lines at multiples of 1/16 cycles per pixel, down and across, of the mean spectrum of blocks, (M, 64, 64).
+    """The lines at multiples of 1/16 cycles per pixel, down and across, of the mean spectrum of blocks, (M, 64, 64)."""
+    lines, around = _lines_and_around(_spectra(errors).mean(0))
+    down, across = divmod((lines / around).argmax().item(), PERIOD)
+    window = _window(errors.shape[-1])
+    power = (lines - around).sum() * window.square().sum() / window.sum().square()
+    return Weave(power.clamp(min=0).sqrt().item(), (lines / around).max().item(), *_frequencies(down, across))
 
-    A line is what the spectrum has there above its surroundings: the geometric mean over the eight places 2 bins away,
-    as the spectra of photographs fall with a power of the frequency. Hann windows keep lines and surroundings apart.
+
+@dataclass(frozen=True)
+class Mesh:
+    """What repeats every 16 pixels or a whole fraction of that in decoded pictures, and not in their originals.
+
+    Attributes:
+        ratio: power of the line that gained most over what is around it, over the same of the originals; 1: none did.
+        down, across: its cycles per pixel.
     """
-    n = errors.shape[-1]
-    window = torch.hann_window(n, dtype=torch.float64)
-    window = window[:, None] * window
-    centred = errors - errors.mean((1, 2), keepdim=True)
-    spectrum = torch.fft.fft2(centred * window).abs().square().mean(0) / window.square().sum()
+
+    ratio: float
+    down: float
+    across: float
+
+
+def mesh(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], colour: bool = False) -> Mesh | None:
+    """Lines of decoded pictures themselves, (original, decoded), at multiples of 1/16 cycles per pixel down and across.
+
+    An error's lines hide behind detail that is missing, and a pattern of both axes behind one axis. Blocks are 64x64
+    pixels of luma (`colour`: of red less blue), and each counts as much by its power from 2/16 on: a pattern on sky must
+    not hide behind foliage. None where no picture has a block.
+    """
+    large = [pair for pair in pairs if min(pair[0].shape[1:]) >= GROUND]
+    if not large:
+        return None
+    ratios = []
+    for pictures in zip(*large, strict=True):
+        lines, around = _lines_and_around(
+            torch.stack([_even_spectrum(picture, colour) for picture in pictures]).mean(0)
+        )
+        ratios.append(lines / around)
+    gained = ratios[1] / ratios[0]
+    return Mesh(gained.max().item(), *_frequencies(*divmod(gained.argmax().item(), PERIOD)))
+
+
+def _even_spectrum(picture: torch.Tensor, colour: bool) -> torch.Tensor:
+    """Mean spectrum of a picture's blocks of 64x64 pixels, each of mean power 1 from 2/16 cycles per pixel down on."""
+    values = picture.double()
+    values = values[0] - values[2] if colour else values.mean(0)
+    spectra = _spectra(values.unfold(0, GROUND, GROUND).unfold(1, GROUND, GROUND).flatten(0, 1))
+    first = 2 * GROUND // PERIOD
+    return (spectra / (spectra[:, first : 1 - first].mean((1, 2), keepdim=True) + ROUNDING)).mean(0)
+
+
+def _window(side: int) -> torch.Tensor:
+    window = torch.hann_window(side, dtype=torch.float64)
+    return window[:, None] * window
+
+
+def _spectra(blocks: torch.Tensor) -> torch.Tensor:
+    """Power by frequency down and across, (M, n, n) -> (M, n, n). Hann windows keep lines and surroundings apart."""
+    window = _window(blocks.shape[-1])
+    centred = blocks - blocks.mean((1, 2), keepdim=True)
+    return torch.fft.fft2(centred * window).abs().square() / window.square().sum()
+
+
+def _lines_and_around(spectrum: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A spectrum, (n, n), at multiples of 1/16 cycles per pixel, and around them: (16, 16) each, alike at the mean.
+
+    Around is the geometric mean over the eight places 2 bins away, as the spectra of photographs fall with a power of the frequency.
+    """
+    n = len(spectrum)
     ring = [(i, j) for i in (-2, 0, 2) for j in (-2, 0, 2) if i or j]
     around = torch.stack([spectrum.roll(shift, (0, 1)) for shift in ring]).clamp(min=1e-12).log().mean(0).exp()
     lines, around = (values[:: n // PERIOD, :: n // PERIOD].clone() for values in (spectrum, around))
     lines[0, 0] = around[0, 0]  # the mean is no pattern
-    down, across = divmod((lines / around).argmax().item(), PERIOD)
-    power = (lines - around).sum() * window.square().sum() / window.sum().square()
-    ratio = (lines / around).max().item()
-    ends = (min(line, PERIOD - line) / PERIOD for line in (down, across))  # a negative frequency is its positive one
-    return Weave(power.clamp(min=0).sqrt().item(), ratio, *ends)
+    return lines, around
+
+
+def _frequencies(*lines: int) -> tuple[float, ...]:
+    """Cycles per pixel of multiples of 1/16; a negative frequency is its positive one."""
+    return tuple(min(line, PERIOD - line) / PERIOD for line in lines)
 
 
 def fine_detail(blocks: torch.Tensor) -> float:

@@ -5,12 +5,14 @@ import math
 import pytest
 import torch
 
-from experiments.artefacts import found, mesh_of
+from experiments.artefacts import found
 from measuring.artefacts import (
+    Mesh,
     border_errors,
     error_spectrum,
     fine_detail,
     lines,
+    mesh,
     smooth_blocks,
     strongest_line,
     weave,
@@ -74,19 +76,35 @@ def test_the_table_tells_lines_of_colour_from_lines_of_grey(tmp_path):
 
 
 def test_a_mesh_that_missing_detail_hides_from_the_error_is_told(tmp_path):
-    """A decoder loses noise of deviation 24 wholly, and paints rows of +2, +2, -2, -2 over what is left, of 4: 1 + 2 x 256 / 4^2
-    times its neighbours in the picture, and 1 + 2 x 256 / 24^2 of them in the error.
+    """A decoder loses noise of deviation 24 wholly, and paints checks of +1 and -1, 1/4 cycles per pixel down and across,
+    over what is left, of 4. They have a quarter of their power in each of four lines: 1 + (32^2 / 24)^2 / 4 / 4^2. In the
+    error, along an axis, it is 1 + 384 / 2 / 24^2.
     """
-    stripes = 2.0 * (torch.arange(256) % 4 < 2).double()[:, None].mul(2).sub(1)
+    stripes = (torch.arange(384) % 4 < 2).double().mul(2).sub(1)
+    checks = stripes[:256, None] * stripes
     pictures = {}
     for i in range(6):
         kept, lost = (torch.randn(1, 256, 384, generator=GENERATOR) * deviation for deviation in (4, 24))
         pictures[f"{i}.png"] = (128 + kept + lost).round().clamp(0, 255).byte().expand(3, -1, -1)
-        write_image(tmp_path / f"{i}.png", (128 + kept + stripes).round().clamp(0, 255).byte().expand(3, -1, -1))
+        write_image(tmp_path / f"{i}.png", (128 + kept + checks).round().clamp(0, 255).byte().expand(3, -1, -1))
     row = found(pictures, tmp_path)
-    assert row["mesh along y"] == pytest.approx(1 + 512 / 16, rel=0.1) and row["mesh along x"] < 1.5
-    assert row["line along y"] == pytest.approx(1 + 512 / 576, rel=0.1)
-    assert all(ratio < 1.5 for ratio in mesh_of(pictures.values()).values())
+    assert row["mesh"] == pytest.approx(29.4, rel=0.15) and row["mesh, cycles per pixel"] == "0.25 down, 0.25 across"
+    assert row["line along x"] == pytest.approx(1.33, rel=0.1) and row["line along y"] < 1.4
+
+
+def test_what_the_originals_have_is_no_mesh():
+    """Checks of both, and a picture that lost all its noise but not them: of as much power over what is around them."""
+    x = torch.arange(128)
+    checks = 20 * (1 - 2 * ((x[:, None] + x) % 2))
+    pairs = []
+    for _ in range(8):
+        original = (128 + checks + 4 * torch.randn(3, 128, 128, generator=GENERATOR)).round().byte()
+        pairs.append((original, original.clone()))
+    assert mesh(pairs) == Mesh(1.0, 0.0, 0.0)
+    stained = [(a, (b.int() + torch.tensor([6, 0, -6])[:, None, None] * (x % 2)).byte()) for a, b in pairs]
+    assert mesh(stained).ratio < 1.2
+    assert mesh([(a[:, :60], b[:, :60]) for a, b in pairs]) is None  # no block of 64x64
+    assert mesh(stained, colour=True).ratio > 20 and mesh(stained, colour=True).across == 0.5
 
 
 def test_a_line_is_told_by_its_ratio_to_bins_that_are_not_next_to_it():
