@@ -58,6 +58,15 @@ def test_counts_and_activations_are_those_of_real_networks(name):
     assert 0.9 * real < estimated < 1.25 * real
 
 
+@pytest.mark.filterwarnings("error:.*copying from a non-meta parameter")
+@pytest.mark.parametrize("name", ["small-pictures", "small-decoder", "small-texture", "small-light"])
+def test_every_part_of_the_model_that_ships(name):
+    """Texture's loss has terms of `perceptual` alone: without them there would be none."""
+    config = load_config(str(ROOT / "configs" / f"{name}.yaml"))
+    told = dry_run(config)
+    assert all(re.search(rf"stage {stage}\n(.*\n)+activations", told) for stage in config.stages)
+
+
 def test_one_of_several_ranks_tells(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     assert main(["--cfg_path", str(NANO), "--dry_run"]) == 0 and capsys.readouterr().out == ""

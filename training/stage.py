@@ -70,7 +70,10 @@ class Stage(ABC):
         self.params, self.seed, self.device, self.codec = getattr(config, self.name), config.seed, device, codec
         self.speed = Speed(config.speed, device)
         self.perceptual = perceptual_terms(
-            self.params.perceptual, tf32=self.speed.perceptual_tf32, window=self.params.vgg_window
+            self.params.perceptual,
+            untrained=device.type == "meta",  # for shapes alone
+            tf32=self.speed.perceptual_tf32,
+            window=self.params.vgg_window,
         )
         self.speed.prepare(self.perceptual)
 
