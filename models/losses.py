@@ -182,28 +182,33 @@ def detail_loss(image: Tensor, target: Tensor) -> Tensor:
 
 
 def spectrum_loss(image: Tensor, target: Tensor) -> Tensor:
-    """Squared difference of the logarithms of local energies of grey, ring by ring of frequencies: a mean over rings and places.
+    """Squared difference of the logarithms of local energies of grey, frequency by frequency: a mean over rings and places.
 
-        loss = mean_r mean_p (ln(e_r(X^) + d^2) - ln(e_r(X) + d^2))^2,    e_r = mean of c_uv^2, round(|(u, v)|) = r
+        loss = mean_r mean_{|(u, v)| in r} mean_p (ln(e_uv(X^) + d^2) - ln(e_uv(X) + d^2))^2,    e_uv = mean of c_uv^2
 
-    c_uv are coefficients of an orthonormal DCT of 8x8 pixels, one every 4 pixels; e_r is a mean over 3x3 of them, too. The
-    rings are r = 2 .. 7, of r / 16 cycles per pixel, and all beyond. d is one grey value, which white noise of that deviation
-    has in every ring. `detail_loss` takes a checkerboard for grain; this one tells them apart.
+    c_uv are coefficients of an orthonormal DCT of 8x8 pixels, one every 4 pixels; e_uv is a mean over 3x3 of them. The
+    rings are r = 2 .. 7, of r / 16 cycles per pixel, and all beyond: each counts as much. d is one grey value, which white
+    noise of that deviation has in every coefficient. `detail_loss` takes a checkerboard for grain; this one tells them
+    apart, and a pattern of one direction from one of all.
     """
-    ours, theirs = (ring_energies(v.mean(1, keepdim=True)) for v in (image, target))
-    return (ours.log() - theirs.log()).square().mean()
+    ours, theirs = (dct_energies(v.mean(1, keepdim=True)) for v in (image, target))
+    return ((ours.log() - theirs.log()).square().mean((0, 2, 3)) * ring_weights().to(ours)).sum()
 
 
-def ring_energies(grey: Tensor) -> Tensor:
-    """e_r + d^2 of `spectrum_loss`, coarse first: N x 1 x H x W -> N x RINGS x h x w."""
+def dct_energies(grey: Tensor) -> Tensor:
+    """e_uv + d^2 of `spectrum_loss`, by row of u: N x 1 x H x W -> N x 64 x h x w."""
     place = torch.arange(RING_SIDE, dtype=torch.float64)
     basis = torch.cos(math.pi / RING_SIDE * (place + 0.5) * place[:, None]) * math.sqrt(2 / RING_SIDE)
     basis[0] /= math.sqrt(2)
     kernels = torch.einsum("uy,vx->uvyx", basis, basis).flatten(0, 1)[:, None].to(grey)
-    radius = torch.hypot(place[:, None], place).round().clamp(max=RINGS[-1]).flatten()
-    of_ring = torch.stack([(radius == r) / (radius == r).sum() for r in RINGS]).to(grey)
-    energies = F.conv2d(grey, kernels, stride=RING_SIDE // 2).square()
-    return F.avg_pool2d(torch.einsum("rk,nkhw->nrhw", of_ring, energies), 3, stride=1) + LEAST_DETAIL**2
+    return F.avg_pool2d(F.conv2d(grey, kernels, stride=RING_SIDE // 2).square(), 3, stride=1) + LEAST_DETAIL**2
+
+
+def ring_weights() -> Tensor:
+    """What each coefficient counts in `spectrum_loss`: (64,), 1 in all, as much for each ring, and 0 below them."""
+    place = torch.arange(RING_SIDE)
+    radius = torch.hypot(place[:, None].double(), place.double()).round().clamp(max=RINGS[-1]).flatten()
+    return torch.stack([(radius == r) / (radius == r).sum() for r in RINGS]).mean(0)
 
 
 def detail_energies(grey: Tensor) -> list[Tensor]:

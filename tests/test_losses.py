@@ -11,6 +11,7 @@ from models.losses import (
     border_loss,
     chroma_distortion,
     commitment,
+    dct_energies,
     detail_energies,
     detail_loss,
     distortion,
@@ -21,7 +22,7 @@ from models.losses import (
     lines_loss,
     ms_ssim_loss,
     peak_loss,
-    ring_energies,
+    ring_weights,
     spectrum_loss,
     weave_loss,
 )
@@ -312,30 +313,38 @@ def test_adaptive_weight():
 # Spectrum -------------------------------------------------------------------------------------------------------------
 
 
-def test_rings_of_white_noise_are_its_variance_each():
-    """The DCT is orthonormal: noise of deviation 5 grey values has 25 in every ring, and one grey value squared beside it."""
+def test_white_noise_has_its_variance_in_every_coefficient():
+    """The DCT is orthonormal: noise of deviation 5 grey values has 25 in each, and one grey value squared beside it."""
     noise = 5 / 127.5 * torch.randn(4, 1, 512, 512, generator=torch.Generator().manual_seed(0))
-    energies = ring_energies(noise)
-    assert energies.shape == (4, 7, 125, 125)  # 127 places of 8 pixels, 4 apart, less one on either side
-    torch.testing.assert_close(energies.mean((0, 2, 3)) * 127.5**2, torch.full((7,), 26.0), rtol=0.02, atol=0)
+    energies = dct_energies(noise)
+    assert energies.shape == (4, 64, 125, 125)  # 127 places of 8 pixels, 4 apart, less one on either side
+    torch.testing.assert_close(energies.mean((0, 2, 3)) * 127.5**2, torch.full((64,), 26.0), rtol=0.03, atol=0)
 
 
-def test_a_cosine_is_around_its_ring():
-    """r / 16 cycles per pixel along x: windows of 8 pixels spread it, but its middle, by energy, is within a ring of r."""
-    x, rings = torch.arange(512, dtype=torch.float64), torch.arange(2, 9)
-    for r in range(2, 8):
-        energies = ring_energies(torch.cos(2 * math.pi * r / 16 * x).expand(1, 1, 512, 512)).mean((0, 2, 3))
-        energies = energies * torch.tensor([4, 5, 9, 8, 11, 11, 12])  # coefficients of 8x8 in each ring
-        assert abs((energies * rings).sum() / energies.sum() - r) < 1
-    checker = 1 - 2.0 * (
-        (x[:, None] + x) % 2
-    )  # 8 / 16 both ways: beyond the rings, where its coefficients are u, v = 5 and 7
-    energies = ring_energies(checker[None, None]).mean((0, 2, 3))
-    assert energies.argmax() == 6 and energies[6] * 12 > 0.8 * 64  # of 64 that 8x8 pixels of +1 and -1 have
+def test_rings_count_alike_whatever_they_hold():
+    """Coefficients of 8x8 by distance from the mean, rounded: 4 at 2, as (2, 0) or (1, 2), 5 at 3, .. 12 from 8 on."""
+    weights = ring_weights().view(8, 8)
+    assert weights[0, 0] == weights[0, 1] == weights[1, 1] == 0
+    assert weights[2, 0] == weights[1, 2] == pytest.approx(1 / 7 / 4)
+    assert weights[0, 3] == weights[2, 2] == pytest.approx(1 / 7 / 5)
+    assert weights[0, 7] == weights[5, 5] == pytest.approx(1 / 7 / 11)
+    assert weights[7, 7] == weights[3, 7] == pytest.approx(1 / 7 / 12)
+    assert weights.sum() == pytest.approx(1)
+
+
+def test_a_cosine_is_in_the_coefficients_of_its_frequency_and_direction():
+    """k / 16 cycles per pixel along x is row 0 of the DCT, column k most: windows of 8 pixels spread it along the row."""
+    x = torch.arange(512, dtype=torch.float64)
+    for k in range(1, 6):
+        energies = dct_energies(torch.cos(2 * math.pi * k / 16 * x).expand(1, 1, 512, 512)).mean((0, 2, 3)).view(8, 8)
+        assert energies[0].argmax() == k and energies[0].sum() > 0.99 * energies.sum()
+    checker = 1 - 2.0 * ((x[:, None] + x) % 2)  # 8 / 16 both ways: the last coefficients, u, v = 5 and 7 most
+    energies = dct_energies(checker[None, None]).mean((0, 2, 3)).view(8, 8)
+    assert energies[[5, 5, 7, 7], [5, 7, 5, 7]].sum() > 0.8 * 64  # of 64 that 8x8 pixels of +1 and -1 have
 
 
 def test_spectrum_by_hand():
-    """Twice the contrast is four times the energy of every ring: (ln 4)^2, where one grey value is little beside it."""
+    """Twice the contrast is four times the energy of every coefficient: (ln 4)^2, where one grey value is little beside it."""
     target = 0.2 * torch.randn(2, 3, 128, 128, generator=torch.Generator().manual_seed(0))
     assert spectrum_loss(2 * target, target).item() == pytest.approx(math.log(4) ** 2, rel=1e-2)
     assert spectrum_loss(target + 0.3, target).item() == pytest.approx(0, abs=1e-6)  # the mean is in no ring
@@ -348,3 +357,11 @@ def test_spectrum_tells_a_checkerboard_from_grain():
     sign = 1 - 2.0 * ((torch.arange(256)[:, None] + torch.arange(256)) % 2)
     checker = (0.1 * sign).expand(1, 3, 256, 256)
     assert spectrum_loss(checker, grain) > 5 * detail_loss(checker, grain)
+
+
+def test_spectrum_tells_directions_apart():
+    """Stripes across for stripes down, at 5/16 cycles per pixel: as much energy in the ring, none of it where it belongs."""
+    stripes = 0.1 * torch.cos(2 * math.pi * 5 / 16 * torch.arange(256)).expand(1, 3, 256, 256)
+    moved = stripes.roll(3, 3)  # as much at the same frequency, out of phase
+    turned = stripes.transpose(2, 3)
+    assert spectrum_loss(moved, stripes).item() < 0.05 < 1 < spectrum_loss(turned, stripes).item()
