@@ -45,6 +45,15 @@ def test_artefacts_of_pictures_too_small_for_a_line(release, pictures, tmp_path)
     assert row["border / middle"] > 0 and "cast R" in row and "line along x" not in row
 
 
+def test_artefacts_within_a_budget(release, pictures, tmp_path):
+    """A flat picture would get the highest level there: its error says nothing of the rate."""
+    command = ["artefacts", "--weights", release, "--data", pictures, "-o", tmp_path / "out", "--metrics", "psnr"]
+    assert reproduce(*command, "--bpp", 1.5) == 0
+    _, row = told_in(tmp_path / "out" / "artefacts.json")["rows"]
+    assert 0 < row["bytes"] <= 1.5 * 96 * 80 / 8 and row["border / middle"] > 0
+    assert not [name for name in row if "largest error" in name]
+
+
 def test_table1_times_again_what_was_timed_in_another_way(release, pictures, tmp_path, monkeypatch):
     """The number of repeats stands above the table, so it must be that of the times."""
     timed = []
