@@ -186,7 +186,7 @@ def _lines_and_around(spectrum: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     n = len(spectrum)
     ring = [(i, j) for i in (-2, 0, 2) for j in (-2, 0, 2) if i or j]
     around = torch.stack([spectrum.roll(shift, (0, 1)) for shift in ring]).clamp(min=1e-12).log().mean(0).exp()
-    lines, around = (values[:: n // PERIOD, :: n // PERIOD].clone() for values in (spectrum, around))
+    lines, around = (v[:: n // PERIOD, :: n // PERIOD].clamp(min=1e-12) for v in (spectrum, around))
     lines[0, 0] = around[0, 0]  # the mean is no pattern
     return lines, around
 

@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
-from experiments.artefacts import found
+from experiments.artefacts import MEANING, found
 from measuring.artefacts import (
     Mesh,
+    _lines_and_around,
     border_errors,
     error_spectrum,
     fine_detail,
@@ -73,6 +74,8 @@ def test_the_table_tells_lines_of_colour_from_lines_of_grey(tmp_path):
     row = found({"a.png": original}, tmp_path)
     assert row["colour line along x, cycles per pixel"] == 0.25 and row["colour line along x"] > 50
     assert row["line along x"] < 5 and row["colour line along y"] < 5
+    assert row["mesh"] < 1.5 < 4 < row["colour mesh"] and row["colour mesh, cycles per pixel"] == "0 down, 0.25 across"
+    assert {"mesh", "colour mesh"} <= set(MEANING)
 
 
 def test_a_mesh_that_missing_detail_hides_from_the_error_is_told(tmp_path):
@@ -104,7 +107,54 @@ def test_what_the_originals_have_is_no_mesh():
     stained = [(a, (b.int() + torch.tensor([6, 0, -6])[:, None, None] * (x % 2)).byte()) for a, b in pairs]
     assert mesh(stained).ratio < 1.2
     assert mesh([(a[:, :60], b[:, :60]) for a, b in pairs]) is None  # no block of 64x64
+    assert mesh([(a[..., :60], b[..., :60]) for a, b in pairs]) is None
     assert mesh(stained, colour=True).ratio > 20 and mesh(stained, colour=True).across == 0.5
+
+
+def test_a_mesh_on_sky_does_not_hide_behind_foliage():
+    """Noise of deviation 4 on the left and 30 on the right, and on the left a checker of +1 and -1: (32^2 / 24)^2 of power,
+    over 4^2 + 1 that its blocks have, over 1 of the right and 16/17 of noise around it. As they are, it would be
+    1 + 1820 / (16 + 900). A slow wave of 20, as a sky has one, counts for nothing.
+    """
+    x = torch.arange(1024)
+    left = x < 512
+    noise = torch.where(left, 4.0, 30.0) * torch.randn(1, 1024, 1024, generator=torch.Generator().manual_seed(0))
+    ground = 128 + noise + left * 20 * torch.cos(2 * math.pi * x / 64)[:, None]
+    checker = left * (1 - 2 * ((x[:, None] + x) % 2))
+    original, decoded = (v.round().clamp(0, 255).byte().expand(3, -1, -1) for v in (ground, ground + checker))
+    found = mesh([(original, decoded)])
+    assert found.ratio == pytest.approx(1 + 1820 / 17 / (1 + 16 / 17), rel=0.25)
+    assert (found.down, found.across) == (0.5, 0.5)
+
+
+def grain(side: int) -> torch.Tensor:
+    """Noise of deviation 4 around 128, in whole grey values: 3 x side x side."""
+    return (128 + 4 * torch.randn(3, side, side, generator=torch.Generator().manual_seed(0))).round()
+
+
+def test_a_flat_picture_is_no_mesh_and_hides_none():
+    """A flat block has no power to be divided by."""
+    flat, noisy = torch.full((3, 64, 64), 128, dtype=torch.uint8), grain(64).byte()
+    assert mesh([(flat, flat)]) == mesh([(flat, flat), (noisy, noisy)]) == Mesh(1.0, 0.0, 0.0)
+    assert math.isfinite(mesh([(flat, noisy)]).ratio)
+
+
+def test_around_is_the_middle_of_a_spectrum_that_falls_by_a_power():
+    """e^-0.1(i + j) is the geometric mean of what lies 2 to either side of it; what wraps around is left out."""
+    falling = torch.exp(-0.1 * (torch.arange(64)[:, None] + torch.arange(64)).double())
+    lines, around = _lines_and_around(falling)
+    torch.testing.assert_close(around[1:-1, 1:-1], lines[1:-1, 1:-1])
+
+
+def test_a_slow_wave_is_no_mesh():
+    """One period in a block, which the window spreads to its mean."""
+    slow = (4 * torch.cos(2 * math.pi * torch.arange(256) / 64)).round()
+    assert mesh([(grain(256).byte(), (grain(256) + slow).byte())]).ratio < 2
+
+
+def test_green_is_neither_red_nor_blue():
+    green = torch.tensor([0, 6, 0])[:, None, None] * (torch.arange(256) % 2)
+    assert mesh([(grain(256).byte(), (grain(256) + green).byte())], colour=True).ratio == 1
 
 
 def test_a_line_is_told_by_its_ratio_to_bins_that_are_not_next_to_it():

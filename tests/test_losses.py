@@ -365,3 +365,26 @@ def test_spectrum_tells_directions_apart():
     moved = stripes.roll(3, 3)  # as much at the same frequency, out of phase
     turned = stripes.transpose(2, 3)
     assert spectrum_loss(moved, stripes).item() < 0.05 < 1 < spectrum_loss(turned, stripes).item()
+
+
+def test_spectrum_sees_grey_alone():
+    """What red gains and blue loses is no energy of grey."""
+    generator = torch.Generator().manual_seed(0)
+    target = 0.2 * torch.randn(2, 3, 64, 64, generator=generator)
+    colour = 0.2 * torch.randn(2, 1, 64, 64, generator=generator) * torch.tensor([1.0, 0.0, -1.0])[:, None, None]
+    assert spectrum_loss(target + colour, target).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_spectrum_compares_place_by_place():
+    """Twice the contrast on the left and half of it on the right: (ln 4)^2 at either, where means of both would hide some."""
+    target = 0.2 * torch.randn(1, 3, 64, 1024, generator=torch.Generator().manual_seed(0))
+    share = torch.where(torch.arange(1024) < 512, 2.0, 0.5)
+    assert spectrum_loss(share * target, target).item() == pytest.approx(math.log(4) ** 2, rel=0.03)
+
+
+def test_spectrum_teaches_the_image():
+    """(2 ln s)^2 of s times the contrast: 8 ln s / s more for each more of s."""
+    target = 0.2 * torch.randn(2, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    share = torch.tensor(2.0, requires_grad=True)
+    spectrum_loss(share * target, target).backward()
+    assert share.grad.item() == pytest.approx(4 * math.log(2), rel=1e-2)
