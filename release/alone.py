@@ -1,5 +1,6 @@
 """A run of stage decoder or texture -> a release: that which it started from, with the networks that learnt."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,6 +38,10 @@ def with_learnt(out: Path, config: TrainConfig, iteration: int, source: Triple |
     (stage,) = config.stages
     names, before = learnt(config), Path(config.release)
     codec, told, notes = taken(before)
+    if "autoencoder" in names:
+        with_d = {"light decoder": "light" in told, "texture": codec.texture is not None and stage != "texture"}
+        if left := [network for network, there in with_d.items() if there]:
+            print(f"without the {' and '.join(left)} of {before}: trained for the D that it had", file=sys.stderr)
     if isinstance(source, Triple):
         paths, states = source.files, states_of(load_triple(source))
     else:

@@ -198,10 +198,12 @@ def test_the_command_adds_as_much_texture_as_is_asked(run, tmp_path, capsys):
     assert status == 2 and "in 0 to 2" in told
 
 
-def test_a_release_of_d_that_learnt_with_texture(before, data, tmp_path):
+def test_a_release_of_d_that_learnt_with_texture(before, data, tmp_path, capsys):
     """Both are the run's averages; files keep their bytes; the light decoder knew another D and stays behind."""
     assert taught(data, tmp_path, before, "texture.iterations=2", "texture.train_decoder=0.1") == 0
+    capsys.readouterr()
     assert release([str(tmp_path / "nano"), str(tmp_path / "out")]) == 0
+    assert f"without the light decoder of {before}: trained for the D that it had\n" in capsys.readouterr().err
     old, new = (load_codec(each, precision="float32") for each in (before, tmp_path / "out"))
     image = picture(64, 48)
     assert len(new.compress(image, quality=50)) == len(old.compress(image, quality=50))
@@ -219,7 +221,7 @@ def test_a_release_of_d_that_learnt_with_texture(before, data, tmp_path):
     assert "light" not in told and not Triple.in_folder(tmp_path / "out").light.is_file()
 
 
-def test_a_checkpoint_between_does_as_well_and_another_d_leaves_texture_out(run, data, tmp_path):
+def test_a_checkpoint_between_does_as_well_and_another_d_leaves_texture_out(run, data, tmp_path, capsys):
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
     for path in (folder / "ema_ckpts").glob("*_2.*"):  # there if it is the best one
@@ -227,7 +229,9 @@ def test_a_checkpoint_between_does_as_well_and_another_d_leaves_texture_out(run,
     assert release([str(folder), str(tmp_path / "two"), "--iteration", "2"]) == 0
     assert load_release(tmp_path / "two").texture is not None
     assert taught_d(data, tmp_path, tmp_path / "two", "decoder.iterations=1") == 0
+    capsys.readouterr()
     assert release([str(tmp_path / "nano"), str(tmp_path / "another")]) == 0
+    assert f"without the light decoder and texture of {tmp_path / 'two'}: trained" in capsys.readouterr().err
     codec = load_release(tmp_path / "another")
     assert codec.texture is None and codec.params.texture is None
 
