@@ -34,6 +34,7 @@ HEADINGS = {
     "decode_s": "decode, s ↓",
     "ms": "median, ms ↓",
 }
+TERMINAL = 150  # characters of a line that are still read
 DECIMALS = {"bpp": 4, "eta": 3, "scale": 2}
 CODE = ("command", "commit", "weights")  # what a table says of these is code, the rest are words
 
@@ -125,8 +126,14 @@ def write_summary(rows: Sequence[Row], folder: Path, name: str, about: dict, tit
     told += [f"- {heading(key)}: {SHOWN[key].convention}" for key in columns if key in SHOWN]
     told += [f"- {kind}: {KINDS[kind]}" for kind in dict.fromkeys(row[KIND] for row in rows if KIND in row)]
     atomic_write(folder / f"{name}.md", ("\n".join(told) + "\n").encode(errors="backslashreplace"))
-    print(align(lines_of(rows, intervals=False)))
+    print(align(upright(lines_of(rows, intervals=False))))
     print(f"written to {folder}: {name}.csv, {name}.json, {name}.md")
+
+
+def upright(lines: list[list[str]]) -> list[list[str]]:
+    """The same table with a line for each column, where that is more readable on a terminal: few rows of many columns."""
+    width = max(len("  ".join(line)) for line in lines)
+    return list(map(list, zip(*lines, strict=True))) if width > TERMINAL and len(lines) <= len(lines[0]) else lines
 
 
 def filled(rows: Sequence[Row]) -> list[str]:

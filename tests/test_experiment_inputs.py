@@ -6,7 +6,7 @@ import pytest
 
 from experiments.coded import baselines_of, curve_of, fill
 from experiments.inputs import named_photographs, photographs, spread
-from experiments.summary import label_words
+from experiments.summary import label_words, upright
 from models.codec import Codec
 from reproduce import parse
 from tests.commands import photograph
@@ -75,3 +75,12 @@ def test_a_timeout_is_a_number_of_seconds(timeout, capsys):
     with pytest.raises(SystemExit, match="2"):
         parse(["weights", f"--timeout={timeout}"])
     assert f"{timeout} is not a number of seconds above 0" in capsys.readouterr().err
+
+
+def test_few_rows_of_many_columns_stand_upright_on_a_terminal():
+    """Artefacts has 30 columns: some 500 characters. A table that fits, or of more rows than columns, stays."""
+    wide = [[f"{name} of a column {i}" for i in range(30)] for name in ("heading", "value")]
+    assert upright(wide) == [[f"heading of a column {i}", f"value of a column {i}"] for i in range(30)]
+    assert upright([["codec", "bytes"], ["small", "400"]]) == [["codec", "bytes"], ["small", "400"]]
+    long = [["x" * 90, "y" * 90]] * 4
+    assert upright(long) == long
