@@ -96,7 +96,8 @@ def write_release(
     write_about(out, about)
     kept = to_mapping(config) if isinstance(config, TrainConfig) else config
     # Where pictures and earlier weights lay on the training machine means nothing elsewhere.
-    kept |= {name: Path(path).name for name in STARTS if (path := kept.get(name))}
+    for part, names in (kept, STARTS), *((kept.get(stage, {}), ("start",)) for stage in ("light", "texture")):
+        part |= {name: Path(path).name for name in names if (path := part.get(name))}
     kept["data"] |= dict.fromkeys(KINDS)
     kept["validation"] = kept.get("validation", {}) | {"folder": None}
     atomic_write(out / RUN_CONFIG, yaml.safe_dump(kept, sort_keys=False).encode())

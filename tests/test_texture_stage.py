@@ -221,6 +221,20 @@ def test_a_release_of_d_that_learnt_with_texture(before, data, tmp_path, capsys)
     assert "light" not in told and not Triple.in_folder(tmp_path / "out").light.is_file()
 
 
+def test_no_path_of_the_machine_that_trained_stands_in_a_release(tmp_path):
+    overrides = (
+        *TEXTURE,
+        "release=/far/away/first",
+        "texture.start=/far/away/third",
+        "light.start=/far/away/fourth.pth",
+    )
+    write_release(tmp_path / "out", 3, new_codec(), load_config(str(NANO), overrides))
+    text = (tmp_path / "out" / "config.yaml").read_text()
+    kept = yaml.safe_load(text)
+    assert "/far" not in text and kept["texture"]["start"] == "third" and kept["light"]["start"] == "fourth.pth"
+    assert kept["release"] == "first"
+
+
 def test_a_checkpoint_between_does_as_well_and_another_d_leaves_texture_out(run, data, tmp_path, capsys):
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
